@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
 import resource
 import subprocess
@@ -20,7 +22,7 @@ from torch._subclasses import FakeTensorMode
 
 from outsize.errors import BudgetError, OptionError, StorageError
 from outsize.memory.device import DeviceTier
-from outsize.memory.disk import DiskTier
+from outsize.memory.disk import BOUNCE, DiskTier
 from outsize.memory.host import HostTier, allocate_slab
 from outsize.memory.null import NullTier
 from outsize.memory.tier import PAGE, Extent, ExtentAllocator, Tier, pages
@@ -351,15 +353,44 @@ def test_a_place_where_no_file_can_be_made(tmp_path: Path) -> None:
 
 def test_nothing_stays_in_the_page_cache(tmp_path: Path) -> None:
     tier = DiskTier(tmp_path / "blocks", CAPACITY)
-    if not tier.direct or not hasattr(os, "RWF_NOWAIT"):
+    if not tier.direct or sys.platform != "linux":
         pytest.skip("this file system has no O_DIRECT")
     extent = tier.allocate(8 * PAGE)
     for data in (allocate_slab(8 * PAGE), noise(8 * PAGE - 9, 1)):
         tier.write(extent, 0, data)
         tier.read(extent, 0, data)
-    with open(tmp_path / "blocks", "rb", buffering=0) as file, pytest.raises(BlockingIOError):
-        os.preadv(file.fileno(), [bytearray(PAGE)], 0, os.RWF_NOWAIT)  # gives only what is cached
+    assert pages_cached(tmp_path / "blocks") == 0
+    with open(tmp_path / "blocks", "rb") as file:
+        file.read()
+    assert pages_cached(tmp_path / "blocks") == 8, "this is how it looks when the cache was used"
     tier.close()
+
+
+def pages_cached(path: Path) -> int:
+    """How many pages of a file the kernel holds in memory; asking brings none there."""
+    with open(path, "r+b") as file, mmap.mmap(file.fileno(), 0) as memory:
+        address = ctypes.c_char.from_buffer(memory)
+        flags = (ctypes.c_ubyte * (len(memory) // PAGE))()
+        mincore = ctypes.CDLL(None, use_errno=True).mincore
+        assert mincore(ctypes.c_void_p(ctypes.addressof(address)), ctypes.c_size_t(len(memory)), flags) == 0
+        del address
+        return sum(flag & 1 for flag in flags)
+
+
+def test_open_files_and_threads_memory_go_with_the_tier(tmp_path: Path) -> None:
+    def work() -> None:
+        tier = DiskTier(tmp_path / "blocks", CAPACITY)
+        extent = tier.allocate(PAGE)
+        with ThreadPoolExecutor(2) as threads:  # unaligned, so that each thread needs a buffer of its own
+            list(threads.map(lambda part: tier.write(extent, part, noise(9, part)), (1, 2)))
+        tier.close()
+
+    work()
+    files, memory = len(os.listdir("/proc/self/fd")), own_memory()
+    for _ in range(20):
+        work()
+    assert len(os.listdir("/proc/self/fd")) == files
+    assert own_memory() - memory < 10 * BOUNCE, "20 times 2 buffers would be 40"
 
 
 IN_NAMESPACE = ["unshare", "--map-root-user", "--mount", "sh", "-c"]  # whose mounts vanish with the process
@@ -399,6 +430,76 @@ def test_a_file_system_without_direct_access_keeps_the_contract(tmp_path: Path) 
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "passed" in done.stdout
+
+
+FILLS_UP = """
+import os, pathlib, sys, warnings
+from outsize.errors import StorageError
+from outsize.memory.disk import DiskTier
+from outsize.memory.host import allocate_slab
+from outsize.memory.tier import PAGE
+
+warnings.simplefilter("ignore")
+here = pathlib.Path(sys.argv[1])
+tier = DiskTier(here / "blocks")
+assert tier.capacity <= 64 * PAGE, "all that is free"
+
+def refusal(act):
+    try:
+        act()
+    except StorageError as problem:
+        return str(problem)
+
+kept, late = tier.allocate(8 * PAGE), tier.allocate(8 * PAGE)
+tier.write(kept, 0, allocate_slab(8 * PAGE).fill_(7))
+os.truncate(tier.path, late.start)  # as on a file system that cannot reserve: the space is missed only when
+os.truncate(tier.path, late.end)  # it is written
+filler = open(here / "filler", "wb", buffering=0)
+try:
+    while True:
+        filler.write(bytes(PAGE))
+except OSError:
+    pass
+
+for act in (lambda: tier.write(late, 0, allocate_slab(8 * PAGE).fill_(9)), lambda: tier.allocate(PAGE)):
+    said = refusal(act)
+    assert said and "blocks is full" in said and "0 B free. Free space and start again" in said, said
+back = allocate_slab(8 * PAGE)
+tier.read(kept, 0, back)
+assert bool((back == 7).all())
+tier.check()
+os.truncate(here / "filler", 0)
+tier.write(late, 0, allocate_slab(8 * PAGE).fill_(9))
+tier.read(late, 0, back)
+assert bool((back == 9).all())
+filler.close()
+tier.close()
+"""
+READ_ONLY = """
+import pathlib, sys
+from outsize.errors import StorageError
+from outsize.memory.disk import DiskTier
+
+for path in ("blocks", "new/blocks"):
+    try:
+        DiskTier(pathlib.Path(sys.argv[1]) / path)
+    except StorageError as problem:
+        assert "cannot be written: Read-only file system. Choose a directory" in str(problem), problem
+    else:
+        raise AssertionError("a read-only disk was opened")
+"""
+
+
+def test_a_disk_that_fills_up_and_one_that_cannot_be_written(tmp_path: Path) -> None:
+    if not can_mount(tmp_path):
+        pytest.skip("mounting tmpfs is not allowed here")
+    script = (
+        'mount -t tmpfs -o size=256k none "$0" && "$1" -c "$2" "$0" && '
+        'mount -o remount,ro none "$0" && "$1" -c "$3" "$0"'
+    )
+    command = [*IN_NAMESPACE, script, str(tmp_path), sys.executable, FILLS_UP, READ_ONLY]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 # -- device ------------------------------------------------------------------------------------------------

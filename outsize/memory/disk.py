@@ -42,7 +42,7 @@ class DiskTier(Tier):
             raise StorageError(
                 f"{path} cannot be written: {problem.strerror}. Choose a directory you may write to."
             ) from problem
-        super().__init__("disk", self._size() + _free_bytes(path) if capacity is None else capacity)
+        super().__init__("disk", self._size() + _free_bytes(self._file) if capacity is None else capacity)
 
     def claim(self, extent: Extent) -> None:
         if self._size() < extent.end:
@@ -66,7 +66,7 @@ class DiskTier(Tier):
         size = self._size()
         growth = extent.end - size
         try:
-            if growth > _free_bytes(self.path):  # asking would fill the disk to the brim before it failed
+            if growth > _free_bytes(self._file):  # asking would fill the disk to the brim before it failed
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             _reserve(self._file, extent)
         except OSError as problem:
@@ -163,7 +163,7 @@ class DiskTier(Tier):
         )
 
     def _failed(self, verb: str, nbytes: int, problem: OSError) -> StorageError:
-        free = format_size(_free_bytes(self.path))
+        free = format_size(_free_bytes(self._file))
         if problem.errno in NO_SPACE:
             return StorageError(
                 f"The disk of {self.path} is full: {format_size(nbytes)} wanted, {free} free. "
@@ -206,7 +206,8 @@ def _whole_pages(position: int, data: torch.Tensor) -> bool:
     return aligned and not data.is_cuda and data.data_ptr() % PAGE == 0
 
 
-def _free_bytes(path: Path) -> int:
-    """Free space for this user; a file system that does not say how large it is counts as endless."""
-    status = os.statvfs(path.parent)
+def _free_bytes(file: int) -> int:
+    """Free space for this user on the disk of an open file; a file system that does not say how large it is counts as
+    endless."""
+    status = os.fstatvfs(file)
     return status.f_bavail * status.f_frsize if status.f_blocks else sys.maxsize // 2
