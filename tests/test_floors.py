@@ -22,9 +22,10 @@ FLOOR = {
     "serve": 5,
     "planner": 6,
     "api": 7,
-    "cli": 7,
+    "commands": 8,
+    "cli": 9,
     "__init__": 7,
-    "__main__": 7,
+    "__main__": 9,
 }
 STRANGERS = {"train", "serve"}  # on one floor, yet neither may know the other
 
