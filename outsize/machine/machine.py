@@ -65,7 +65,8 @@ class Link:
 
 @dataclass(frozen=True)
 class Limit:
-    """Bytes a second that all links naming this limit move together, in one node: a disk that reads and writes at once."""
+    """Bytes a second that the links of one node that name this limit move together when more than one of them is busy: a
+    disk that reads and writes at once. A link that is busy alone has its own rate, which may be higher or lower."""
 
     name: str
     bytes_per_second: float
@@ -109,10 +110,27 @@ class Nodes:
 
 
 @dataclass(frozen=True)
+class Spread:
+    """What a probe saw of one figure: the median of several measurements, and the least and the greatest of them.
+
+    `unit` is that of all three: "B/s", "FLOP/s", "param/s" or "s"."""
+
+    figure: str
+    unit: str
+    lowest: float
+    median: float
+    highest: float
+    times: int
+
+
+@dataclass(frozen=True)
 class Machine:
     """One node, and how many of them. Tiers: `host` always, `device` with GPUs, `disk`, and others by any name (`cxl`).
 
-    `origin` says where the figures come from: "described", "probed ..." or "estimated"."""
+    `origin` says where the figures come from: "described", "probed ..." or "estimated ...". `notes` say what the figures
+    do not show; `spreads` are those of a probe.
+
+    Raises OptionError when a link, a limit or a processor names something that is not there."""
 
     name: str
     capacities: tuple[Capacity, ...]
@@ -121,6 +139,21 @@ class Machine:
     limits: tuple[Limit, ...] = ()
     nodes: Nodes = Nodes()
     origin: str = "described"
+    notes: tuple[str, ...] = ()
+    spreads: tuple[Spread, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not {"host"} <= {processor.tier for processor in self.processors} & set(self.tiers):
+            raise OptionError(f"the machine {self.name} needs a tier host and a processor in it.")
+        for link in self.links:
+            for tier in (link.source, link.target):
+                self.capacity(tier)
+            if link.shared is not None:
+                self.limit(link.shared)
+        for processor in self.processors:
+            self.capacity(processor.tier)
+        if "device" in self.tiers:
+            self.processor("device")
 
     @property
     def tiers(self) -> tuple[str, ...]:
