@@ -4,7 +4,7 @@ FLOP/s; a node of several devices is described once, and the machine says how ma
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import exp, log
+from math import log
 from typing import TypeVar
 
 from outsize.errors import OptionError
@@ -28,8 +28,7 @@ class Rate:
         if not smaller or not larger:
             return smaller[-1][1] if smaller else larger[0][1]
         (low, slow), (high, fast) = smaller[-1], larger[0]
-        share = log(size / low) / log(high / low)
-        return exp(log(slow) + share * (log(fast) - log(slow)))
+        return slow * (fast / slow) ** (log(size / low) / log(high / low))
 
     @property
     def best(self) -> float:
@@ -92,6 +91,10 @@ class Processor:
     count: int = 1
     cores: int = 1
 
+    def __post_init__(self) -> None:
+        # A file may tell its dtypes in any order; equal processors are equal whichever it was.
+        object.__setattr__(self, "matmul", tuple(sorted(self.matmul, key=lambda pair: pair[0])))
+
     def matmul_rate(self, dtype: str, rows: float) -> float:
         """Return FLOP/s of a product whose left matrix has `rows` rows. Raises OptionError for a dtype without rate."""
         rates = dict(self.matmul)
@@ -102,11 +105,17 @@ class Processor:
 
 @dataclass(frozen=True)
 class Nodes:
-    """How many equal nodes there are, and what one of them sends to others a second, all its devices together."""
+    """How many equal nodes there are, and what one of them sends to others a second, all its devices together.
+
+    Raises OptionError when there are several and nothing between them."""
 
     count: int = 1
     bytes_per_second: float = 0.0
     latency: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.count > 1 and self.bytes_per_second == 0:
+            raise OptionError(f"{self.count} nodes need bytes_per_second between them.")
 
 
 @dataclass(frozen=True)
@@ -143,17 +152,20 @@ class Machine:
     spreads: tuple[Spread, ...] = ()
 
     def __post_init__(self) -> None:
-        if not {"host"} <= {processor.tier for processor in self.processors} & set(self.tiers):
-            raise OptionError(f"the machine {self.name} needs a tier host and a processor in it.")
+        self.processor("host")
+        self.processor(self.compute.tier)
+        for tier in (processor.tier for processor in self.processors):
+            self.capacity(tier)
         for link in self.links:
-            for tier in (link.source, link.target):
-                self.capacity(tier)
+            self.capacity(link.source)
+            self.capacity(link.target)
             if link.shared is not None:
                 self.limit(link.shared)
-        for processor in self.processors:
-            self.capacity(processor.tier)
-        if "device" in self.tiers:
-            self.processor("device")
+        links = [f"{link.source} to {link.target}" for link in self.links]
+        for names in (list(self.tiers), links, [processor.tier for processor in self.processors]):
+            twice = [name for name in names if names.count(name) > 1]
+            if twice:
+                raise OptionError(f"the machine {self.name} has two of {twice[0]!r}.")
 
     @property
     def tiers(self) -> tuple[str, ...]:
