@@ -16,7 +16,7 @@ from outsize.machine.machine import Capacity, Limit, Link, Machine, Nodes, Proce
 
 NAMES = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8)
 RATES = st.floats(1e-3, 1e18)
-SIZES = st.integers(1, 2**60)
+SIZES = st.integers(1, 2**59)
 SECONDS = st.just(0.0) | st.floats(1e-12, 1e3)
 CURVES = RATES.map(steady) | st.dictionaries(st.integers(1, 2**39), RATES, min_size=2, max_size=4).map(
     lambda points: Rate(tuple(sorted((float(size), rate) for size, rate in points.items())))
