@@ -6,14 +6,16 @@ import platform
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
+from statistics import median
 
 from outsize.machine.describe import Resources, describe
 from outsize.machine.machine import Capacity, Limit, Link, Machine, Processor, Spread
-from outsize.machine.probe_compute import Stopwatch, probe_links, probe_processor
+from outsize.machine.probe_compute import Stopwatch, count_devices, make_processor, probe_links, time_processor
 from outsize.machine.probe_disk import DiskProbe, probe_disk
 
 Report = Callable[[str], None]
-SECONDS, QUICK_SECONDS = 0.6, 0.02  # for each figure
+SECONDS, QUICK_SECONDS = 0.6, 0.02  # for each figure, all passes together
+PASSES = 3
 ASSUMED_DISK, ASSUMED_LATENCY = 1e9, 1e-4  # bytes/s and seconds, of a disk that nobody measured
 ESTIMATE_ROOM = 64 << 20  # bytes; an estimate is made inside a run, whose memory is the user's budget
 CUDA_LATENCY = 1e-5  # seconds; starting a copy, assumed
@@ -30,37 +32,40 @@ def probe(directory: Path, quick: bool = False, report: Report = lambda _: None)
     resources = describe(directory)
     disk = probe_disk(directory, resources.file_system, quick, report)
     origin = f"probed {'quickly ' if quick else ''}on {date.today()}"
-    return _machine(resources, _Compute(resources, QUICK_SECONDS if quick else SECONDS, report), disk, origin)
+    seconds, passes = (QUICK_SECONDS, 1) if quick else (SECONDS, PASSES)
+    return _machine(resources, _Compute(resources, seconds, passes, report), disk, origin)
 
 
 def estimate(resources: Resources) -> Machine:
-    """Measure what takes a second and 64 MiB, and assume a disk of 1 GB/s."""
-    compute = _Compute(resources, QUICK_SECONDS, lambda _: None, ESTIMATE_ROOM)
+    """Measure what takes a second or two and some 150 MiB, and assume a disk of 1 GB/s."""
+    compute = _Compute(resources, QUICK_SECONDS, 1, lambda _: None, ESTIMATE_ROOM)
     return _machine(resources, compute, None, "estimated in a second, its disk assumed; `outsize probe` measures it")
 
 
 class _Compute:
-    """The processors of this machine and the links between them, measured in an eighth of each memory or in `room`."""
+    """The processors of this machine and the links between them, measured `passes` times one after the other, so that a
+    passing disturbance is not all in one figure; in an eighth of each memory, or in `room` bytes."""
 
-    def __init__(self, resources: Resources, seconds: float, report: Report, room: int | None = None) -> None:
+    def __init__(
+        self, resources: Resources, seconds: float, passes: int, report: Report, room: int | None = None
+    ) -> None:
         self.processors: list[Processor] = []
         self.links: list[Link] = []
         self.limits: list[Limit] = []
         self.spreads: list[Spread] = []
-        host = Stopwatch("cpu", seconds)
-        self._add(
-            host, "host", _processor_name(), resources.cores, room or resources.memory_available_bytes // 8, report
-        )
-        if resources.device is not None:
-            device = Stopwatch("cuda", seconds)
-            self._add(device, "device", resources.device.name, 1, room or resources.device.memory_bytes // 8, report)
-            report("links between host and device")
-            self._link(probe_links(device, room or resources.memory_available_bytes // 8))
-
-    def _add(self, watch: Stopwatch, tier: str, name: str, cores: int, room: int, report: Report) -> None:
-        processor, seen = probe_processor(watch, tier, name, cores, room, report)
-        self.processors.append(processor)
+        host_room = room or resources.memory_available_bytes // 8
+        host = Stopwatch("cpu", seconds / passes)
+        seen = _combined([time_processor(host, "host", host_room, report) for _ in range(passes)])
+        self.processors.append(make_processor("host", _processor_name(), 1, resources.cores, seen))
         self.spreads += seen
+        if resources.device is not None:
+            device = Stopwatch("cuda", seconds / passes)
+            device_room = room or resources.device.memory_bytes // 8
+            seen = _combined([time_processor(device, "device", device_room, report) for _ in range(passes)])
+            self.processors.append(make_processor("device", resources.device.name, count_devices(), 1, seen))
+            report("links between host and device")
+            self._link(probe_links(device, host_room))
+            self.spreads += seen
 
     def _link(self, seen: list[Spread]) -> None:
         up, down, both, *others = (one.median for one in seen)
@@ -71,6 +76,21 @@ class _Compute:
         ]
         self.limits.append(Limit("host and device", both))
         self.spreads += seen
+
+
+def _combined(passes: list[list[Spread]]) -> list[Spread]:
+    """Return one spread for each figure: the median of the passes' medians, and the extremes of all."""
+    return [
+        Spread(
+            same[0].figure,
+            same[0].unit,
+            min(one.lowest for one in same),
+            median(one.median for one in same),
+            max(one.highest for one in same),
+            sum(one.times for one in same),
+        )
+        for same in zip(*passes, strict=True)
+    ]
 
 
 def _machine(resources: Resources, compute: _Compute, disk: DiskProbe | None, origin: str) -> Machine:

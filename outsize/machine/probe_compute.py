@@ -17,6 +17,7 @@ COPIED = 256 << 20  # bytes
 CHUNK = 1 << 20  # elements; the streamed update steps the optimizer in chunks of this size
 COLD = 256 << 20  # bytes that are gone through before one is used again, so that no cache still holds it
 OPERATIONS = 1000
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Stopwatch:
@@ -47,32 +48,58 @@ class Stopwatch:
         return perf_counter() - started
 
 
-def probe_processor(
-    watch: Stopwatch, tier: str, name: str, cores: int, room: int, report: Callable[[str], None]
-) -> tuple[Processor, list[Spread]]:
+def time_processor(watch: Stopwatch, tier: str, room: int, report: Callable[[str], None]) -> list[Spread]:
     """Time `watch.device`, using some `room` bytes of its memory; `report` hears what comes next.
 
     On a GPU untested: none was at hand."""
     seen: list[Spread] = []
-    on_device = watch.device == "cuda"
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, **({"fp16": torch.float16} if on_device else {})}
-    matmul = []
     with torch.no_grad():
-        for name_of_dtype, dtype in dtypes.items():
-            report(f"{tier}: products in {name_of_dtype}")
-            products = list(_products(watch, tier, name_of_dtype, dtype, 8192 if on_device else 2048, room))
-            matmul.append((name_of_dtype, _by_size(ROWS, products)))
-            seen += products
+        for dtype in _dtypes(watch.device):
+            report(f"{tier}: products in {dtype}")
+            seen += _products(watch, tier, dtype, 2048 if watch.device == "cpu" else 8192, room)
         report(f"{tier}: memory, optimizer, small operations")
-        touched = [size for size in TOUCHED if size <= room] or [TOUCHED[0]]
-        elementwise = [_elementwise(watch, tier, size) for size in touched]
-        copy, read = _copy(watch, tier, min(COPIED, room)), _read(watch, tier, min(COPIED, room))
-        update, operation = _update(watch, tier, min(COLD, room)), _operation(watch, tier)
-    seen += [*elementwise, copy, read, update, operation]
-    count = torch.cuda.device_count() if on_device else 1
-    rates = _by_size(touched, elementwise)
-    processor = Processor(tier, name, tuple(matmul), rates, copy.median, update.median, operation.median, count, cores)
-    return processor, seen
+        seen += [_elementwise(watch, tier, size) for size in TOUCHED if size <= max(room, TOUCHED[0])]
+        seen += [_copy(watch, tier, min(COPIED, room)), _read(watch, tier, min(COPIED, room))]
+        seen += [_update(watch, tier, min(COLD, room)), _operation(watch, tier)]
+    return seen
+
+
+def make_processor(tier: str, name: str, count: int, cores: int, seen: list[Spread]) -> Processor:
+    """Return the processor that `time_processor` timed, with the medians as its figures."""
+    medians = {one.figure: one.median for one in seen}
+    matmul = {dtype: {rows: medians.get(_product(tier, dtype, rows)) for rows in ROWS} for dtype in DTYPES}
+    return Processor(
+        tier,
+        name,
+        tuple((dtype, _rate(rates)) for dtype, rates in matmul.items() if rates[ROWS[0]]),
+        _rate({size: medians.get(_touching(tier, size)) for size in TOUCHED}),
+        medians[f"{tier} copy"],
+        medians[f"{tier} fused AdamW"],
+        medians[f"{tier} small operation"],
+        count,
+        cores,
+    )
+
+
+def count_devices() -> int:
+    return torch.cuda.device_count()
+
+
+def _dtypes(device: str) -> list[str]:
+    """Those that are worth timing: a CPU has no use for fp16."""
+    return [dtype for dtype in DTYPES if device != "cpu" or dtype != "fp16"]
+
+
+def _product(tier: str, dtype: str, rows: int) -> str:
+    return f"{tier} {dtype} matmul {rows} row{'s' if rows > 1 else ''}"
+
+
+def _touching(tier: str, size: int) -> str:
+    return f"{tier} elementwise {size >> 20} MiB"
+
+
+def _rate(by_size: dict[int, float | None]) -> Rate:
+    return Rate(tuple((float(size), rate) for size, rate in by_size.items() if rate is not None))
 
 
 def probe_links(watch: Stopwatch, room: int) -> list[Spread]:
@@ -101,32 +128,22 @@ def probe_links(watch: Stopwatch, room: int) -> list[Spread]:
     return found
 
 
-def _by_size(sizes: tuple[int, ...] | list[int], spreads: list[Spread]) -> Rate:
-    return Rate(tuple((float(size), seen.median) for size, seen in zip(sizes, spreads, strict=True)))
-
-
-def _products(watch: Stopwatch, tier: str, name: str, dtype: torch.dtype, width: int, room: int) -> Iterator[Spread]:
+def _products(watch: Stopwatch, tier: str, dtype: str, width: int, room: int) -> Iterator[Spread]:
     """Products with square weights of `width`, each weight fetched from memory anew, as a layer's are."""
-    each = width * width * dtype.itemsize
-    first = torch.randn(width, width, device=watch.device).to(dtype)
-    weights = [first, *(first.clone() for _ in range(max(1, min(COLD, room) // each - 1)))]
+    first = torch.randn(width, width, device=watch.device).to(DTYPES[dtype])
+    weights = [first, *(first.clone() for _ in range(max(1, min(COLD, room) // first.nbytes - 1)))]
     for rows in ROWS:
-        data = torch.randn(rows, width, device=watch.device).to(dtype)
+        data = torch.randn(rows, width, device=watch.device).to(DTYPES[dtype])
         turn = cycle(weights)
         work = 2.0 * rows * width * width
-        yield watch.rate(
-            f"{tier} {name} matmul {rows} rows",
-            "FLOP/s",
-            work,
-            lambda data=data, turn=turn: linear(data, next(turn)),
-        )
+        figure = _product(tier, dtype, rows)
+        yield watch.rate(figure, "FLOP/s", work, lambda data=data, turn=turn: linear(data, next(turn)))
 
 
 def _elementwise(watch: Stopwatch, tier: str, touched: int) -> Spread:
     source = torch.ones(touched // 8, device=watch.device)
     target = torch.empty_like(source)
-    figure = f"{tier} elementwise {touched >> 20} MiB"
-    return watch.rate(figure, "B/s", touched, lambda: torch.mul(source, 1.5, out=target))
+    return watch.rate(_touching(tier, touched), "B/s", touched, lambda: torch.mul(source, 1.5, out=target))
 
 
 def _copy(watch: Stopwatch, tier: str, size: int) -> Spread:

@@ -59,19 +59,20 @@ def probe_disk(directory: Path, file_system: str, quick: bool, report: Callable[
         disk = _Disk(file, direct, size, piece)
         report(f"disk: writing {format_size(size)} to {directory}")
         disk.fill()
-        seen: dict[str, list[float]] = {}
-        for what, directions in (("write", ("write",)), ("read", ("read",)), ("mixed", ("read", "write"))):
-            report(f"disk: {what}")
-            seen[what] = [disk.move(directions, seconds) for _ in range(rounds)]
+        seen: dict[tuple[str, ...], list[float]] = {("write",): [], ("read",): [], ("read", "write"): []}
+        for number in range(rounds):  # in turns, so that a passing disturbance is not all in one figure
+            report(f"disk: round {number + 1} of {rounds}")
+            for directions, rates in seen.items():
+                rates.append(disk.move(directions, seconds))
         report("disk: small transfers")
         small_reads, small_writes = disk.small("read", SMALL_TRANSFERS), disk.small("write", SMALL_TRANSFERS)
     return DiskProbe(
-        Spread.of("disk to host", "B/s", seen["read"]),
-        Spread.of("host to disk", "B/s", seen["write"]),
-        Spread.of("disk, both ways at once", "B/s", seen["mixed"]),
+        Spread.of("disk to host", "B/s", seen["read",]),
+        Spread.of("host to disk", "B/s", seen["write",]),
+        Spread.of("disk, both ways at once", "B/s", seen["read", "write"]),
         Spread.of("disk, a small read", "s", small_reads),
         Spread.of("disk, a small write", "s", small_writes),
-        _notes(directory, file_system, direct, size, seen["write"]),
+        _notes(directory, file_system, direct, size, seen["write",]),
     )
 
 
