@@ -172,6 +172,15 @@ def test_a_file_that_is_not_there_or_not_text_is_refused(tmp_path: Path) -> None
         read_machine(tmp_path / "bytes.toml")
 
 
+def test_a_file_that_cannot_be_written_is_named_and_nothing_is_left(tmp_path: Path) -> None:
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(OptionError, match="taken cannot be written"):
+        write_machine(find_machine("laptop"), tmp_path / "taken")
+    with pytest.raises(OptionError, match=r"machine\.toml cannot be written"):
+        write_machine(find_machine("laptop"), Path("/dev/null/machine.toml"))
+    assert os.listdir(tmp_path) == ["taken"]
+
+
 @pytest.mark.parametrize("name", described_machines())
 def test_every_described_machine_can_train_from_its_disk(name: str) -> None:
     machine = find_machine(name)
