@@ -13,54 +13,20 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from enum import Enum
 from time import perf_counter
 from typing import Any
 
 import torch
 
 from outsize.errors import BudgetError, RunError
+from outsize.memory.arena import Arena
 from outsize.memory.block import Block
-from outsize.memory.foresight import Foresight, Placement, Policy, Resident, Touch, evict_oldest
+from outsize.memory.entry import Entry, Residency
+from outsize.memory.foresight import Policy, Touch, evict_oldest
 from outsize.memory.ledger import Ledger
 from outsize.memory.tier import Extent, Tier
 from outsize.memory.transfer import Ticket, Transfers
 from outsize.sizes import format_size
-
-
-class Residency(Enum):
-    """Where a block's current bytes are. Each docstring line says what occupies memory."""
-
-    EMPTY = "empty"  # nowhere: created, never written; at most an extent is reserved at home
-    FAR = "far"  # at home only; nothing near
-    RESERVED = "reserved"  # as EMPTY or FAR, and a place near that a fresh lease will fill
-    COMING = "coming"  # at home, and a place near that is being filled
-    NEAR = "near"  # at home and near, both the same
-    CHANGED = "changed"  # near only: a lease has written, home is stale
-    LEAVING = "leaving"  # near, and on its way home
-    STAYING = "staying"  # near is its home
-
-
-@dataclass
-class Entry:
-    """A block and where it is. `slots` are its extents at home; a durable block alternates between two of them, so that
-    a committed copy is never overwritten."""
-
-    block: Block
-    home: Tier
-    durable: bool
-    residency: Residency
-    slots: list[Extent | None] = field(default_factory=lambda: [None, None])
-    current: int = 0
-    committed: int | None = None
-    written: bool = False  # home holds the block's bytes, of some step, or will when its write is through
-    offset: int = -1  # in the near arena; -1 when not there
-    storage: torch.Tensor | None = None  # the block's bytes near, 1-D uint8
-    pins: int = 0
-    ticket: Ticket | None = None
-    fence: Any = None  # a CUDA event: compute queued before it may still use the bytes
-    stale_on_disk: bool = False  # STAYING and durable: changed since it was last committed
 
 
 class Lease:
@@ -115,10 +81,7 @@ class Store:
         self.entries: dict[str, Entry] = {}
         self.waiting_seconds = {"read": 0.0, "write": 0.0}
         self._allocate_near = allocate_near
-        self._arena = allocate_near(near_bytes)
-        self._in_arena: dict[str, Entry] = {}
-        self._foresight = Foresight(near_bytes, lambda name: self.entries[name].block.nbytes, policy)
-        self._pending: Placement | None = None
+        self._arena = Arena(allocate_near(near_bytes), near, self.entries, self.ledger, policy, self._fetch)
         self._turn = threading.Condition(threading.RLock())
         self._in_phase = False
         self._failure: BaseException | None = None
@@ -191,8 +154,8 @@ class Store:
             self._wait(entry, "write")
             assert entry.pins == 0, f"{name} is leased"
             if entry.offset >= 0:
-                self._vacate(entry)
-                self._rebuild()
+                self._arena.vacate(entry)
+                self._arena.rebuild()
             del self.entries[name]
             tier = self._far_tier(entry)
             for extent in entry.slots:
@@ -220,31 +183,31 @@ class Store:
 
     def _take(self, entry: Entry, touch: Touch) -> None:
         assert touch is Touch.FRESH or entry.residency is not Residency.EMPTY, f"{entry.block.name} was never written"
-        if not self._foresight.expect((touch, entry.block.name)):
-            self._rebuild()
+        if not self._arena.foresight.expect((touch, entry.block.name)):
+            self._arena.rebuild()
         try:
-            while self._foresight.behind or entry.offset < 0:
-                self._look_ahead()
-                if self._foresight.behind or entry.offset < 0:
+            while self._arena.foresight.behind or entry.offset < 0:
+                self._arena.look_ahead()
+                if self._arena.foresight.behind or entry.offset < 0:
                     self._wait_for_room(entry)
         except BaseException:
-            self._foresight.withdraw()
-            self._rebuild()
+            self._arena.foresight.withdraw()
+            self._arena.rebuild()
             raise
         assert touch is Touch.FRESH or entry.residency is not Residency.RESERVED, f"{entry.block.name} was not read"
         entry.pins += 1  # before the trace moves on, so that nothing foreseen can take its place
-        self._foresight.passed()
+        self._arena.foresight.passed()
         if entry.residency is Residency.COMING:
             self._wait(entry, "read")
-        self._look_ahead()
+        self._arena.look_ahead()
 
     def _wait_for_room(self, entry: Entry) -> None:
-        in_flight = any(other.ticket is not None for other in self._in_arena.values())
-        if self._foresight.stuck or not in_flight:
-            pinned = sum(other.block.nbytes for other in self._in_arena.values() if other.pins)
+        in_flight = any(other.ticket is not None for other in self._arena.residents.values())
+        if self._arena.foresight.stuck or not in_flight:
+            pinned = sum(other.block.nbytes for other in self._arena.residents.values() if other.pins)
             raise BudgetError(
                 f"No room near compute for block {entry.block.name} ({format_size(entry.block.nbytes)}): of "
-                f"{format_size(self._arena.numel())} leases hold {format_size(pinned)}. Give more memory, "
+                f"{format_size(self._arena.memory.numel())} leases hold {format_size(pinned)}. Give more memory, "
                 "or a shorter sequence."
             )
         started = perf_counter()
@@ -279,24 +242,24 @@ class Store:
                 entry.pins -= 1
                 entry.written = entry.written and touch is not Touch.DROP
                 return
-            if not self._foresight.expect((touch, entry.block.name)):
-                self._rebuild()
-            while self._foresight.behind:
-                self._look_ahead()
-                if self._foresight.behind:
+            if not self._arena.foresight.expect((touch, entry.block.name)):
+                self._arena.rebuild()
+            while self._arena.foresight.behind:
+                self._arena.look_ahead()
+                if self._arena.foresight.behind:
                     self._wait_for_room(entry)
-            self._foresight.passed()
+            self._arena.foresight.passed()
             if touch is Touch.DROP:
                 self._wait(entry, "write")
             entry.pins -= 1  # not before: until now nothing foreseen may take its place
             if entry.pins == 0:
                 self._left(entry, touch)
-            self._look_ahead()
+            self._arena.look_ahead()
 
     def _left(self, entry: Entry, touch: Touch) -> None:
         if touch is Touch.DROP:
             entry.written = False
-            self._vacate(entry)
+            self._arena.vacate(entry)
         elif entry.residency is Residency.CHANGED:
             self._send_home(entry)
 
@@ -328,54 +291,12 @@ class Store:
         entry = self.entries[name]
         return entry.written or entry.residency in (Residency.CHANGED, Residency.LEAVING)
 
-    # -- near memory ----------------------------------------------------------------------------------------------
+    # -- transfers ---------------------------------------------------------------------------------------------------
 
-    def _look_ahead(self) -> None:
-        """Carry out placements in trace order, as many as the real run has made possible."""
-        while True:
-            if self._pending is None:
-                self._pending = self._foresight.next_placement()
-            if self._pending is None or not self._make_way(self._pending):
-                return
-            placement, self._pending = self._pending, None
-            self._bring(placement)
-
-    def _make_way(self, placement: Placement) -> bool:
-        """Evict whatever lies where the placement goes, and the block's own older bytes, if they are elsewhere in the
-        arena; False while any of it is still needed."""
-        end = placement.offset + placement.nbytes
-        inside = [
-            entry
-            for entry in self._in_arena.values()
-            if (entry.offset < end and entry.offset + entry.block.nbytes > placement.offset)
-            or entry.block.name == placement.name
-        ]
-        for entry in inside:
-            wanted = self._foresight.ahead[entry.block.name] - (entry.block.name == placement.name)
-            settled = entry.residency in (Residency.NEAR, Residency.RESERVED)
-            if entry.pins or not settled or wanted > 0:
-                return False
-        for entry in inside:
-            self._vacate(entry)
-        return True
-
-    def _vacate(self, entry: Entry) -> None:
-        entry.offset, entry.storage = -1, None
-        entry.residency = Residency.FAR if entry.written else Residency.EMPTY
-        del self._in_arena[entry.block.name]
-        self.ledger.hold(self.near, entry.block.bytes_by_kind(), -1)
-
-    def _bring(self, placement: Placement) -> None:
-        entry = self.entries[placement.name]
-        entry.offset = placement.offset
-        entry.storage = self._arena[placement.offset : placement.offset + placement.nbytes]
-        self._in_arena[placement.name] = entry
-        self.ledger.hold(self.near, entry.block.bytes_by_kind())
-        if placement.fresh:
-            entry.residency = Residency.RESERVED
-            return
+    def _fetch(self, entry: Entry) -> None:
+        """Begin to fill a block's place near from its home."""
         extent = entry.slots[entry.current]
-        assert extent is not None
+        assert extent is not None and entry.storage is not None
         entry.residency = Residency.COMING
         self.ledger.move(entry.home.name, self.near, entry.block.bytes_by_kind())
         entry.ticket = self.transfers.read(
@@ -408,36 +329,26 @@ class Store:
             elif entry.residency is not Residency.STAYING:
                 entry.residency = Residency.NEAR
             try:
-                self._look_ahead()
+                self._arena.look_ahead()
             except BaseException as failure:
                 self._failure = self._failure or failure
             self._turn.notify_all()
 
     def _fence(self) -> Any:
-        return torch.cuda.current_stream().record_event() if self._arena.is_cuda else None
-
-    def _rebuild(self) -> None:
-        """The trace did not foretell what happens: start foreseeing from what is really near."""
-        self._pending = None
-        for entry in [e for e in self._in_arena.values() if e.residency is Residency.RESERVED]:
-            self._vacate(entry)
-        residents = [
-            Resident(entry.offset, entry.block.nbytes, name, entry.pins) for name, entry in self._in_arena.items()
-        ]
-        self._foresight.rebuild(residents)
+        return torch.cuda.current_stream().record_event() if self._arena.memory.is_cuda else None
 
     @contextmanager
     def phase(self, name: str, again: bool = False) -> Iterator[None]:
         """Leases inside follow one order every time; `again`: the same phase comes next."""
         with self._turn:
-            if not self._foresight.begin(name, again):
-                self._rebuild()
+            if not self._arena.foresight.begin(name, again):
+                self._arena.rebuild()
         try:
             yield
         finally:
             with self._turn:
-                if not self._foresight.end():
-                    self._rebuild()
+                if not self._arena.foresight.end():
+                    self._arena.rebuild()
 
     # -- whole store ----------------------------------------------------------------------------------------------
 
@@ -477,13 +388,13 @@ class Store:
         """Integrity: call when nothing is leased. Raises AssertionError naming the block that is wrong."""
         with self._turn:
             self._raise_failure()
-            spans = sorted((e.offset, e.offset + e.block.nbytes, n) for n, e in self._in_arena.items())
-            for (_, end, name), (start, _, other) in zip(spans, spans[1:], strict=False):
-                assert end <= start, f"{name} and {other} overlap near compute"
+            self._arena.check()
             for name, entry in self.entries.items():
                 assert entry.pins == 0, f"{name} is still leased {entry.pins} times"
                 elsewhere = entry.residency in (Residency.EMPTY, Residency.FAR, Residency.STAYING)
-                assert elsewhere != (name in self._in_arena), f"{name} is {entry.residency.value} but not in its place"
+                assert elsewhere != (name in self._arena.residents), (
+                    f"{name} is {entry.residency.value} but not in its place"
+                )
             held = sum(entry.block.nbytes for entry in self.entries.values() if entry.storage is not None)
             assert held == self.ledger.held_in(self.near), "the ledger and the store disagree on what is near"
             for tier in self.tiers.values():
