@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from outsize.errors import OptionError, RunError, StorageError
+from outsize.errors import OptionError
 from outsize.machine.allocator import give_back
 from outsize.machine.describe import describe, process_memory
 from outsize.memory.disk import DiskTier
 from outsize.memory.host import HostTier, allocate_slab
 from outsize.memory.store import Store
 from outsize.memory.transfer import Transfers
+from outsize.model.fingerprint import fingerprint_model, fingerprint_tokenizer
 from outsize.model.load import open_model
 from outsize.model.units import Unit, describe_units, find_units
 from outsize.plan import Plan, Request
@@ -39,8 +39,10 @@ from outsize.train.optimizers import (
 from outsize.train.precision import find_precision
 from outsize.train.progress import Progress, plan_table
 from outsize.train.report import each_line, held_by_tier, measured, moved_a_step, write_report
+from outsize.train.retention import Retention
 from outsize.train.run import Run, Schedule, export
 from outsize.train.schedules import schedule
+from outsize.train.settings import TrainSettings, continues, record
 from outsize.train.state import StateFolder, open_store
 
 CPU = torch.device("cpu")
@@ -83,7 +85,7 @@ def attach(
         loss="module",
         recompute=recompute,
     )
-    folder = StateFolder(directory)
+    folder = StateFolder(directory).lock()
     baseline = max(process_memory().resident_bytes - in_memory, 0)
     plan = plan_training(model, units, rule, request, baseline, describe(directory).disk_free_bytes)
     store = open_store(plan, folder)
@@ -98,53 +100,6 @@ def attach(
     return bind(model, units, plan, rule, store, read, CPU, progress=forget)
 
 
-@dataclass(frozen=True)
-class TrainSettings:
-    """Everything `outsize train` was told. Sizes in bytes, counts in steps, sequences and tokens."""
-
-    model: str
-    data: Path
-    out: Path
-    memory: int | None = None
-    steps: int = 100
-    sequence_length: int = 512
-    batch_size: int = 1
-    accumulate: int = 1
-    precision: str = "mixed"
-    moments: str = "fp32"
-    optimizer: str = "adamw"
-    optimizer_options: dict[str, Any] = field(default_factory=dict)
-    learning_rate: float = 2e-5
-    schedule: str = "cosine"
-    warmup_steps: int = 0
-    clip: float | None = None
-    loss: str = "auto"
-    recompute: str = "auto"
-    commit_every: int | None = None
-    eval_data: Path | None = None
-    eval_every: int = 50
-    sample_prompt: str | None = None
-    sample_every: int = 50
-    seed: int = 0
-    block_class: str | None = None
-    json: bool = False
-
-    def identity(self) -> dict[str, Any]:
-        """What must stay the same when a run is continued; the rest (memory, commits, reporting) may change."""
-        free = {
-            "memory",
-            "out",
-            "recompute",
-            "commit_every",
-            "eval_data",
-            "eval_every",
-            "sample_prompt",
-            "sample_every",
-            "json",
-        }
-        return {key: str(value) for key, value in asdict(self).items() if key not in free}
-
-
 def train(settings: TrainSettings) -> dict[str, Any]:
     """Fine-tune as `outsize train` does. Returns the report. Raises OutsizeError subclasses; nothing half-written stays."""
     rule = _rule(settings)
@@ -152,8 +107,8 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     memory = settings.memory or _free_memory()
     torch.manual_seed(settings.seed)
     source = open_model(settings.model)
-    continuing = _check_folder(settings)
-    state = StateFolder(settings.out / "state")
+    continuing = continues(settings)
+    state = StateFolder(settings.out / "state").lock()
     progress = Progress(memory, settings.json)
     tokenizer = source.tokenizer()
     if tokenizer is None:
@@ -177,9 +132,11 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     if plan.blocked_loss:
         _check_loss(job, data)
     scheduler = _scheduler(settings, job)
-    run = Run(job, state, settings.out / "metrics.jsonl", progress, tokenizer)
+    about = {"model": fingerprint_model(source.config), "tokenizer": fingerprint_tokenizer(tokenizer)}
+    retention = Retention(settings.keep_last, settings.keep_every)
+    run = Run(job, state, settings.out / "metrics.jsonl", progress, tokenizer, retention, about)
     first = run.recover()
-    _record(settings)
+    record(settings)
     for _ in range(first):
         scheduler.step()
     progress.start(settings.steps, first)
@@ -203,41 +160,6 @@ def _rule(settings: TrainSettings) -> OptimizerRule:
 def _free_memory() -> int:
     machine = describe(Path.cwd())
     return machine.memory_available_bytes + process_memory().resident_bytes
-
-
-BEGUN = {"train.npy", "eval.npy", "state"}  # what a run that never reached its first commit may leave
-
-
-def _check_folder(settings: TrainSettings) -> bool:
-    """True if this very run was begun in its folder and is to be continued. Raises RunError if another one was."""
-    record = settings.out / "run.json"
-    if record.exists():
-        known = json.loads(record.read_text())
-        changed = [f"{k} was {known.get(k)}, is {v}" for k, v in settings.identity().items() if known.get(k) != str(v)]
-        if changed:
-            raise RunError(
-                f"{settings.out} holds another run: {'; '.join(changed)}. Give the same settings to continue it, "
-                "or another --out."
-            )
-        return True
-    try:
-        settings.out.mkdir(parents=True, exist_ok=True)
-        strange = {path.name for path in settings.out.iterdir()} - BEGUN
-    except OSError as problem:
-        raise StorageError(f"{settings.out} cannot be used: {problem.strerror}. Choose another --out.") from problem
-    if strange:
-        raise RunError(
-            f"{settings.out} holds {sorted(strange)[0]} and no run of Outsize. Choose another --out, or empty it."
-        )
-    return False
-
-
-def _record(settings: TrainSettings) -> None:
-    """Say whose folder this is, once there is something in it to continue."""
-    record = settings.out / "run.json"
-    partial = record.with_suffix(".partial")
-    partial.write_text(json.dumps(settings.identity(), indent=2))
-    partial.replace(record)
 
 
 def _prepared(

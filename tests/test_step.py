@@ -179,7 +179,7 @@ class Committed:
     """A job whose steps are committed in a state folder, as `outsize train` does it."""
 
     def __init__(self, directory: Path, setting: Setting) -> None:
-        self.folder = StateFolder(directory)
+        self.folder = StateFolder(directory).lock()
         model = make_model("handwritten")
         set_traps(model)
         plan = make_plan(model, setting)
@@ -200,7 +200,7 @@ class Committed:
 
     def commit(self, step: int) -> None:
         facts = {"optimizer": self.job.updater.facts()}
-        self.store.commit(lambda slots: self.folder.write_manifest(step, slots, facts), wait=True)
+        self.store.commit(lambda places: self.folder.write_manifest(step, places, facts), wait=True)
 
     def close(self) -> None:
         self.store.close()

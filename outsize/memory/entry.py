@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
@@ -28,16 +28,15 @@ class Residency(Enum):
 
 @dataclass
 class Entry:
-    """A block and where it is. `slots` are its extents at home; a durable block alternates between two of them, so that
-    a committed copy is never overwritten."""
+    """A block and where it is. A durable block has a second extent, so that a committed copy is never overwritten."""
 
     block: Block
     home: Tier
     durable: bool
     residency: Residency
-    slots: list[Extent | None] = field(default_factory=lambda: [None, None])
-    current: int = 0
-    committed: int | None = None
+    extent: Extent | None = None  # where its bytes at home are, or will be
+    committed: Extent | None = None  # where the last commit has them; often the same
+    spare: Extent | None = None  # where they go next, when `extent` must stay as it is
     written: bool = False  # home holds the block's bytes, of some step, or will when its write is through
     offset: int = -1  # in the near arena; -1 when not there
     storage: torch.Tensor | None = None  # the block's bytes near, 1-D uint8

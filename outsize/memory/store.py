@@ -11,18 +11,19 @@ Near memory is one arena of fixed size. Blocks whose home *is* the near tier liv
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from time import perf_counter
 from typing import Any
 
 import torch
 
-from outsize.errors import BudgetError, RunError
+from outsize.errors import BudgetError
 from outsize.memory.arena import Arena
 from outsize.memory.block import Block
 from outsize.memory.entry import Entry, Residency
 from outsize.memory.foresight import Policy, Touch, evict_oldest
+from outsize.memory.homes import Committed, Homes
 from outsize.memory.ledger import Ledger
 from outsize.memory.tier import Extent, Tier
 from outsize.memory.transfer import Ticket, Transfers
@@ -64,7 +65,7 @@ class Store:
     """Blocks over tiers. `near_bytes` is the arena for leases of blocks whose home is elsewhere.
 
     `allocate_near(nbytes)` returns 1-D uint8 tensors near compute (host slabs, or memory of the device).
-    `disk` is where durable blocks are committed; None for a store that will not outlive the process."""
+    The tier `disk` is where durable blocks are committed; `checked`: with checksums, which `commit` reports."""
 
     def __init__(
         self,
@@ -74,18 +75,20 @@ class Store:
         transfers: Transfers,
         near: str = "host",
         policy: Policy = evict_oldest,
+        checked: bool = False,
     ) -> None:
         self.tiers, self.near = tiers, near
         self.ledger = Ledger()
         self.transfers = transfers
         self.entries: dict[str, Entry] = {}
+        self.homes = Homes(tiers, near, self.entries, self.ledger, checked)
         self.waiting_seconds = {"read": 0.0, "write": 0.0}
         self._allocate_near = allocate_near
         self._arena = Arena(allocate_near(near_bytes), near, self.entries, self.ledger, policy, self._fetch)
         self._turn = threading.Condition(threading.RLock())
         self._in_phase = False
         self._failure: BaseException | None = None
-        self._recovered: dict[str, tuple[tuple[Extent, Extent], int]] = {}
+        self._last_commit: Ticket | None = None
 
     # -- blocks ---------------------------------------------------------------------------------------------------
 
@@ -96,56 +99,20 @@ class Store:
         Raises StorageError when the tier is full, RunError when what was committed under this name is another block."""
         if block.name in self.entries:
             raise ValueError(f"block {block.name} exists already")
-        staying = home == self.near
-        entry = self.entries[block.name] = Entry(block, self.tiers[home], durable, Residency.EMPTY)
-        if durable and block.name in self._recovered:
-            self._claim(entry, *self._recovered.pop(block.name))
-        else:
-            for slot in range(2 if durable else 0 if staying else 1):
-                self._reserve(entry, slot)
-        if staying:
+        with self._turn:
+            entry = self.entries[block.name] = Entry(block, self.tiers[home], durable, Residency.EMPTY)
+            self.homes.settle(entry)
+        if home == self.near:
             self._settle_near(entry)
-
-    def recover(self, committed: dict[str, tuple[tuple[Extent, Extent], int]]) -> None:
-        """Announce what a manifest says: for each durable block its two extents and the slot that holds the committed
-        bytes, or -1. The blocks are then created as usual."""
-        self._recovered = dict(committed)
-
-    def _claim(self, entry: Entry, extents: tuple[Extent, Extent], slot: int) -> None:
-        tier = self._far_tier(entry)
-        assert tier is not None
-        for index, extent in enumerate(extents):
-            if extent.nbytes != entry.block.nbytes:
-                raise RunError(
-                    f"Block {entry.block.name} has {entry.block.nbytes} bytes, but {extent.nbytes} were committed: this "
-                    "state belongs to another model, optimizer or precision. Use its own settings or another directory."
-                )
-            tier.claim(extent)
-            entry.slots[index] = extent
-            self.ledger.hold(tier.name, entry.block.bytes_by_kind())
-        if slot >= 0:
-            entry.current = entry.committed = slot
-            entry.written, entry.residency = True, Residency.FAR
 
     def _settle_near(self, entry: Entry) -> None:
         """Give a block whose home is near its memory, and the bytes committed for it, if any."""
         entry.storage = self._allocate_near(entry.block.nbytes)
         self.ledger.hold(self.near, entry.block.bytes_by_kind())
         entry.residency = Residency.STAYING
-        tier, extent = self._far_tier(entry), entry.slots[entry.current]
-        if entry.written and tier is not None and extent is not None:
-            self.ledger.move(tier.name, self.near, entry.block.bytes_by_kind())
-            self.transfers.read(tier, extent, 0, entry.storage).wait()
-
-    def _reserve(self, entry: Entry, slot: int) -> None:
-        tier = self._far_tier(entry)
-        if tier is not None and entry.slots[slot] is None:
-            entry.slots[slot] = tier.allocate(entry.block.nbytes)
-            self.ledger.hold(tier.name, entry.block.bytes_by_kind())
-
-    def _far_tier(self, entry: Entry) -> Tier | None:
-        """Where the entry's extents are: its home, or the disk for a durable block that stays near."""
-        return self.tiers.get("disk") if entry.home.name == self.near else entry.home
+        if entry.written and entry.extent is not None:
+            self.ledger.move(self.homes.tier(entry).name, self.near, entry.block.bytes_by_kind())
+            self.transfers.read(self.homes.moves(entry), entry.extent, 0, entry.storage).wait()
 
     def remove(self, name: str) -> None:
         """Forget a block that nobody leases, and free what it occupied."""
@@ -157,11 +124,7 @@ class Store:
                 self._arena.vacate(entry)
                 self._arena.rebuild()
             del self.entries[name]
-            tier = self._far_tier(entry)
-            for extent in entry.slots:
-                if extent is not None and tier is not None:
-                    tier.free(extent)
-                    self.ledger.hold(tier.name, entry.block.bytes_by_kind(), -1)
+            self.homes.leave(entry)
             if entry.residency is Residency.STAYING:
                 self.ledger.hold(self.near, entry.block.bytes_by_kind(), -1)
 
@@ -272,7 +235,7 @@ class Store:
             if entry.storage is not None and entry.residency not in (Residency.COMING, Residency.RESERVED):
                 torch.index_select(place.view(entry.storage), 0, torch.tensor(rows), out=out)
                 return
-            extent = entry.slots[entry.current]
+            extent = entry.extent
             assert extent is not None
         row_bytes = place.nbytes // place.shape[0]
         target = out.view(-1).view(torch.uint8)
@@ -280,7 +243,9 @@ class Store:
         tickets = []
         for first, last in _runs(rows):
             span = target[first * row_bytes : last * row_bytes]
-            tickets.append(self.transfers.read(entry.home, extent, place.offset + rows[first] * row_bytes, span))
+            tickets.append(
+                self.transfers.read(self.homes.moves(entry), extent, place.offset + rows[first] * row_bytes, span)
+            )
         started = perf_counter()
         for ticket in tickets:
             ticket.wait()
@@ -295,30 +260,23 @@ class Store:
 
     def _fetch(self, entry: Entry) -> None:
         """Begin to fill a block's place near from its home."""
-        extent = entry.slots[entry.current]
-        assert extent is not None and entry.storage is not None
+        assert entry.extent is not None and entry.storage is not None
         entry.residency = Residency.COMING
         self.ledger.move(entry.home.name, self.near, entry.block.bytes_by_kind())
-        entry.ticket = self.transfers.read(
-            entry.home, extent, 0, entry.storage, then=lambda error: self._arrived(entry, error), fence=entry.fence
-        )
+        entry.ticket = self._begin(self.transfers.read, entry, entry.extent)
+
+    def _begin(self, move: Callable[..., Ticket], entry: Entry, extent: Extent) -> Ticket:
+        moves, then = self.homes.moves(entry), lambda error: self._arrived(entry, error)
+        return move(moves, extent, 0, entry.storage, then=then, fence=entry.fence)
 
     def _send_home(self, entry: Entry) -> None:
-        """Write a changed block to its home, to the slot that no commit needs."""
-        assert entry.storage is not None
-        if entry.durable and entry.current == entry.committed:
-            entry.current = 1 - entry.current
-        extent = entry.slots[entry.current]
-        assert extent is not None
+        """Write a changed block to its home, where no commit needs what is there."""
+        extent = self.homes.place(entry)
         if entry.residency is not Residency.STAYING:
             entry.residency = Residency.LEAVING
         entry.written = True
-        tier = self._far_tier(entry)
-        assert tier is not None
-        self.ledger.move(self.near, tier.name, entry.block.bytes_by_kind())
-        entry.ticket = self.transfers.write(
-            tier, extent, 0, entry.storage, then=lambda error: self._arrived(entry, error), fence=entry.fence
-        )
+        self.ledger.move(self.near, self.homes.tier(entry).name, entry.block.bytes_by_kind())
+        entry.ticket = self._begin(self.transfers.write, entry, extent)
 
     def _arrived(self, entry: Entry, error: BaseException | None) -> None:
         """A transfer thread reports: the block is the same at home and near."""
@@ -358,28 +316,33 @@ class Store:
             for entry in self.entries.values():
                 self._wait(entry, "write")
 
-    def commit(self, write_manifest: Callable[[dict[str, int]], None], wait: bool = False) -> Ticket:
-        """What is at home now becomes the committed state, once `write_manifest(slot by block)` has returned.
+    def commit(
+        self,
+        write_manifest: Callable[[dict[str, Committed]], None],
+        wait: bool = False,
+        keep: str | None = None,
+        drop: Iterable[str] = (),
+    ) -> Ticket:
+        """What is at home now becomes the committed state, once `write_manifest(places by block)` has returned. `keep`
+        also keeps it under a name, and kept states in `drop` are let go: `write_manifest` makes that durable too.
 
         The manifest is written by the transfer thread after every write before it is durable; nothing that the step
-        after this one writes can overtake it."""
+        after this one writes can overtake it. One commit at a time: waits for the one before, and raises its failure."""
+        if self._last_commit is not None:
+            self._last_commit.wait()
         with self._turn:
-            disk = self.tiers["disk"]
             for entry in self.entries.values():
                 if entry.durable and entry.residency is Residency.STAYING and entry.stale_on_disk:
                     self._wait(entry, "write")
                     self._send_home(entry)
                     entry.stale_on_disk = False
-            durable = {name: entry for name, entry in self.entries.items() if entry.durable}
-            slots = {name: entry.current if entry.written else -1 for name, entry in durable.items()}
-            for entry in durable.values():
-                entry.committed = entry.current
+            places = self.homes.commit(keep, drop)
 
         def finish() -> None:
-            disk.flush()
-            write_manifest(slots)
+            self.tiers["disk"].flush()
+            write_manifest(places())
 
-        ticket = self.transfers.after_writes(finish)
+        ticket = self._last_commit = self.transfers.after_writes(finish)
         if wait:
             ticket.wait()
         return ticket

@@ -113,6 +113,13 @@ class Metrics:
             self._file.truncate(end)
             raise _unwritable(self.path, problem) from problem
 
+    def sync(self) -> None:
+        """Make every line so far durable. Raises StorageError."""
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as problem:
+            raise _unwritable(self.path, problem) from problem
+
     def close(self) -> None:
         self._file.close()
 
