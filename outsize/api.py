@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from outsize.errors import OptionError
+from outsize.errors import DamageError, OptionError
 from outsize.machine.allocator import give_back
 from outsize.machine.describe import describe, process_memory
 from outsize.memory.disk import DiskTier
@@ -19,7 +19,7 @@ from outsize.memory.host import HostTier, allocate_slab
 from outsize.memory.store import Store
 from outsize.memory.transfer import Transfers
 from outsize.model.fingerprint import fingerprint_model, fingerprint_tokenizer
-from outsize.model.load import open_model
+from outsize.model.load import ModelSource, open_model
 from outsize.model.units import Unit, describe_units, find_units
 from outsize.plan import Plan, Request
 from outsize.planner.inference import plan_inference
@@ -104,11 +104,22 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     """Fine-tune as `outsize train` does. Returns the report. Raises OutsizeError subclasses; nothing half-written stays."""
     rule = _rule(settings)
     find_precision(settings.precision)
-    memory = settings.memory or _free_memory()
-    torch.manual_seed(settings.seed)
     source = open_model(settings.model)
     continuing = continues(settings)
     state = StateFolder(settings.out / "state").lock()
+    try:
+        report = _train(settings, rule, source, state, continuing)
+    except DamageError as problem:
+        raise DamageError(f"{problem} {state.remedy()}") from problem
+    state.close()  # after a failure it stays locked: transfers may be under way until the process ends
+    return report
+
+
+def _train(
+    settings: TrainSettings, rule: OptimizerRule, source: ModelSource, state: StateFolder, continuing: bool
+) -> dict[str, Any]:
+    memory = settings.memory or _free_memory()
+    torch.manual_seed(settings.seed)
     progress = Progress(memory, settings.json)
     tokenizer = source.tokenizer()
     if tokenizer is None:
@@ -129,7 +140,7 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     progress.message("bringing the weights into the store")
     job = bind(model, units, plan, rule, store, source.read, CPU)
     give_back()
-    if plan.blocked_loss:
+    if plan.blocked_loss and not continuing:
         _check_loss(job, data)
     scheduler = _scheduler(settings, job)
     about = {"model": fingerprint_model(source.config), "tokenizer": fingerprint_tokenizer(tokenizer)}

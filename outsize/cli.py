@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from outsize.commands import checkpoint
 from outsize.commands.generate import generate
 from outsize.commands.probe import probe
 from outsize.commands.train import train
@@ -32,6 +33,7 @@ def common(debug: Debug = False) -> None:
 app.command()(train)
 app.command()(generate)
 app.command()(probe)
+app.add_typer(checkpoint.app)
 
 
 def main() -> None:

@@ -43,7 +43,7 @@ def unseal(path: Path) -> dict[str, Any]:
         ) from problem
     line, _, digest = content.partition(b"\n")
     if digest != _digest(line) + b"\n":
-        raise RunError(f"{path} is damaged: its digest is not that of its content. Restore it, or roll back.")
+        raise RunError(f"{path} is damaged: its digest is not that of its content.")
     value = json.loads(line)
     if value["version"] != VERSION:
         raise RunError(

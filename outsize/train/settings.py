@@ -72,6 +72,8 @@ def continues(settings: TrainSettings) -> bool:
     StorageError if the folder cannot be used."""
     if (settings.out / "run.json").exists():
         known, now = read_settings(settings.out).identity(), settings.identity()
+        if Path(known["model"]).is_absolute() and not Path(known["model"]).exists():
+            known["model"] = now["model"]  # it has moved: whether it is the same, its fingerprint in the state tells
         changed = [f"{key} was {known[key]}, is {now[key]}" for key in now if known[key] != now[key]]
         if changed:
             raise RunError(

@@ -69,7 +69,20 @@ class StateFolder:
             return None
         if not self.blocks.exists():
             raise RunError(f"{self.blocks} is missing: the state was moved without it. Restore it beside {path}.")
-        return Manifest.read(path, self.layout())
+        try:
+            return Manifest.read(path, self.layout())
+        except RunError as problem:
+            raise RunError(f"{problem} {self.remedy()}") from problem
+
+    def remedy(self) -> str:
+        """What can be done about a damaged committed step."""
+        steps = ", ".join(str(kept_step(name)) for name in self.kept_names())
+        if not steps:
+            return "No step was kept (outsize train --keep-every, outsize checkpoint keep)."
+        return (
+            f"Kept steps: {steps}. outsize checkpoint verify says which are whole, outsize checkpoint rollback goes back "
+            "to one."
+        )
 
     def layout(self) -> Layout:
         """Raises RunError when there is none, or it is damaged."""
@@ -85,7 +98,10 @@ class StateFolder:
         return sorted(names, key=kept_step)
 
     def read_kept(self, name: str) -> Manifest:
-        return Manifest.read(self.kept / name, self.layout())
+        try:
+            return Manifest.read(self.kept / name, self.layout())
+        except RunError as problem:
+            raise RunError(f"{problem} Removing that file gives up the kept step, and nothing else.") from problem
 
     # -- writing ------------------------------------------------------------------------------------------------------
 
@@ -123,9 +139,10 @@ class StateFolder:
         if drop:
             self.forget(drop)
 
-    def keep(self, name: str) -> None:
-        """Keep the committed step under a name. Only for a folder that no run is writing."""
-        replace_file(self.kept / name, (self.directory / "manifest").read_bytes())
+    def keep(self, name: str, kept: str | None = None) -> None:
+        """Keep the committed step, or one that is kept under another name. Only for a folder that no run is writing."""
+        source = self.directory / "manifest" if kept is None else self.kept / kept
+        replace_file(self.kept / name, source.read_bytes())
 
     def keep_asked(self) -> bool:
         """Somebody has asked the running process to keep the next step that it commits."""
