@@ -8,6 +8,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -82,7 +83,8 @@ class DiskTier(Tier):
             _reserve(self._file, extent)
         except OSError as problem:
             if growth > 0:
-                os.ftruncate(self._file, size)
+                with suppress(OSError):
+                    os.ftruncate(self._file, size)
             raise self._failed("reserve", extent.nbytes, problem) from problem
 
     def _withdraw(self, extent: Extent) -> None:

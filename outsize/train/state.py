@@ -181,10 +181,7 @@ def replace_file(path: Path, content: bytes) -> None:
     Raises StorageError, for one when the disk is full."""
     partial = path.with_name(path.name + PARTIAL)
     try:
-        with open(partial, "wb", buffering=0) as file:
-            if file.write(content) != len(content):
-                raise OSError("the disk took no more")
-            os.fsync(file.fileno())
+        _write_durably(partial, content)
         os.replace(partial, path)
         sync_folder(path.parent)
     except OSError as problem:
@@ -192,6 +189,16 @@ def replace_file(path: Path, content: bytes) -> None:
             f"{path} could not be written: {problem.strerror or problem}. Free space or mend the disk, and start again: "
             "a run continues at its last committed step."
         ) from problem
+
+
+def _write_durably(path: Path, content: bytes) -> None:
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    try:
+        while content:
+            content = content[os.write(file, content) :]
+        os.fsync(file)
+    finally:
+        os.close(file)
 
 
 def sync_folder(folder: Path) -> None:
