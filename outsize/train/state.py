@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -156,10 +156,10 @@ class StateFolder:
 
     def forget(self, names: tuple[str, ...]) -> None:
         """Let kept steps go. On return it is durable: their extents may be written."""
-        for name in names:
-            with suppress(FileNotFoundError):
-                (self.kept / name).unlink()
-        sync_folder(self.kept)
+        with _clear(self.kept):
+            for name in names:
+                (self.kept / name).unlink(missing_ok=True)
+            sync_folder(self.kept)
 
     def roll_back(self, name: str) -> None:
         """The kept step becomes the committed one."""
@@ -180,14 +180,21 @@ def replace_file(path: Path, content: bytes) -> None:
 
     Raises StorageError, for one when the disk is full."""
     partial = path.with_name(path.name + PARTIAL)
-    try:
+    with _clear(path):
         _write_durably(partial, content)
         os.replace(partial, path)
         sync_folder(path.parent)
+
+
+@contextmanager
+def _clear(path: Path) -> Iterator[None]:
+    """What the operating system refuses, as a message for people."""
+    try:
+        yield
     except OSError as problem:
         raise StorageError(
-            f"{path} could not be written: {problem.strerror or problem}. Free space or mend the disk, and start again: "
-            "a run continues at its last committed step."
+            f"{path} could not be written: {problem.strerror}. Free space or mend the disk, and start again: a run "
+            "continues at its last committed step."
         ) from problem
 
 
