@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from random import Random
 
 import torch
 
+from outsize.errors import OutsizeError
 from outsize.memory.block import make_block
 from outsize.memory.homes import Committed
 from outsize.memory.store import Store
@@ -101,3 +103,50 @@ def assert_kept_right(directory: Path) -> list[int]:
             held = content[place.extent.start : place.extent.end]
             assert set(held) == {value_at(block, kept_step(name))}, (name, block)
     return [kept_step(name) for name in folder.kept_names()]
+
+
+def whole_state(directory: Path) -> Path:
+    with tiny(directory) as state:
+        for step in range(5):
+            state.advance(asked=step == 3, wait=True)
+    return directory
+
+
+def flip(path: Path, byte: int, mask: int) -> None:
+    with open(path, "r+b") as file:
+        file.seek(byte)
+        value = file.read(1)[0] ^ mask
+        file.seek(byte)
+        file.write(bytes([value]))
+
+
+def detected(directory: Path) -> bool:
+    folder = StateFolder(directory)
+    try:
+        verifier = Verifier(folder)
+        verdicts = [verifier.committed(), *(verifier.kept(name) for name in folder.kept_names())]
+        return any(verdict is None or verdict.damage for verdict in verdicts)
+    except OutsizeError:
+        return True
+
+
+def flips(directory: Path, count: int, seed: int) -> int:
+    """Flip one bit after another, in manifests, layout and committed data; returns how many nobody noticed."""
+    choice = Random(seed)
+    folder = StateFolder(directory)
+    manifests = [folder.read(), *(folder.read_kept(name) for name in folder.kept_names())]
+    extents = [place.extent for manifest in manifests if manifest for place in manifest.places.values() if place.extent]
+    small = [directory / "manifest", directory / "layout", *(folder.kept / name for name in folder.kept_names())]
+    missed = 0
+    for number in range(count):
+        if number % 2:
+            path = choice.choice(small)
+            byte = choice.randrange(path.stat().st_size)
+        else:
+            extent = choice.choice(extents)
+            path, byte = folder.blocks, choice.randrange(extent.start, extent.end)
+        mask = 1 << choice.randrange(8)
+        flip(path, byte, mask)
+        missed += not detected(directory)
+        flip(path, byte, mask)
+    return missed

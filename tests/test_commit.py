@@ -9,10 +9,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from committed import BLOCKS, Tiny, assert_kept_right, tiny, value_at
+from committed import BLOCKS, Tiny, assert_kept_right, detected, flip, flips, tiny, value_at, whole_state
 from crashes import FAULTS, Disk, Record, crash_states, failing_at
 
-from outsize.errors import DamageError, OutsizeError, RunError, StorageError
+from outsize.errors import DamageError, RunError, StorageError
 from outsize.memory.tier import PAGE
 from outsize.train.retention import Retention
 from outsize.train.state import StateFolder
@@ -295,13 +295,6 @@ def test_a_folder_that_cannot_be_written_is_refused_and_can_be_read(tmp_path: Pa
         os.system(f"umount {place}")
 
 
-def whole_state(directory: Path) -> Path:
-    with tiny(directory) as state:
-        for step in range(5):
-            state.advance(asked=step == 3, wait=True)
-    return directory
-
-
 def test_damage_names_block_tensor_and_place(tmp_path: Path) -> None:
     directory = whole_state(tmp_path / "state")
     folder = StateFolder(directory)
@@ -319,46 +312,6 @@ def test_damage_names_block_tensor_and_place(tmp_path: Path) -> None:
         with pytest.raises(DamageError, match="Block c is damaged"):
             state.store.lease("c")
     assert Verifier(folder).kept("step-3").damage == ()
-
-
-def flip(path: Path, byte: int, mask: int) -> None:
-    with open(path, "r+b") as file:
-        file.seek(byte)
-        value = file.read(1)[0] ^ mask
-        file.seek(byte)
-        file.write(bytes([value]))
-
-
-def detected(directory: Path) -> bool:
-    folder = StateFolder(directory)
-    try:
-        verifier = Verifier(folder)
-        verdicts = [verifier.committed(), *(verifier.kept(name) for name in folder.kept_names())]
-        return any(verdict is None or verdict.damage for verdict in verdicts)
-    except OutsizeError:
-        return True
-
-
-def flips(directory: Path, count: int, seed: int) -> int:
-    """Flip one bit after another, in manifests, layout and committed data; returns how many nobody noticed."""
-    choice = random.Random(seed)
-    folder = StateFolder(directory)
-    manifests = [folder.read(), *(folder.read_kept(name) for name in folder.kept_names())]
-    extents = [place.extent for manifest in manifests if manifest for place in manifest.places.values() if place.extent]
-    small = [directory / "manifest", directory / "layout", *(folder.kept / name for name in folder.kept_names())]
-    missed = 0
-    for number in range(count):
-        if number % 2:
-            path = choice.choice(small)
-            byte = choice.randrange(path.stat().st_size)
-        else:
-            extent = choice.choice(extents)
-            path, byte = folder.blocks, choice.randrange(extent.start, extent.end)
-        mask = 1 << choice.randrange(8)
-        flip(path, byte, mask)
-        missed += not detected(directory)
-        flip(path, byte, mask)
-    return missed
 
 
 def test_every_flipped_bit_is_noticed(tmp_path: Path) -> None:
