@@ -92,13 +92,13 @@ def keep(run: Run, step: AnyStep = None) -> None:
         folder.ask_to_keep()
         print("The run is going on: the next step that it commits will be kept.")
         return
-    manifest = folder.read()
-    if manifest is None:
-        raise RunError(f"{run} has no committed step yet.")
-    name = None if step in (None, manifest.step) else _name_of(folder, step)
-    kept = manifest.step if name is None else step
-    folder.keep(f"{PINNED}-{kept}", name)
-    folder.close()
+    with folder:
+        manifest = folder.read()
+        if manifest is None:
+            raise RunError(f"{run} has no committed step yet.")
+        name = None if step in (None, manifest.step) else _name_of(folder, step)
+        kept = manifest.step if name is None else step
+        folder.keep(f"{PINNED}-{kept}", name)
     print(f"Step {kept} is kept.")
 
 
@@ -109,14 +109,13 @@ def rollback(run: Run, step: Step) -> None:
     Steps after it that were not kept are gone. The kept step stays kept."""
     from outsize.train.verify import Verifier
 
-    folder = open_state(run).lock()
-    name = _name_of(folder, step, committed=False)
-    assert name is not None
-    damage = Verifier(folder).kept(name).damage
-    if damage:
-        raise DamageError(f"{damage[0]} Step {step} was not restored; the committed step is as it was.")
-    folder.roll_back(name)
-    folder.close()
+    with open_state(run).lock() as folder:
+        name = _name_of(folder, step, committed=False)
+        assert name is not None
+        damage = Verifier(folder).kept(name).damage
+        if damage:
+            raise DamageError(f"{damage[0]} Step {step} was not restored; the committed step is as it was.")
+        folder.roll_back(name)
     print(f"{run} continues after step {step}.")
 
 

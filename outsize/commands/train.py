@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from click.core import ParameterSource
 
 from outsize.commands.common import Json, Memory, interruptible
 from outsize.errors import OptionError
@@ -136,11 +135,7 @@ def _settings(context: typer.Context, told: dict[str, Any], resume: Path | None)
     from outsize.train.settings import TrainSettings, read_settings
 
     if resume is not None:
-        given = {
-            name
-            for name in told
-            if context.get_parameter_source(OTHER_NAMES.get(name, name)) is ParameterSource.COMMANDLINE
-        }
+        given = {name for name in told if _was_given(context, OTHER_NAMES.get(name, name))}
         if "out" in given:
             raise OptionError("--resume names the run's folder; --out would name another. Give one of them.")
         return replace(read_settings(resume), **{name: told[name] for name in given})
@@ -148,6 +143,11 @@ def _settings(context: typer.Context, told: dict[str, Any], resume: Path | None)
     if missing:
         raise OptionError(f"{', '.join(missing)} is missing. To continue a run, --resume RUN is enough.")
     return TrainSettings(**told)
+
+
+def _was_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"  # typer has its own copy of click's enumeration
 
 
 def _options(pairs: list[str]) -> dict[str, Any]:

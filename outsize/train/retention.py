@@ -18,10 +18,14 @@ class Retention:
     last: int = 0
     every: int = 0
 
+    def is_kept(self, step: int) -> bool:
+        """Whether the step is committed, and kept, whatever else happens."""
+        return self.every > 0 and step > 0 and step % self.every == 0
+
     def choose(self, step: int, kept: Sequence[str], asked: bool) -> tuple[str | None, tuple[str, ...]]:
         """What the commit of `step` keeps, and which of the `kept` names it lets go."""
         keep = None
-        if asked or (self.every and step and step % self.every == 0):
+        if asked or self.is_kept(step):
             keep = f"{PINNED}-{step}"
         elif self.last and step:
             keep = f"{RECENT}-{step}"

@@ -119,7 +119,7 @@ class Run:
             self._maybe_commit(step)
 
     def _maybe_commit(self, step: int) -> None:
-        if step % self.job.plan.commit_every == 0:
+        if step % self.job.plan.commit_every == 0 or self.retention.is_kept(step) or self.state.keep_asked():
             self.commit(step)
 
     def train(self, data: PackedDataset, schedule: Schedule, scheduler: Any, evaluation: PackedDataset | None) -> None:

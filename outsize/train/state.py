@@ -55,7 +55,14 @@ class StateFolder:
             ) from problem
         return self
 
+    def __enter__(self) -> StateFolder:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
     def close(self) -> None:
+        """Let go of the lock, if it was taken."""
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
