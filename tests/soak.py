@@ -13,6 +13,7 @@ import mmap
 import os
 import pickle
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from typing import Any
 
 from committed import flips, whole_state
 
-STEPS = 40
+STEPS = 120
 PLACEMENTS = ("near", "disk", "mixed")
 PHASES = ("starting", "in a step", "committing", "exporting", "keeping", "rolling back", "verifying")
 HERE = Path(__file__)
@@ -90,12 +91,13 @@ def _work(told: dict[str, Any], phase: mmap.mmap) -> None:
 
 def _train(told: dict[str, Any], phase: mmap.mmap) -> None:
     from outsize import api
+    from outsize.memory.disk import DiskTier
     from outsize.train.run import Run
     from outsize.train.state import StateFolder
 
     _tell(Run, "_step", phase, 1)
     _tell(api, "export", phase, 3)
-    _tell_commits(StateFolder, phase)
+    _tell_commits(DiskTier, StateFolder, phase)
     plan = api.plan_training
     api.plan_training = lambda *given: _placed(_planned_once(plan, given, Path(told["log"])), told["placement"])
     settings = {key: Path(value) if key in ("data", "out") else value for key, value in told["settings"].items()}
@@ -131,15 +133,19 @@ def _tell(owner: Any, name: str, phase: mmap.mmap, number: int) -> None:
     setattr(owner, name, call)
 
 
-def _tell_commits(owner: Any, phase: mmap.mmap) -> None:
-    real = owner.write_manifest
+def _tell_commits(disk: Any, state: Any, phase: mmap.mmap) -> None:
+    """From the sync of the data to the end of the manifest."""
+    flush, write = disk.flush, state.write_manifest
 
-    def call(*given: Any, **more: Any) -> Any:
+    def begin(*given: Any) -> None:
         phase[1] = 1
-        real(*given, **more)
+        flush(*given)
+
+    def end(*given: Any) -> None:
+        write(*given)
         phase[1] = 0
 
-    owner.write_manifest = call
+    disk.flush, state.write_manifest = begin, end
 
 
 def _keep(told: dict[str, Any], phase: mmap.mmap) -> None:
@@ -201,14 +207,17 @@ def tail(log: Path) -> str:
 
 @dataclass
 class Soak:
-    """`settings` are those of the disturbed run; `kills` counts by where they hit, `ended` those that came too late."""
+    """`settings` are those of the disturbed runs. A run that ends is compared with the undisturbed one, and another
+    begins. `kills` counts by where they hit, `runs` those compared, `late` the tries that ended before their kill."""
 
     nursery: Nursery
     settings: dict[str, Any]
+    undisturbed: Path
     choice: random.Random
+    within: float  # seconds after the start of a training process in which it is killed
     kills: Counter[str] = field(default_factory=Counter)
     late: int = 0
-    within: float = 3.0  # seconds after the start of a training process in which it is killed
+    runs: int = 0
 
     @property
     def out(self) -> Path:
@@ -225,18 +234,29 @@ class Soak:
             self.late += 1
         if (self.out / "state" / "manifest").exists():
             self.nursery.must("verify", self.settings)
+        if do == "train" and ended["signal"] == 0:
+            self.compare()
 
     def _something(self) -> tuple[str, dict[str, Any], float]:
         kept = kept_steps(self.out)
         throw = self.choice.random()
-        if throw < 0.12 and (self.out / "state" / "manifest").exists():
-            return "keep", {}, 0.02
+        if throw < 0.1 and (self.out / "state" / "manifest").exists():
+            return "keep", {}, 0.01
         if throw < 0.2 and kept:
-            return "rollback", {"step": self.choice.choice(kept)}, 0.05
+            return "rollback", {"step": self.choice.choice(kept)}, 0.02
         return "train", {"placement": self.choice.choice(PLACEMENTS)}, self.within
+
+    def compare(self) -> None:
+        """The run has ended: its losses and weights are those of the undisturbed one, and the next may begin."""
+        assert losses(self.undisturbed) == losses(self.out), "the losses differ"
+        for name in ("model/model.safetensors", "model/config.json"):
+            assert (self.undisturbed / name).read_bytes() == (self.out / name).read_bytes(), f"{name} differs"
+        shutil.rmtree(self.out)
+        self.runs += 1
 
     def finish(self) -> None:
         self.nursery.must("train", self.settings, placement="disk")
+        self.compare()
 
 
 def kept_steps(out: Path) -> list[int]:
@@ -261,7 +281,7 @@ def prepare(folder: Path) -> dict[str, Any]:
     fast.save_pretrained(folder / "model")
     (folder / "text.txt").write_text(" ".join(f"w{(7 * number * number) % 200}" for number in range(4000)))
     return {
-        "model": str(folder / "model"), "data": str(folder / "text.txt"), "memory": 4 << 30, "steps": STEPS,
+        "model": str(folder / "model"), "data": str(folder / "text.txt"), "memory": 4 << 30,
         "sequence_length": 32, "learning_rate": 1e-3, "commit_every": 1, "keep_last": 2, "keep_every": 20, "json": True,
     }  # fmt: skip
 
@@ -271,27 +291,25 @@ def losses(out: Path) -> list[tuple[int, float]]:
     return [(line["step"], line["loss"]) for line in lines]
 
 
-def soak(folder: Path, kills: int, seed: int, progress: Callable[[str], None] = lambda line: None) -> Soak:
-    """Kill `kills` times, let the run end, compare. Raises AssertionError."""
-    settings = prepare(folder)
+def soak(
+    folder: Path, kills: int, seed: int, steps: int = STEPS, progress: Callable[[str], None] = lambda line: None
+) -> Soak:
+    """Kill `kills` times, let the last run end, compare. Raises AssertionError."""
+    settings = prepare(folder) | {"steps": steps}
     nursery = Nursery(folder / "log.txt")
     try:
-        undisturbed = settings | {"out": str(folder / "undisturbed")}
+        undisturbed = folder / "undisturbed"
         started = time.monotonic()
-        nursery.must("train", undisturbed, placement="near")
-        within = 0.4 * (time.monotonic() - started)
-        disturbed = Soak(nursery, settings | {"out": str(folder / "disturbed")}, random.Random(seed), within=within)
-        while sum(disturbed.kills.values()) < kills:
-            disturbed.kill_once()
-            progress(f"{sum(disturbed.kills.values())} kills: {dict(disturbed.kills)}, {disturbed.late} too late")
-        disturbed.finish()
+        nursery.must("train", settings | {"out": str(undisturbed)}, placement="near")
+        within = (time.monotonic() - started) * 24 / steps
+        done = Soak(nursery, settings | {"out": str(folder / "run")}, undisturbed, random.Random(seed), within)
+        while sum(done.kills.values()) < kills:
+            done.kill_once()
+            progress(f"{sum(done.kills.values())} kills: {dict(done.kills)}, {done.late} too late, {done.runs} runs")
+        done.finish()
     finally:
         nursery.close()
-    one, other = Path(undisturbed["out"]), disturbed.out
-    assert losses(one) == losses(other), "the losses differ"
-    for name in ("model/model.safetensors", "model/config.json"):
-        assert (one / name).read_bytes() == (other / name).read_bytes(), f"{name} differs"
-    return disturbed
+    return done
 
 
 def main() -> None:
@@ -306,7 +324,7 @@ def main() -> None:
         serve()
         return
     with tempfile.TemporaryDirectory() as folder:
-        done = soak(Path(folder), arguments.kills, arguments.seed, lambda line: print(line, flush=True))
+        done = soak(Path(folder), arguments.kills, arguments.seed, progress=lambda line: print(line, flush=True))
         missed = flips(whole_state(Path(folder) / "flips"), arguments.flips, arguments.seed)
     page = describe(done, arguments.flips, missed, " ".join(["python", "tests/soak.py", *sys.argv[1:]]))
     print(page)
@@ -316,9 +334,15 @@ def main() -> None:
 
 def describe(done: Soak, flipped: int, missed: int, command: str) -> str:
     """docs/reliability.md."""
-    rows = "".join(f"| {where} | {done.kills[where]} | continued with identical numbers |\n" for where in PHASES)
+    rows = "".join(f"| {where} | {done.kills[where]} | continued with identical numbers |\n" for where in PHASES[:-1])
     return PAGE.format(
-        command=command, rows=rows, kills=sum(done.kills.values()), late=done.late, flipped=flipped, missed=missed
+        command=command,
+        rows=rows,
+        kills=sum(done.kills.values()),
+        runs=done.runs,
+        late=done.late,
+        flipped=flipped,
+        missed=missed,
     )
 
 
@@ -328,19 +352,19 @@ What was done to runs, and what came of it. [commit.md](commit.md) says why.
 
 ## Kills
 
-One run of a small model, killed with SIGKILL at random instants, over and over: in training, and in
-`outsize checkpoint keep` and `rollback`. Each time it continued with weights and optimizer state placed elsewhere (all
-near, all on disk, some of each), and `outsize checkpoint verify` compared every byte. At the end its losses, step by
-step, and its exported weights were compared with those of a run that nobody disturbed: they were the same bits.
+Runs of a small model, killed with SIGKILL at random instants, over and over: in training, and in `outsize checkpoint
+keep` and `rollback`. Each time the run continued with weights and optimizer state placed elsewhere (all near, all on
+disk, some of each), and `outsize checkpoint verify` compared every byte. When a run reached its end, its losses, step by
+step, and its exported weights were compared with those of a run that nobody disturbed, and the next began.
 
     {command}
 
 | killed while | kills | outcome |
 |---|---|---|
-{rows}| **together** | **{kills}** | losses and exported weights as undisturbed |
+{rows}| **together** | **{kills}** | losses and exported weights of all {runs} runs as undisturbed |
 
-{late} more tries had ended before their kill came. "Committing" is the writing of the manifest, which goes on while the
-next step computes; "verifying" is only ever waited for.
+{late} more tries had ended before their kill came. "Committing" is from the sync of the data to the end of the manifest;
+the next step computes meanwhile.
 
 ## Flipped bits
 
