@@ -7,7 +7,6 @@ may be there, whatever became of the files' contents."""
 
 from __future__ import annotations
 
-import errno
 import os
 import random
 from collections.abc import Callable, Iterator
@@ -213,9 +212,19 @@ def _data_choices(ops: list[Op], waiting: list[int], choice: random.Random) -> I
         yield {number: whole for number in waiting if choice.random() < 0.5}
 
 
-def failing_at(number: int, code: int) -> Callable[[str, int], OSError | None]:
-    """A disk of which one call fails, and every later one too: with EIO, say, or ENOSPC."""
-    return lambda call, now: OSError(code, os.strerror(code)) if now >= number and call != "unlink" else None
+HARMLESS = ("unlink", "mkdir")
+"""Calls whose failure need not be an error: a folder may be there, a file that is let go may be gone."""
 
 
-FAULTS = (errno.EIO, errno.ENOSPC)
+def failing_at(number: int, code: int, lasts: bool) -> Callable[[str, int], OSError | None]:
+    """A disk of which one call fails, with EIO, say, or ENOSPC; and, if it `lasts`, every later one."""
+    failed = False
+
+    def fault(call: str, now: int) -> OSError | None:
+        nonlocal failed
+        if now < number or (failed and not lasts) or call in HARMLESS:
+            return None
+        failed = True
+        return OSError(code, os.strerror(code))
+
+    return fault

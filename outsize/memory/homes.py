@@ -44,7 +44,6 @@ class Homes:
         self._recovered: dict[str, Committed] = {}
         self._pinned: dict[str, Places] = {}  # by the name of the kept step
         self._uses: Counter[Extent] = Counter()  # how many kept steps need an extent
-        self._retired: list[Places] = []  # of steps that the commit under way lets go
 
     def tier(self, entry: Entry) -> Tier:
         """Where the entry's extents are: its home, or the disk for a durable block that stays near."""
@@ -120,10 +119,9 @@ class Homes:
         """What is at home now becomes the committed state, and with `keep` a kept one of that name; kept steps in `drop`
         are let go. Returns what to call, after all writes so far, to learn where every durable block is.
 
-        What the commit before this one dropped becomes free: that one must be through."""
-        for places in self._retired:
-            self._unpin(places)
-        self._retired = [self._pinned.pop(name) for name in {keep, *drop} if name in self._pinned]
+        What becomes free here may be handed out at once: it is written after the commit is durable, or never."""
+        for name in {keep, *drop}:
+            self._unpin(self._pinned.pop(name or "", {}))
         durable = {name: entry for name, entry in self._entries.items() if entry.durable}
         for entry in durable.values():
             before, entry.committed = entry.committed, entry.extent
