@@ -72,6 +72,20 @@ def test_a_copied_run_rolled_back_repeats_the_same_numbers(run: Path, finished: 
     assert "whole" in outsize("checkpoint", "verify", run)
 
 
+def test_an_evaluation_that_a_kill_cut_off_is_made_up_for(run: Path, folder: Path) -> None:
+    """Step 3 was committed, and killed before the evaluation that follows it."""
+    evaluating = ["--eval-data", folder / "text.txt", "--eval-every", 4]
+    outsize("checkpoint", "rollback", run, 2)
+    outsize("train", "--resume", run, *evaluating)
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    assert "eval_loss" in lines[4] and json.loads(lines[4])["step"] == 3
+    (run / "metrics.jsonl").write_text("\n".join(line for line in lines if line != lines[4]) + "\n")
+    outsize("checkpoint", "rollback", run, 4)
+    outsize("train", "--resume", run)
+    again = (run / "metrics.jsonl").read_text().splitlines()
+    assert again[4] == lines[4] and again[-1] == lines[-1] and len(again) == len(lines)
+
+
 def test_resume_needs_no_data_and_finds_a_model_that_has_moved(run: Path, folder: Path, tmp_path: Path) -> None:
     settings = json.loads((run / "run.json").read_text())
     settings["settings"] |= {"model": str(tmp_path / "gone"), "data": str(tmp_path / "gone.txt")}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -128,6 +127,8 @@ class Run:
         metrics = self.metrics = Metrics(self.metrics_path, first)
         source = batches(data, schedule.batch_size, schedule.seed, first, schedule.accumulate)
         before = Counter(self.job.store.ledger.moved)
+        if first and not metrics.has_evaluation(first - 1):  # killed between that step's commit and its evaluation
+            self._evaluate_if_due(metrics, first - 1, schedule, evaluation)
         for step in range(first, schedule.steps):
             last = step + 1 == schedule.steps
             line = self._step(step, next(source), scheduler, again=not last)
@@ -135,8 +136,7 @@ class Run:
             if not self.job.plan.hold:
                 self._maybe_commit(step + 1)
             self.progress.step(line)
-            if evaluation is not None and schedule.eval_every and ((step + 1) % schedule.eval_every == 0 or last):
-                self._evaluate(metrics, step, in_order(evaluation, schedule.batch_size))
+            self._evaluate_if_due(metrics, step, schedule, evaluation)
             if schedule.sample_prompt and schedule.sample_every and ((step + 1) % schedule.sample_every == 0 or last):
                 self.progress.message(f"sample: {self._sample(schedule)}")
         self.finish()
@@ -179,8 +179,13 @@ class Run:
             update_seconds=spent["update"],
         )
 
-    def _evaluate(self, metrics: Metrics, step: int, source: Iterator[dict[str, torch.Tensor]]) -> None:
-        loss = self.job.evaluate(source)
+    def _evaluate_if_due(
+        self, metrics: Metrics, step: int, schedule: Schedule, evaluation: PackedDataset | None
+    ) -> None:
+        every = schedule.eval_every
+        if evaluation is None or not every or ((step + 1) % every and step + 1 != schedule.steps):
+            return
+        loss = self.job.evaluate(in_order(evaluation, schedule.batch_size))
         metrics.append_evaluation(step, loss)
         self.progress.evaluation(step, loss)
 
