@@ -25,7 +25,8 @@ class Plan:
     their activations. `table_rows` says how many rows of a vocabulary's table make a block; a weight that is not in it
     is one block. `hold`: gradients wait in `gradient_home` until the step's end, and the update is a second pass that
     overlaps the next forward. `recycle_bytes`: the C library keeps freed memory of tensors up to
-    this size. `blocked_loss`: the head and its loss are computed over blocks of the vocabulary."""
+    this size; at `machine.allocator.LARGEST_RECYCLED` also from step to step. `blocked_loss`: the head and its loss are
+    computed over blocks of the vocabulary."""
 
     precision: str
     arena_bytes: int

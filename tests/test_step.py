@@ -63,9 +63,9 @@ def test_traffic_does_not_grow_with_micro_batches(
             most_read["weight"] += 2 * job.store.entries[f"weight:{name}"].block.nbytes
     for name, entry in job.store.entries.items():
         if name.startswith("state:"):
-            most_read += Counter(entry.block.bytes_by_kind())
+            most_read += Counter(entry.block.bytes_by_kind)
         if not name.startswith("gradient:"):
-            most_written += Counter(entry.block.bytes_by_kind())
+            most_written += Counter(entry.block.bytes_by_kind)
     assert moved["disk", "host", "weight"] > 0 and moved["disk", "host", "moment"] > 0
     for (source, _, kind), nbytes in moved.items():
         assert nbytes <= (most_read if source == "disk" else most_written)[kind], kind

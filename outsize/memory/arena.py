@@ -31,13 +31,17 @@ class Arena:
         self.foresight = Foresight(memory.numel(), lambda name: entries[name].block.nbytes, policy)
         self._entries, self._ledger, self._fetch = entries, ledger, fetch
         self._pending: Placement | None = None
+        self._in_the_way: list[Entry] = []  # of the pending placement
 
     def look_ahead(self) -> None:
         """Carry out placements in trace order, as many as the real run has made possible."""
         while True:
             if self._pending is None:
                 self._pending = self.foresight.next_placement()
-            if self._pending is None or not self._make_way(self._pending):
+                if self._pending is None:
+                    return
+                self._in_the_way = self._at(self._pending)
+            if not self._make_way(self._pending):
                 return
             placement, self._pending = self._pending, None
             self._bring(placement)
@@ -47,7 +51,7 @@ class Arena:
         entry.offset, entry.storage = -1, None
         entry.residency = Residency.FAR if entry.written else Residency.EMPTY
         del self.residents[entry.block.name]
-        self._ledger.hold(self.tier, entry.block.bytes_by_kind(), -1)
+        self._ledger.hold(self.tier, entry.block.bytes_by_kind, -1)
 
     def rebuild(self) -> None:
         """The trace did not foretell what happens: start foreseeing from what is really near."""
@@ -65,22 +69,26 @@ class Arena:
         for (_, end, name), (start, _, other) in zip(spans, spans[1:], strict=False):
             assert end <= start, f"{name} and {other} overlap near compute"
 
-    def _make_way(self, placement: Placement) -> bool:
-        """Evict whatever lies where the placement goes, and the block's own older bytes, if they are elsewhere in the
-        arena; False while any of it is still needed."""
+    def _at(self, placement: Placement) -> list[Entry]:
+        """What lies where the placement goes, and the block's own older bytes, if they are elsewhere in the arena.
+
+        Looked up once: until the placement is carried out, blocks leave the arena and none comes."""
         end = placement.offset + placement.nbytes
-        inside = [
+        return [
             entry
-            for entry in self.residents.values()
-            if (entry.offset < end and entry.offset + entry.block.nbytes > placement.offset)
-            or entry.block.name == placement.name
+            for name, entry in self.residents.items()
+            if (entry.offset < end and entry.offset + entry.block.nbytes > placement.offset) or name == placement.name
         ]
-        for entry in inside:
+
+    def _make_way(self, placement: Placement) -> bool:
+        """Evict what is in the way; False while any of it is still needed."""
+        there = [entry for entry in self._in_the_way if entry.offset >= 0]
+        for entry in there:
             wanted = self.foresight.ahead[entry.block.name] - (entry.block.name == placement.name)
-            settled = entry.residency in (Residency.NEAR, Residency.RESERVED)
+            settled = entry.residency is Residency.NEAR or entry.residency is Residency.RESERVED
             if entry.pins or not settled or wanted > 0:
                 return False
-        for entry in inside:
+        for entry in there:
             self.vacate(entry)
         return True
 
@@ -89,7 +97,7 @@ class Arena:
         entry.offset = placement.offset
         entry.storage = self.memory[placement.offset : placement.offset + placement.nbytes]
         self.residents[placement.name] = entry
-        self._ledger.hold(self.tier, entry.block.bytes_by_kind())
+        self._ledger.hold(self.tier, entry.block.bytes_by_kind)
         if placement.fresh:
             entry.residency = Residency.RESERVED
         else:

@@ -175,4 +175,4 @@ class Homes:
             self._checked.forget(extent)
 
     def _count(self, entry: Entry, sign: int) -> None:
-        self._ledger.hold(self.tier(entry).name, entry.block.bytes_by_kind(), sign)
+        self._ledger.hold(self.tier(entry).name, entry.block.bytes_by_kind, sign)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from time import perf_counter
 from typing import Any
 
@@ -37,7 +38,10 @@ class Lease:
         self._store, self._entry = store, entry
         assert entry.storage is not None
         self.bytes = entry.storage
-        self.tensors = entry.block.views(entry.storage)
+
+    @cached_property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return self._entry.block.views(self.bytes)
 
     @property
     def name(self) -> str:
@@ -108,10 +112,10 @@ class Store:
     def _settle_near(self, entry: Entry) -> None:
         """Give a block whose home is near its memory, and the bytes committed for it, if any."""
         entry.storage = self._allocate_near(entry.block.nbytes)
-        self.ledger.hold(self.near, entry.block.bytes_by_kind())
+        self.ledger.hold(self.near, entry.block.bytes_by_kind)
         entry.residency = Residency.STAYING
         if entry.written and entry.extent is not None:
-            self.ledger.move(self.homes.tier(entry).name, self.near, entry.block.bytes_by_kind())
+            self.ledger.move(self.homes.tier(entry).name, self.near, entry.block.bytes_by_kind)
             self.transfers.read(self.homes.moves(entry), entry.extent, 0, entry.storage).wait()
 
     def remove(self, name: str) -> None:
@@ -126,7 +130,7 @@ class Store:
             del self.entries[name]
             self.homes.leave(entry)
             if entry.residency is Residency.STAYING:
-                self.ledger.hold(self.near, entry.block.bytes_by_kind(), -1)
+                self.ledger.hold(self.near, entry.block.bytes_by_kind, -1)
 
     # -- leases ---------------------------------------------------------------------------------------------------
 
@@ -262,7 +266,7 @@ class Store:
         """Begin to fill a block's place near from its home."""
         assert entry.extent is not None and entry.storage is not None
         entry.residency = Residency.COMING
-        self.ledger.move(entry.home.name, self.near, entry.block.bytes_by_kind())
+        self.ledger.move(entry.home.name, self.near, entry.block.bytes_by_kind)
         entry.ticket = self._begin(self.transfers.read, entry, entry.extent)
 
     def _begin(self, move: Callable[..., Ticket], entry: Entry, extent: Extent) -> Ticket:
@@ -275,7 +279,7 @@ class Store:
         if entry.residency is not Residency.STAYING:
             entry.residency = Residency.LEAVING
         entry.written = True
-        self.ledger.move(self.near, self.homes.tier(entry).name, entry.block.bytes_by_kind())
+        self.ledger.move(self.near, self.homes.tier(entry).name, entry.block.bytes_by_kind)
         entry.ticket = self._begin(self.transfers.write, entry, extent)
 
     def _arrived(self, entry: Entry, error: BaseException | None) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from outsize.errors import BudgetError, OptionError
+from outsize.machine.allocator import LARGEST_RECYCLED
 from outsize.memory.tier import PAGE, pages
 from outsize.model.units import Unit
 from outsize.model.vocabulary import Table
@@ -27,6 +28,7 @@ TABLE_ROWS = 2048  # and rows: the logits of 512 tokens against them are 4 MiB
 READ_AHEAD = 8  # chunks of state that may be on their way while one is stepped
 ALLOCATOR = 2.0  # resident over live bytes of torch's CPU allocator under this load; docs/log.md has the measurement
 RECYCLE = 4 << 20  # bytes; tensors up to this size are always kept by the C library for the next one
+HOARD = 256 << 20  # bytes more, when the C library may keep every tensor's memory for the next one; docs/log.md
 FIXED = 232 << 20  # bytes: what glibc's heap hoards beside, thread stacks, kernels' scratch; docs/log.md
 
 
@@ -84,6 +86,8 @@ def plan_training(
     near += _gradient_bytes(sizes) if hold and gradients == "host" else 0
     read, written = _traffic(sizes, near_weights, near_states, rows, blocked, hold, gradients)
     peak = needs.fixed - needs.always + near + arena
+    generous = len(near_weights) == len(sizes) and peak + HOARD + needs.activations <= request.memory_bytes
+    peak += HOARD if generous else 0
     commit_every = request.commit_every or _commit_every(near_states, sizes, always)
     return Plan(
         precision=request.precision,
@@ -99,7 +103,7 @@ def plan_training(
         clip=request.clip,
         moments=request.moments,
         commit_every=commit_every,
-        recycle_bytes=needs.recycle,
+        recycle_bytes=LARGEST_RECYCLED if generous else needs.recycle,
         memory_bytes=request.memory_bytes,
         predicted=Predicted(peak, 0, read, written, disk),
         reasons=_reasons(needs, near, arena, recompute, blocked, hold, gradients, commit_every, units),
