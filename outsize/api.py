@@ -59,7 +59,7 @@ def attach(
     clip: float | None = None,
     sequence_length: int = 512,
     batch_size: int = 1,
-    recompute: str = "auto",
+    activations: str = "auto",
     block_class: str | None = None,
 ) -> Job:
     """Bind `model`, as it is, to a store of at most `memory` with its state under `directory`. `job.model` is `model`:
@@ -67,7 +67,8 @@ def attach(
 
     `optimizer` is a class with `options`, or a rule (name, parameter) -> (class, options). `precision` "fp32" trains the
     numbers a plain loop would; "mixed" computes in bf16 with an fp32 master. `sequence_length` and `batch_size` are the
-    largest a call will see; they size what activations need. Raises BudgetError when it does not fit, OptionError for
+    largest a call will see; they size what activations need. `activations` are kept, recomputed or moved to disk ("keep",
+    "recompute", "move"), or as the planner finds best. Raises BudgetError when it does not fit, OptionError for
     bad options, ModelError when no repeated block is found: then name its class in `block_class`."""
     rule = uniform_rule(optimizer, options or {}) if isinstance(optimizer, type) else optimizer
     find_precision(precision)
@@ -83,7 +84,7 @@ def attach(
         clip=clip,
         hold=True,
         loss="module",
-        recompute=recompute,
+        activations=activations,
     )
     folder = StateFolder(directory).lock()
     baseline = max(process_memory().resident_bytes - in_memory, 0)
@@ -193,7 +194,7 @@ def _request(settings: TrainSettings, memory: int) -> Request:
         settings.moments,
         settings.clip,
         loss=settings.loss,
-        recompute=settings.recompute,
+        activations=settings.activations,
         commit_every=settings.commit_every,
     )
 

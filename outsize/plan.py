@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from outsize.errors import OptionError
+
 
 @dataclass(frozen=True)
 class Predicted:
@@ -16,24 +18,47 @@ class Predicted:
     disk_bytes: int
 
 
+NEAR = "near"  # as the home of activations: they stay where they came into being
+
+
+@dataclass(frozen=True)
+class Activations:
+    """What a unit leaves behind in forward for its backward, and where that waits. Every choice is exact.
+
+    `saved`: `all` that autograd saves; only the unit's `input`, and forward runs again; or the input and the results of
+    matrix `products` and attention, and forward runs again without computing these. `home` is a tier, or `near`."""
+
+    saved: str = "all"
+    home: str = NEAR
+
+    def __post_init__(self) -> None:
+        if self.saved not in ("all", "products", "input"):
+            raise OptionError(f"Activations {self.saved!r} cannot be saved; there are all, products and input.")
+
+
+KEEP, RECOMPUTE, MOVE = Activations(), Activations("input"), Activations("all", "disk")
+
+
 @dataclass(frozen=True)
 class Plan:
     """Where every kind of byte lives, and how each unit runs.
 
     `near_weights` and `near_states` name the weights whose bytes, or whose optimizer state, stay near compute; all others
-    live on disk. `arena_bytes` is the near memory through which those stream. `recompute` names the units that discard
-    their activations. `table_rows` says how many rows of a vocabulary's table make a block; a weight that is not in it
-    is one block. `hold`: gradients wait in `gradient_home` until the step's end, and the update is a second pass that
-    overlaps the next forward. `recycle_bytes`: the C library keeps freed memory of tensors up to
-    this size; at `machine.allocator.LARGEST_RECYCLED` also from step to step. `blocked_loss`: the head and its loss are
-    computed over blocks of the vocabulary."""
+    live on disk. `arena_bytes` is the near memory through which those stream. `activations` says what is done with those
+    of each unit it names, the others keep theirs; of what moves, tensors smaller than `moved_tensor_bytes` stay.
+    `table_rows` says how many rows of a vocabulary's table make a block; a weight that is not in it is one block. `hold`:
+    gradients wait in `gradient_home` until the step's end, and the update is a second pass that overlaps the next
+    forward. `recycle_bytes`: the C library keeps freed memory of tensors up to this size; at
+    `machine.allocator.LARGEST_RECYCLED` also from step to step. `blocked_loss`: the head and its loss are computed over
+    blocks of the vocabulary."""
 
     precision: str
     arena_bytes: int
     near_weights: frozenset[str] = frozenset()
     near_states: frozenset[str] = frozenset()
     gradient_home: str = "disk"
-    recompute: frozenset[str] = frozenset()
+    activations: tuple[tuple[str, Activations], ...] = ()
+    moved_tensor_bytes: int = 256 << 10
     table_rows: tuple[tuple[str, int], ...] = ()
     blocked_loss: bool = False
     accumulate: int = 1
@@ -67,5 +92,5 @@ class Request:
     clip: float | None = None
     hold: bool = False
     loss: str = "auto"
-    recompute: str = "auto"
+    activations: str = "auto"
     commit_every: int | None = None

@@ -58,7 +58,9 @@ def train(
     loss: Annotated[
         str, typer.Option(help="auto, blocked (over blocks of the vocabulary) or module (its own).")
     ] = "auto",
-    recompute: Annotated[str, typer.Option(help="auto, all or none: activations recomputed in backward.")] = "auto",
+    activations: Annotated[
+        str, typer.Option(help="keep, recompute or move (to disk) what forward leaves for backward; or auto.")
+    ] = "auto",
     commit_every: Annotated[
         int | None, typer.Option(min=1, help="Steps between commits. State on disk is committed every step for free.")
     ] = None,
@@ -104,7 +106,7 @@ def train(
         "warmup_steps": warmup_steps,
         "clip": clip,
         "loss": loss,
-        "recompute": recompute,
+        "activations": activations,
         "commit_every": commit_every,
         "keep_last": keep_last,
         "keep_every": keep_every,

@@ -12,7 +12,7 @@ from outsize.machine.allocator import LARGEST_RECYCLED
 from outsize.memory.tier import PAGE, pages
 from outsize.model.units import Unit
 from outsize.model.vocabulary import Table
-from outsize.plan import Plan, Predicted, Request
+from outsize.plan import KEEP, MOVE, NEAR, RECOMPUTE, Activations, Plan, Predicted, Request
 from outsize.planner.demand import Demand, measure_demand
 from outsize.planner.sizes_of import WeightSize, sizes_of
 from outsize.sizes import format_size
@@ -44,6 +44,10 @@ class Needs:
     good_arena: int
     always: int
     recycle: int
+    moved: int
+    """Of activations to disk and back, a step."""
+    moving: int
+    """Near memory for activations on their way; part of the arena."""
 
     @property
     def fixed(self) -> int:
@@ -71,12 +75,12 @@ def plan_training(
     sizes = sizes_of(model, rule, request.precision, request.moments, rows)
     always = _always(units, sizes, rows)
     hold = request.hold or request.clip is not None
-    recompute, needs = _recompute_choice(model, units, request, sizes, rows, always, blocked, hold, baseline_bytes)
+    activations, needs = _activations_choice(model, units, request, sizes, rows, always, blocked, hold, baseline_bytes)
     if needs.least > request.memory_bytes:
         raise BudgetError(_too_small(request, needs))
     near_weights, near_states, arena, gradients = _place(request, needs, sizes, always, hold)
     disk = sum(2 * (size.bytes + size.state_bytes) for size in sizes.values())
-    disk += 0 if gradients == "host" else _gradient_bytes(sizes)
+    disk += needs.moved + (0 if gradients == "host" else _gradient_bytes(sizes))
     if disk > disk_free_bytes:
         raise BudgetError(
             f"The state needs {format_size(disk)} of disk (two extents of every block, so that no step overwrites the "
@@ -95,7 +99,7 @@ def plan_training(
         near_weights=frozenset(near_weights),
         near_states=frozenset(near_states),
         gradient_home=gradients,
-        recompute=frozenset(unit.name for unit in units if unit.repeated) if recompute else frozenset(),
+        activations=tuple((unit.name, activations) for unit in units if unit.repeated),
         table_rows=tuple(rows.items()),
         blocked_loss=blocked,
         accumulate=request.accumulate,
@@ -105,8 +109,8 @@ def plan_training(
         commit_every=commit_every,
         recycle_bytes=LARGEST_RECYCLED if generous else needs.recycle,
         memory_bytes=request.memory_bytes,
-        predicted=Predicted(peak, 0, read, written, disk),
-        reasons=_reasons(needs, near, arena, recompute, blocked, hold, gradients, commit_every, units),
+        predicted=Predicted(peak, 0, read + needs.moved, written + needs.moved, disk),
+        reasons=_reasons(needs, near, arena, activations, blocked, hold, gradients, commit_every, units),
     )
 
 
@@ -147,7 +151,7 @@ def _always(units: list[Unit], sizes: dict[str, WeightSize], rows: dict[str, int
     return small | always_near(units)
 
 
-def _recompute_choice(
+def _activations_choice(
     model: nn.Module,
     units: list[Unit],
     request: Request,
@@ -157,29 +161,30 @@ def _recompute_choice(
     blocked: bool,
     hold: bool,
     baseline: int,
-) -> tuple[bool, Needs]:
+) -> tuple[Activations, Needs]:
     """Keep activations only when everything fits beside them: recomputing costs a third more compute, no memory."""
-    if request.recompute not in ("auto", "all", "none"):
-        raise OptionError(f"recompute {request.recompute!r} is unknown; there are auto, all and none.")
+    choices = {"keep": KEEP, "recompute": RECOMPUTE, "move": MOVE}
+    if request.activations not in ("auto", *choices):
+        raise OptionError(f"activations {request.activations!r} is unknown; there are auto, {', '.join(choices)}.")
 
-    def needs(recompute: bool) -> Needs:
-        demand = _demand(model, request, rows, blocked, recompute)
+    def needs(activations: Activations) -> Needs:
+        demand = _demand(model, request, rows, blocked, activations)
         return _needs(units, request, sizes, rows, always, hold, baseline, demand, blocked)
 
-    if request.recompute != "none":
-        recomputing = needs(True)
-        if request.recompute == "all":
-            return True, recomputing
-        everything = sum(size.bytes + size.state_bytes for size in sizes.values())
-        if recomputing.fixed + everything > request.memory_bytes:
-            return True, recomputing
-        keeping = needs(False)
-        fits = keeping.fixed + everything + (_gradient_bytes(sizes) if hold else 0) <= request.memory_bytes
-        return (False, keeping) if fits else (True, recomputing)
-    return False, needs(False)
+    if request.activations != "auto":
+        return choices[request.activations], needs(choices[request.activations])
+    recomputing = needs(RECOMPUTE)
+    everything = sum(size.bytes + size.state_bytes for size in sizes.values())
+    if recomputing.fixed + everything > request.memory_bytes:
+        return RECOMPUTE, recomputing
+    keeping = needs(KEEP)
+    fits = keeping.fixed + everything + (_gradient_bytes(sizes) if hold else 0) <= request.memory_bytes
+    return (KEEP, keeping) if fits else (RECOMPUTE, recomputing)
 
 
-def _demand(model: nn.Module, request: Request, rows: dict[str, int], blocked: bool, recompute: bool) -> Demand:
+def _demand(
+    model: nn.Module, request: Request, rows: dict[str, int], blocked: bool, activations: Activations
+) -> Demand:
     shape = (request.batch_size, request.sequence_length)
     trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
 
@@ -191,7 +196,7 @@ def _demand(model: nn.Module, request: Request, rows: dict[str, int], blocked: b
             return base_model(fake)(input_ids=ids, use_cache=False).last_hidden_state
         return fake(input_ids=ids, labels=ids).loss
 
-    return measure_demand(model, find_precision(request.precision).compute, run, recompute)
+    return measure_demand(model, find_precision(request.precision).compute, run, activations)
 
 
 def _needs(
@@ -224,11 +229,15 @@ def _needs(
     )
     pinned = [_pinned(unit, sizes, rows, always, lanes, hold) for unit in units]
     pinned += [sizes[name].largest_block + sizes[name].largest_gradient for name in rows]
-    least = pages(int(1.1 * (max(pinned, default=0) + 2 * largest_chunk)))
+    # What is leased is let go in another order than it was leased, so that free room is in pieces.
+    moving = pages(2 * demand.leased)
+    least = pages(int(1.1 * (max(pinned, default=0) + 2 * largest_chunk))) + moving
     largest_unit = max((_unit_bytes(unit, sizes, rows, always) for unit in units), default=0)
     good = pages(least + int(1.2 * largest_unit) + READ_AHEAD * largest_chunk)
     always_bytes = sum(sizes[name].bytes + sizes[name].state_bytes for name in always)
-    return Needs(baseline, activations, loss, scratch, least, good, always_bytes, max(RECYCLE, demand.largest + PAGE))
+    recycle = max(RECYCLE, demand.largest + PAGE)
+    moved = lanes * demand.moved
+    return Needs(baseline, activations, loss, scratch, least, good, always_bytes, recycle, moved, moving)
 
 
 def _chunked(size: WeightSize) -> bool:
@@ -261,8 +270,8 @@ def _place(
     room = request.memory_bytes - needs.fixed
     everything = sum(size.bytes + size.state_bytes for name, size in sizes.items() if name not in always)
     gradients = _gradient_bytes(sizes) if hold or request.accumulate > 1 else 0
-    if everything + gradients <= room:
-        return set(sizes), set(sizes), pages(1), "host"
+    if everything + gradients + needs.moving <= room:
+        return set(sizes), set(sizes), pages(1) + needs.moving, "host"
     arena = min(needs.good_arena, room)
     room -= arena
     weights, states = set(always), set(always)
@@ -331,7 +340,7 @@ def _reasons(
     needs: Needs,
     near: int,
     arena: int,
-    recompute: bool,
+    choice: Activations,
     blocked: bool,
     hold: bool,
     gradients: str,
@@ -343,9 +352,14 @@ def _reasons(
         f"near: {format_size(near)} of weights and optimizer state stay in memory",
         f"arena: {format_size(arena)} for what streams; {format_size(needs.least_arena)} is the least, "
         f"{format_size(needs.good_arena)} lets reads run well ahead",
-        f"activations: {format_size(needs.activations)}, "
-        + ("recomputed layer by layer" if recompute else "all kept, as everything fits beside them"),
+        f"activations: {format_size(needs.activations)}, {_say(choice, needs)}",
         "loss: over blocks of the vocabulary (rounding)" if blocked else "loss: the module's own",
         f"update: second pass, gradients wait in {gradients}" if hold else "update: in backward, no gradient waits",
         f"commit: every {commit_every} steps",
     )
+
+
+def _say(choice: Activations, needs: Needs) -> str:
+    if choice.home != NEAR:
+        return f"and {format_size(needs.moved)} a step that wait on disk"
+    return "all kept" if choice == KEEP else "recomputed layer by layer"

@@ -12,7 +12,7 @@ from outsize.train.state import replace_file
 
 VERSION = 1  # of run.json
 FREE = {
-    "memory", "out", "recompute", "commit_every", "keep_last", "keep_every", "eval_data", "eval_every", "sample_prompt",
+    "memory", "out", "activations", "commit_every", "keep_last", "keep_every", "eval_data", "eval_every", "sample_prompt",
     "sample_every", "json",
 }  # fmt: skip
 """What may differ when a run is continued; all else must stay as it was."""
@@ -41,7 +41,7 @@ class TrainSettings:
     warmup_steps: int = 0
     clip: float | None = None
     loss: str = "auto"
-    recompute: str = "auto"
+    activations: str = "auto"
     commit_every: int | None = None
     keep_last: int = 0
     keep_every: int = 0
