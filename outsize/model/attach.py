@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from outsize.errors import ModelError, OptionError
+from outsize.machine.allocator import give_back
 from outsize.memory.store import Lease, Store
 from outsize.model.activations import Mover, Parcel, run_unit, without_graph
 from outsize.model.lanes import Lanes
@@ -30,6 +31,7 @@ STATE_IS_ELSEWHERE = (
     "{} is attached to Outsize: its weights are in the store, and what the module holds between uses is empty. Call "
     "job.detach() for an ordinary module, or outsize.train.run.export(job, folder) to write the weights to files."
 )
+HOARD = 128 << 20  # bytes that the C library may hold unused when a unit is entered
 BeforeUse = Callable[[Weight, Lease], None]
 
 
@@ -199,6 +201,7 @@ class Attachment:
             self._enter(attached)
 
     def _enter(self, attached: AttachedUnit) -> None:
+        give_back(beyond=HOARD)
         attached.entered, attached.left_by = True, 0
         for weight in attached.weights:
             lease = attached.leases[weight.name] = self.store.lease(weight.blocks[0].name)
