@@ -48,8 +48,8 @@ class Plan:
     of each unit it names, the others keep theirs; of what moves, tensors smaller than `moved_tensor_bytes` stay.
     `table_rows` says how many rows of a vocabulary's table make a block; a weight that is not in it is one block. `hold`:
     gradients wait in `gradient_home` until the step's end, and the update is a second pass that overlaps the next
-    forward. `recycle_bytes`: the C library keeps freed memory of tensors up to this size; at
-    `machine.allocator.LARGEST_RECYCLED` also from step to step. `blocked_loss`: the head and its loss are computed over
+    forward. `recycle_bytes`: the C library keeps freed memory of tensors up to this size, until the
+    process holds more than `predicted`. `blocked_loss`: the head and its loss are computed over
     blocks of the vocabulary."""
 
     precision: str

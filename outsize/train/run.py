@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from outsize.errors import RunError
-from outsize.machine.allocator import LARGEST_RECYCLED, give_back, recycle_up_to
+from outsize.machine.allocator import recycle_up_to
 from outsize.machine.describe import process_memory
 from outsize.memory.homes import Committed
 from outsize.memory.ledger import Ledger
@@ -159,8 +159,6 @@ class Run:
         recycle_up_to(job.plan.recycle_bytes if self._warm else 0)
         self._warm = True
         result = job.train_step(micro_batches, again)
-        if job.plan.recycle_bytes < LARGEST_RECYCLED:
-            give_back()
         seconds, after = perf_counter() - started, _counts(job)
         scheduler.step()
         spent = {name: after[name] - before[name] for name in after}

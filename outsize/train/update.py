@@ -151,15 +151,9 @@ class Updater:
         out = torch.empty(weight.numel(), dtype=torch.float32, device=weight.device)
         for chunk in self.chunks[block.name]:
             span = slice(chunk.start, chunk.stop)
-            if not self._written(chunk):
-                out[span] = weight[span].float()
-                continue
             with self.store.lease(chunk.state) as lease:
                 join_master(weight[span], lease.tensors["low"], out[span], self._buffer("spare", out[span]))
         return out
-
-    def _written(self, chunk: Chunk) -> bool:
-        return self.store.has_bytes(chunk.state)
 
     # -- stepping ---------------------------------------------------------------------------------------------------
 
@@ -210,11 +204,8 @@ class Updater:
             self._call(chunk, master, self._gradient(gradient, scale), {}, groups, method)
             self._keep(chunk, master, weight, None)
             return
-        written = self._written(chunk)
-        with self.store.lease(chunk.state, fresh=not written) as lease:
+        with self.store.lease(chunk.state) as lease:
             lease.change()
-            if not written:
-                lease.bytes.zero_()
             master = self._master(chunk, weight, lease.tensors.get("low"))
             state = {name[6:]: tensor for name, tensor in lease.tensors.items() if name.startswith("state.")}
             self._call(chunk, master, self._gradient(gradient, scale), state, groups, method)
