@@ -25,7 +25,7 @@ from outsize.train.update import CHUNK
 SMALL = 1 << 16  # elements; so small a weight stays near with its state: reading it costs more than holding it
 TABLE_BLOCK = 4 << 20  # elements of a vocabulary's table in one block, at most
 TABLE_ROWS = 2048  # and rows: the logits of 512 tokens against them are 4 MiB
-READ_AHEAD = 8  # chunks of state that may be on their way while one is stepped
+READ_AHEAD = 2  # chunks of state that may be on their way while one is stepped
 ALLOCATOR = 2.0  # resident over live bytes of torch's CPU allocator under this load; docs/log.md has the measurement
 RECYCLE = 4 << 20  # bytes; tensors up to this size are always kept by the C library for the next one
 HOARD = 256 << 20  # bytes more, when the C library may keep every tensor's memory for the next one; docs/log.md
