@@ -9,6 +9,8 @@ from typing import Annotated
 import typer
 
 from outsize.commands import checkpoint
+from outsize.commands.checkpoint_diff import diff
+from outsize.commands.checkpoint_export import export
 from outsize.commands.generate import generate
 from outsize.commands.probe import probe
 from outsize.commands.train import train
@@ -33,6 +35,8 @@ def common(debug: Debug = False) -> None:
 app.command()(train)
 app.command()(generate)
 app.command()(probe)
+checkpoint.app.command()(export)
+checkpoint.app.command()(diff)
 app.add_typer(checkpoint.app)
 
 

@@ -17,7 +17,7 @@ FREE = {
 }  # fmt: skip
 """What may differ when a run is continued; all else must stay as it was."""
 PATHS = ("data", "eval_data", "out")
-BEGUN = {"train.npy", "eval.npy", "state"}  # what a run that never reached its first commit may leave
+BEGUN = {"train.npy", "eval.npy", "state", "companions"}  # what a run that never reached its first commit may leave
 
 
 @dataclass(frozen=True)
