@@ -30,7 +30,9 @@ from outsize.sizes import format_size, parse_size
 from outsize.train.checkpoint import open_checkpoint
 from outsize.train.data import PackedDataset, prepare
 from outsize.train.export import Exported, export_checkpoint
+from outsize.train.import_state import bring_optimizer, check_optimizer
 from outsize.train.job import Job, bind, users_of
+from outsize.train.optimizer_file import read_optimizer
 from outsize.train.optimizers import OptimizerRule, uniform_rule
 from outsize.train.precision import find_precision
 from outsize.train.progress import Progress, plan_table
@@ -125,9 +127,12 @@ def _train(
     evaluation = None
     if settings.eval_data is not None:
         evaluation = _prepared(settings.eval_data, tokenizer, settings, "eval", progress, continuing)
+    begin = None if continuing or settings.optimizer_state is None else read_optimizer(settings.optimizer_state)
     model = source.build(find_precision(settings.precision).compute).train()
     for parameter in model.parameters():
         parameter.requires_grad_(True)
+    if begin is not None:
+        check_optimizer(begin, model, rule)
     units = find_units(model, settings.block_class)
     request = _request(settings, memory)
     disk = describe(settings.out).disk_free_bytes + (state.blocks.stat().st_size if state.blocks.exists() else 0)
@@ -136,6 +141,8 @@ def _train(
     store = open_store(plan, state)
     progress.message("bringing the weights into the store")
     job = bind(model, units, plan, rule, store, source.read, CPU)
+    if begin is not None and state.read() is None:
+        bring_optimizer(job.updater, job.weights, begin)
     give_back()
     if plan.blocked_loss and not continuing:
         _check_loss(job, data)

@@ -11,6 +11,7 @@ import typer
 from outsize.commands import checkpoint
 from outsize.commands.checkpoint_diff import diff
 from outsize.commands.checkpoint_export import export
+from outsize.commands.checkpoint_import import import_checkpoint
 from outsize.commands.generate import generate
 from outsize.commands.probe import probe
 from outsize.commands.train import train
@@ -36,6 +37,7 @@ app.command()(train)
 app.command()(generate)
 app.command()(probe)
 checkpoint.app.command()(export)
+checkpoint.app.command("import")(import_checkpoint)
 checkpoint.app.command()(diff)
 app.add_typer(checkpoint.app)
 

@@ -13,7 +13,7 @@ from torch import nn
 from outsize.model.units import find_units
 from outsize.plan import Plan
 from outsize.train.checkpoint import Checkpoint, open_checkpoint
-from outsize.train.import_state import bring_optimizer
+from outsize.train.import_state import bring_optimizer, check_optimizer
 from outsize.train.job import Job, bind
 from outsize.train.optimizer_file import OptimizerState
 from outsize.train.optimizers import OptimizerRule
@@ -38,6 +38,7 @@ class Trained:
         store = open_store(plan, self.folder)
         self.job: Job = bind(model, find_units(model), plan, rule, store, read, torch.device("cpu"))
         if begin is not None:
+            check_optimizer(begin, model, rule)
             bring_optimizer(self.job.updater, self.job.weights, begin)
         self.run = Run(self.job, self.folder, directory / "metrics.jsonl", None)  # pyright: ignore[reportArgumentType]
         self.run.recover()

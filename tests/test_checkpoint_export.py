@@ -22,6 +22,7 @@ import outsize
 from outsize.errors import DamageError, ModelError, OptionError, RunError, StorageError
 from outsize.model.companions import keep_companions
 from outsize.model.load import open_model
+from outsize.plan import KEEP
 from outsize.train.export import export_checkpoint
 from outsize.train.optimizer_file import Group, class_path, read_optimizer
 from outsize.train.state import StateFolder
@@ -122,7 +123,7 @@ def test_the_recipe_in_the_docs_needs_no_outsize(tmp_path: Path) -> None:
 
 PLACEMENTS = [
     Setting("mixed", "disk"),
-    Setting("mixed", "near", recompute=False),
+    Setting("mixed", "near", activations=KEEP),
     Setting("mixed", "mixed", arena=1 << 22),
 ]
 
@@ -274,7 +275,7 @@ def test_killed_at_any_moment_it_leaves_all_or_nothing(tmp_path: Path) -> None:
     whole = contents(export(tmp_path / "state", tmp_path / "whole", masters=True, groups=[]))
     done = subprocess.run(
         [sys.executable, "-c", KILLED, str(tmp_path), "0"],
-        cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=120,
+        cwd=Path(__file__).parent.parent, capture_output=True, text=True,
     )  # fmt: skip
     lines = done.stdout.split("\n")[:-1]
     assert lines.count(f"{-signal.SIGKILL} False") > 3, done.stdout + done.stderr

@@ -85,7 +85,7 @@ def _print_table(
     steps: tuple[int, int], settings: dict[str, tuple[Any, Any]], found: list[Difference], compared: int, limit: int
 ) -> None:
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     console = Console()
     for name, (one, other) in settings.items():
@@ -94,7 +94,7 @@ def _print_table(
     console.print(f"step {steps[0]} and step {steps[1]}: {differing} of {compared} parameters differ", highlight=False)
     if not found:
         return
-    table = Table("tensor", "", "difference", "of its norm", "largest element", box=None)
+    table = Table(Column("tensor", overflow="fold"), "", "difference", "of its norm", "largest element", box=None)
     for each in found[:limit]:
         what = each.note or f"{each.distance:.4g}"
         numbers = ("", "") if each.note else (f"{each.relative:.3g}", f"{each.largest:.3g}")

@@ -78,7 +78,7 @@ def _zstandard() -> Any:
     try:
         import zstandard
     except ModuleNotFoundError as problem:
-        raise ModelError("Packed files need the package zstandard: pip install zstandard") from problem
+        raise ModelError("Packed files need the package zstandard: pip install 'outsize[pack]'") from problem
     return zstandard
 
 

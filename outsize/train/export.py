@@ -12,9 +12,9 @@ import torch
 
 from outsize.errors import StorageError
 from outsize.model.companions import copy_companions, kept_buffers
-from outsize.model.export import Read, Specs, write_safetensors
+from outsize.model.export import Read, Specs
 from outsize.model.new_folder import new_folder
-from outsize.model.packed_file import packed_name, write_packed
+from outsize.model.tensor_files import largest_share, write_tensors
 from outsize.sizes import format_size
 from outsize.train.checkpoint import Checkpoint, Remembered
 from outsize.train.optimizer_file import STEM, Group, tensor_name, write_facts
@@ -67,29 +67,14 @@ def export_checkpoint(
         _check_space(target, _nbytes(weights) + _nbytes(states))
     with new_folder(target) as folder:
         if companions is not None:
-            copy_companions(companions, folder, _largest_share(weights))
-        _write(folder, "model", weights, read, compress)
+            copy_companions(companions, folder, largest_share(weights))
+        write_tensors(folder, "model", weights, read, compress)
         if groups is not None:
-            _write(folder, STEM, states, _state_reader(checkpoint), compress)
+            write_tensors(folder, STEM, states, _state_reader(checkpoint), compress)
             write_facts(folder, checkpoint.step, groups, _facts(checkpoint.optimizer))
         written = sum(path.stat().st_size for path in folder.iterdir())
-    dtype = str(_largest_share(weights))[6:]
+    dtype = str(largest_share(weights))[6:]
     return Exported(target, checkpoint.step, dtype, _nbytes(weights), _nbytes(states), written)
-
-
-def _write(folder: Path, stem: str, specs: Specs, read: Read, compress: bool) -> None:
-    if compress:
-        write_packed(folder / packed_name(stem), specs, read)
-    else:
-        write_safetensors(folder, specs, read, stem=stem)
-
-
-# -- weights ------------------------------------------------------------------------------------------------------------
-
-
-def _largest_share(weights: Specs) -> torch.dtype:
-    dtypes = {dtype for _, dtype in weights.values()}
-    return max(dtypes, key=lambda one: sum(prod(shape) for shape, dtype in weights.values() if dtype == one))
 
 
 # -- the optimizer's state ------------------------------------------------------------------------------------------------

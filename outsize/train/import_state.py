@@ -7,41 +7,57 @@ from math import prod
 from typing import Any
 
 import torch
+from torch import nn
 
 from outsize.errors import ModelError, OptionError
 from outsize.model.conversion import FileTensor
 from outsize.model.weights import RowBlock, Weight
 from outsize.train.optimizer_file import OptimizerState, ParameterState, class_path
-from outsize.train.optimizers import take_step
-from outsize.train.update import Chunk, Updater
+from outsize.train.optimizers import OptimizerRule, take_step
+from outsize.train.update import Chunk, Kind, Updater, find_kind
 
 
-def bring_optimizer(updater: Updater, weights: Mapping[str, Weight], stored: OptimizerState) -> None:
-    """Fill the state of every parameter that `stored` knows, as if the updater had taken its steps. Memory: a chunk.
-
-    Raises ModelError when it is of another model, OptionError when of another optimizer class or other options."""
+def check_optimizer(stored: OptimizerState, model: nn.Module, rule: OptimizerRule) -> None:
+    """Before any work, as it needs shapes only. Raises ModelError when the state is of another model, OptionError when of
+    another optimizer class or other options."""
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    kinds: list[Kind] = []
     for name, state in stored.parameters.items():
-        weight = weights.get(name)
-        if weight is None or weight.blocks[0].name not in updater.chunks:
+        if name not in trained:
             raise ModelError(f"The optimizer's state is of another model: {name} is not trained here.")
-        for block in weight.blocks:
-            for chunk in updater.chunks[block.name]:
-                _check(name, stored.class_of(name), state, chunk)
-                _fill(updater, weight, block, chunk, state)
+        kind = find_kind(kinds, *rule(name, trained[name]))
+        _check(name, stored.class_of(name), state, kind, tuple(trained[name].shape))
 
 
-def _check(name: str, cls: str | None, state: ParameterState, chunk: Chunk) -> None:
-    own = class_path(chunk.kind.cls)
+def _check(name: str, cls: str | None, state: ParameterState, kind: Kind, shape: tuple[int, ...]) -> None:
+    own, layout = class_path(kind.cls), kind.layout(shape)
     if cls not in (None, own):
         raise OptionError(f"The state of {name} was written by {cls}; this run steps it with {own}. Give --optimizer.")
-    wanted = {key for key, _, _ in chunk.layout.tensors} | set(chunk.layout.scalars)
+    wanted = {key for key, _, _ in layout.tensors} | set(layout.scalars)
     found = set(state.tensors) | set(state.numbers)
-    evolving = chunk.kind.evolving(chunk.layout)
+    evolving = kind.evolving(layout)
     if wanted != found or not evolving <= set(state.group):
         raise OptionError(
             f"{own} keeps {_listed(wanted | evolving)} for {name}, and the files have "
             f"{_listed(found | set(state.group))}: they are of another optimizer, or one with other options."
         )
+    for key, expected, _ in layout.tensors:
+        if tuple(state.tensors[key].shape) != tuple(expected):
+            raise ModelError(_misfit(state.tensors[key], key, name, shape))
+
+
+def _misfit(source: FileTensor, key: str, name: str, shape: tuple[int, ...]) -> str:
+    return f"{source.path}: {key} of {name} has shape {list(source.shape)}, for a weight {list(shape)}."
+
+
+def bring_optimizer(updater: Updater, weights: Mapping[str, Weight], stored: OptimizerState) -> None:
+    """Fill the state of every parameter that `stored` knows, as if the updater had taken its steps. Memory: a chunk.
+
+    `stored` has passed `check_optimizer`. Raises ModelError when files are damaged."""
+    for name, state in stored.parameters.items():
+        for block in weights[name].blocks:
+            for chunk in updater.chunks[block.name]:
+                _fill(updater, weights[name], block, chunk, state)
 
 
 def _listed(keys: set[str]) -> str:
@@ -73,9 +89,7 @@ def _part(weight: Weight, block: RowBlock, chunk: Chunk, key: str, source: FileT
     if weight.whole and tuple(source.shape) == tuple(shape) and chunk.shape == weight.shape:
         return source.read()
     if tuple(source.shape) != weight.shape or prod(shape) != chunk.stop - chunk.start:
-        raise ModelError(
-            f"{source.path}: {key} of {weight.name} has shape {list(source.shape)}, for a weight {list(weight.shape)}."
-        )
+        raise ModelError(_misfit(source, key, weight.name, weight.shape))
     return _elements(source, weight, block, chunk).view(shape)
 
 
