@@ -28,7 +28,7 @@ def export(
     ] = False,
     json_lines: Json = False,
 ) -> None:
-    """Write a step as safetensors that transformers loads. Needs no GPU, no model and no more than some 400 MiB.
+    """Write a step as safetensors that transformers loads. Needs no GPU, no model and some 500 MiB.
 
     Example: outsize checkpoint export runs/first --to first-model --optimizer
     """

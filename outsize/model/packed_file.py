@@ -1,4 +1,4 @@
-"""Files of losslessly packed tensors: written in one pass, read row by row. docs/formats.md specifies them.
+"""Files of losslessly packed tensors: written in one pass, read row by row. docs/packing.md specifies them.
 
 A tensor is cut into chunks of a MiB, a chunk into groups of bytes (byte_groups.py); an index at the end of the file says
 how long each is, with a checksum. So any rows can be read by decoding the chunks they lie in."""
@@ -119,7 +119,9 @@ class PackedTensor:
         except EOFError as problem:
             raise ModelError(f"{self.path}: the file ends inside tensor {self.name}: {problem}") from None
         if _checksum(stored) != checksum:
-            raise ModelError(f"{self.path}: tensor {self.name} is damaged in chunk {number}; fetch or export it again")
+            raise ModelError(
+                f"{self.path}: tensor {self.name} is damaged in chunk {number}; restore it from another copy"
+            )
         ends = list(accumulate(sizes, initial=0))
         groups = [stored[a:b] for a, b in zip(ends, ends[1:], strict=False)]
         count = min(self.chunk, self.nbytes - number * self.chunk) // word_size(self.dtype)
@@ -143,7 +145,7 @@ def read_packed(path: Path) -> dict[str, PackedTensor]:
         raise ModelError(damaged)
     index = _bytes(path, size - _TAIL - length, length)
     if xxhash.xxh3_64_digest(index) != tail[8:16]:
-        raise ModelError(f"{path}: its index is damaged; fetch or export it again")
+        raise ModelError(f"{path}: its index is damaged; restore it from another copy")
     said = json.loads(index)
     if said["version"] != VERSION:
         raise ModelError(f"{path} has format version {said['version']}; this Outsize reads version {VERSION}.")
@@ -160,7 +162,7 @@ def _tensor(path: Path, name: str, chunk: int, entry: dict[str, Any], end: int) 
     tensor = PackedTensor(path, name, shape, dtype, entry["offset"], chunk, entry["chunks"])
     groups = {len(sizes) for _, *sizes in tensor.chunks}
     if len(tensor.chunks) != -(-tensor.nbytes // chunk) or groups - {word_size(dtype)} or tensor.end > end:
-        raise ModelError(f"{path}: the index contradicts itself at tensor {name}; fetch or export it again")
+        raise ModelError(f"{path}: the index contradicts itself at tensor {name}; restore it from another copy")
     return tensor
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -23,7 +23,8 @@ from outsize.memory.codec import join_master
 from outsize.memory.disk import DiskTier
 from outsize.train.logical import Place, chunk_place, weight_place
 from outsize.train.manifest import Manifest
-from outsize.train.state import StateFolder, kept_step
+from outsize.train.packed_step import PackedStep
+from outsize.train.state import Held, StateFolder, kept_step
 
 LOW, STATE = "low", "state."
 
@@ -70,19 +71,45 @@ class Remembered:
     group: dict[str, Any]
 
 
-class Checkpoint:
-    """The logical entries of one step. Memory of a read: what it returns, and as much again for a master.
+class Bytes(Protocol):
+    """Where a step's blocks come from."""
 
-    Raises RunError when the state cannot be seen as such entries, DamageError when bytes are not those committed."""
+    def holds(self, block: Block) -> bool:
+        """Whether the block had been written at that step."""
+        ...
+
+    def read(self, block: Block, offset: int, out: torch.Tensor) -> None:
+        """Fill `out` (1-D uint8) with the block's bytes from `offset` on. Raises DamageError."""
+        ...
+
+
+class Extents:
+    """Blocks in the extents that a manifest names, compared with its checksums."""
 
     def __init__(self, manifest: Manifest, disk: DiskTier) -> None:
-        self.step, self._places = manifest.step, manifest.places
-        self._disk = CheckedExtents(disk)
+        self._places, self._disk = manifest.places, CheckedExtents(disk)
         for block in manifest.layout.blocks:
             place = manifest.places[block.name]
             if place.extent is not None:
                 disk.claim(place.extent)
                 self._disk.expect(place.extent, place.sums, block)
+
+    def holds(self, block: Block) -> bool:
+        return self._places[block.name].extent is not None
+
+    def read(self, block: Block, offset: int, out: torch.Tensor) -> None:
+        extent = self._places[block.name].extent
+        assert extent is not None
+        self._disk.read(extent, offset, out)
+
+
+class Checkpoint:
+    """The logical entries of one step. Memory of a read: what it returns, and as much again for a master.
+
+    Raises RunError when the state cannot be seen as such entries, DamageError when bytes are not those committed."""
+
+    def __init__(self, manifest: Manifest, bytes_of: Bytes) -> None:
+        self.step, self._bytes_of = manifest.step, bytes_of
         self.weights: dict[str, Entry] = {}
         self._states: dict[str, dict[str, list[tuple[Place, Block, Part]]]] = defaultdict(lambda: defaultdict(list))
         for block in manifest.layout.blocks:
@@ -192,11 +219,10 @@ class Checkpoint:
         return out
 
     def _read_piece(self, piece: Piece, skip: int, out: torch.Tensor) -> None:
-        extent = self._places[piece.block.name].extent
-        if extent is None:  # low bits and state that nothing was ever written to are 0
+        if not self._bytes_of.holds(piece.block):  # low bits and state that nothing was ever written to are 0
             out.zero_()
             return
-        self._disk.read(extent, piece.part.offset + skip * out.element_size(), out.view(torch.uint8))
+        self._bytes_of.read(piece.block, piece.part.offset + skip * out.element_size(), out.view(torch.uint8))
 
 
 def revive(value: Any) -> Any:
@@ -213,29 +239,43 @@ def open_checkpoint(folder: StateFolder, step: int | None = None) -> Iterator[Ch
 
     Raises RunError when there is no such step or it cannot be read now."""
     with _nobody_writing(folder) as free, DiskTier(folder.blocks, 1 << 62, writable=False) as disk:
-        kept = {kept_step(name): name for name in folder.kept_names()}
-        committed = folder.read()
-        if committed is not None and step in (None, committed.step):
-            if not free and committed.step not in kept:
-                raise RunError(
-                    f"{folder.directory} is being written by another process, and its committed step changes with it. "
-                    f"Kept steps can be read: {_listed(kept)}. `outsize checkpoint keep` keeps the next one."
-                )
-            manifest, name = committed if free else folder.read_kept(kept[committed.step]), kept.get(committed.step)
-        elif step in kept:
-            manifest, name = folder.read_kept(kept[step]), kept[step]
-        else:
-            raise RunError(
-                f"{folder.directory} has no committed step yet."
-                if step is None
-                else f"Step {step} is not kept in {folder.directory}. Kept steps: {_listed(kept)}."
-            )
+        held = _find(folder, step, free)
+        if isinstance(held, int):
+            packed = PackedStep(folder, held)
+            yield Checkpoint(packed.manifest, packed)
+            return
+        manifest = folder.read() if held is None else folder.read_kept(held)
+        assert manifest is not None
         try:
-            yield Checkpoint(manifest, disk)
+            yield Checkpoint(manifest, Extents(manifest, disk))
         except DamageError as problem:
-            if free or name in folder.kept_names():
+            if free or held in folder.kept_names():
                 raise
             raise RunError(f"Step {manifest.step} was let go by the run that goes on. Take a newer one.") from problem
+
+
+def _find(folder: StateFolder, step: int | None, free: bool) -> Held:
+    """How the step can be read. `free`: nobody is writing, so that the committed step is as readable as kept ones."""
+    kept = {kept_step(name): name for name in folder.kept_names()}
+    packed = folder.packed_steps()
+    known = ", ".join(map(str, sorted({*kept, *packed}))) or "none"
+    manifest = folder.read()
+    if manifest is None and step is None:
+        raise RunError(f"{folder.directory} has no committed step yet.")
+    wanted = manifest.step if step is None and manifest is not None else step
+    committed = manifest is not None and manifest.step == wanted
+    if committed and free:
+        return None
+    if wanted in kept:
+        return kept[wanted]
+    if wanted in packed:
+        return wanted
+    if committed:
+        raise RunError(
+            f"{folder.directory} is being written by another process, and its committed step changes with it. Kept "
+            f"steps can be read: {known}. `outsize checkpoint keep` keeps the next one."
+        )
+    raise RunError(f"Step {step} is not kept in {folder.directory}. Kept steps: {known}.")
 
 
 @contextmanager
@@ -255,7 +295,3 @@ def _nobody_writing(folder: StateFolder) -> Iterator[bool]:
         yield free
     finally:
         os.close(lock)
-
-
-def _listed(kept: Mapping[int, str]) -> str:
-    return ", ".join(map(str, kept)) or "none"
