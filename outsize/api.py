@@ -18,6 +18,7 @@ from outsize.memory.disk import DiskTier
 from outsize.memory.host import HostTier, allocate_slab
 from outsize.memory.store import Store
 from outsize.memory.transfer import Transfers
+from outsize.model.companions import COMPANIONS, keep_companions
 from outsize.model.fingerprint import fingerprint_model, fingerprint_tokenizer
 from outsize.model.load import ModelSource, open_model
 from outsize.model.units import Unit, describe_units, find_units
@@ -26,23 +27,20 @@ from outsize.planner.inference import plan_inference
 from outsize.planner.training import plan_training
 from outsize.serve.generate import bind_for_inference
 from outsize.sizes import format_size, parse_size
+from outsize.train.checkpoint import open_checkpoint
 from outsize.train.data import PackedDataset, prepare
+from outsize.train.export import Exported, export_checkpoint
+from outsize.train.import_state import bring_optimizer, check_optimizer
 from outsize.train.job import Job, bind, users_of
-from outsize.train.optimizers import (
-    OptimizerRule,
-    UniformRule,
-    default_rule,
-    find_optimizer,
-    fused_options,
-    uniform_rule,
-)
+from outsize.train.optimizer_file import read_optimizer
+from outsize.train.optimizers import OptimizerRule, uniform_rule
 from outsize.train.precision import find_precision
 from outsize.train.progress import Progress, plan_table
+from outsize.train.recipe import groups_at, optimizer_rule, scheduler_for
 from outsize.train.report import each_line, held_by_tier, measured, moved_a_step, write_report
 from outsize.train.retention import Retention
 from outsize.train.run import Run, Schedule, export
-from outsize.train.schedules import schedule
-from outsize.train.settings import TrainSettings, continues, record
+from outsize.train.settings import TrainSettings, continues, read_settings, record
 from outsize.train.state import StateFolder, open_store
 
 CPU = torch.device("cpu")
@@ -103,7 +101,7 @@ def attach(
 
 def train(settings: TrainSettings) -> dict[str, Any]:
     """Fine-tune as `outsize train` does. Returns the report. Raises OutsizeError subclasses; nothing half-written stays."""
-    rule = _rule(settings)
+    rule = optimizer_rule(settings)
     find_precision(settings.precision)
     source = open_model(settings.model)
     continuing = continues(settings)
@@ -129,9 +127,12 @@ def _train(
     evaluation = None
     if settings.eval_data is not None:
         evaluation = _prepared(settings.eval_data, tokenizer, settings, "eval", progress, continuing)
+    begin = None if continuing or settings.optimizer_state is None else read_optimizer(settings.optimizer_state)
     model = source.build(find_precision(settings.precision).compute).train()
     for parameter in model.parameters():
         parameter.requires_grad_(True)
+    if begin is not None:
+        check_optimizer(begin, model, rule)
     units = find_units(model, settings.block_class)
     request = _request(settings, memory)
     disk = describe(settings.out).disk_free_bytes + (state.blocks.stat().st_size if state.blocks.exists() else 0)
@@ -140,12 +141,15 @@ def _train(
     store = open_store(plan, state)
     progress.message("bringing the weights into the store")
     job = bind(model, units, plan, rule, store, source.read, CPU)
+    if begin is not None and state.read() is None:
+        bring_optimizer(job.updater, job.weights, begin)
     give_back()
     if plan.blocked_loss and not continuing:
         _check_loss(job, data)
-    scheduler = _scheduler(settings, job)
+    scheduler = scheduler_for(settings, job.optimizer)
     about = {"model": fingerprint_model(source.config), "tokenizer": fingerprint_tokenizer(tokenizer)}
     retention = Retention(settings.keep_last, settings.keep_every)
+    keep_companions(source, model, settings.out / COMPANIONS)
     run = Run(job, state, settings.out / "metrics.jsonl", progress, tokenizer, retention, about)
     first = run.recover()
     record(settings)
@@ -160,13 +164,6 @@ def _train(
     finally:
         progress.stop()
     return _report(settings, run, units, settings.steps - first)
-
-
-def _rule(settings: TrainSettings) -> OptimizerRule:
-    cls = find_optimizer(settings.optimizer)
-    options = {"lr": settings.learning_rate, **settings.optimizer_options}
-    rule = default_rule(settings.optimizer, options)
-    return UniformRule(cls, {**fused_options(cls), **options}) if isinstance(rule, UniformRule) else rule
 
 
 def _free_memory() -> int:
@@ -209,13 +206,6 @@ def _schedule(settings: TrainSettings) -> Schedule:
         settings.sample_every,
         settings.sample_prompt,
     )
-
-
-def _scheduler(settings: TrainSettings, job: Job) -> Any:
-    options = {}
-    if settings.schedule == "power":
-        options = {"batch_size": settings.batch_size * settings.accumulate, "sequence_length": settings.sequence_length}
-    return schedule(settings.schedule, job.optimizer, settings.steps, settings.warmup_steps, **options)
 
 
 def _check_loss(job: Job, data: PackedDataset) -> None:
@@ -275,6 +265,27 @@ def _report(settings: TrainSettings, run: Run, units: list[Unit], steps_done: in
     write_report(settings.out, planned, found, facts, memory_bytes=plan.memory_bytes, held=held, moved=moved)
     draw(settings.out)
     return {"planned": planned, "measured": found}
+
+
+def export_run(
+    run: Path, folder: StateFolder, step: int | None, target: Path, *, optimizer: bool, masters: bool, compress: bool
+) -> Exported:
+    """As `outsize checkpoint export` does. Raises OutsizeError subclasses; nothing half-written stays."""
+    companions = run / COMPANIONS
+    with open_checkpoint(folder, step) as checkpoint:
+        groups = None
+        if optimizer:
+            shapes = {name: entry.shape for name, entry in checkpoint.weights.items()}
+            known = (run / "run.json").exists()
+            groups = groups_at(read_settings(run), checkpoint.step, shapes) if known else []
+        return export_checkpoint(
+            checkpoint,
+            target,
+            companions if companions.exists() else None,
+            masters=masters or optimizer,
+            groups=groups,
+            compress=compress,
+        )
 
 
 def generate(

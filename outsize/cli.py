@@ -9,6 +9,9 @@ from typing import Annotated
 import typer
 
 from outsize.commands import checkpoint
+from outsize.commands.checkpoint_diff import diff
+from outsize.commands.checkpoint_export import export
+from outsize.commands.checkpoint_import import import_checkpoint
 from outsize.commands.generate import generate
 from outsize.commands.probe import probe
 from outsize.commands.train import train
@@ -33,6 +36,9 @@ def common(debug: Debug = False) -> None:
 app.command()(train)
 app.command()(generate)
 app.command()(probe)
+checkpoint.app.command()(export)
+checkpoint.app.command("import")(import_checkpoint)
+checkpoint.app.command()(diff)
 app.add_typer(checkpoint.app)
 
 

@@ -10,7 +10,6 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from torch import nn
 
 from outsize.errors import RunError
 from outsize.machine.allocator import recycle_up_to
@@ -18,6 +17,7 @@ from outsize.machine.describe import process_memory
 from outsize.memory.homes import Committed
 from outsize.memory.ledger import Ledger
 from outsize.memory.transfer import Ticket
+from outsize.model.companions import persistent_buffers
 from outsize.model.export import write_safetensors
 from outsize.train.data import PackedDataset, batches, in_order
 from outsize.train.job import Job
@@ -199,7 +199,7 @@ class Run:
 
 def export(job: Job, directory: Path) -> None:
     """Write the job's weights, in the dtype they compute in, and its persistent buffers, as safetensors."""
-    buffers = _persistent_buffers(job.model)
+    buffers = persistent_buffers(job.model)
     specs = {name: (weight.shape, weight.dtype) for name, weight in job.weights.items()}
     specs |= {name: (tuple(buffer.shape), buffer.dtype) for name, buffer in buffers.items()}
 
@@ -208,15 +208,6 @@ def export(job: Job, directory: Path) -> None:
 
     with job.evaluation_mode():
         write_safetensors(directory, specs, read)
-
-
-def _persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {
-        f"{path}.{name}" if path else name: buffer
-        for path, module in model.named_modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None and name not in module._non_persistent_buffers_set
-    }
 
 
 def _counts(job: Job) -> dict[str, float]:

@@ -16,8 +16,8 @@ FREE = {
     "sample_every", "json",
 }  # fmt: skip
 """What may differ when a run is continued; all else must stay as it was."""
-PATHS = ("data", "eval_data", "out")
-BEGUN = {"train.npy", "eval.npy", "state"}  # what a run that never reached its first commit may leave
+PATHS = ("data", "eval_data", "optimizer_state", "out")
+BEGUN = {"train.npy", "eval.npy", "state", "companions"}  # what a run that never reached its first commit may leave
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ class TrainSettings:
     sample_every: int = 50
     seed: int = 0
     block_class: str | None = None
+    optimizer_state: Path | None = None
     json: bool = False
 
     def identity(self) -> dict[str, Any]:

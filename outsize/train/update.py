@@ -54,6 +54,15 @@ class Kind:
         return {*layout.group, *({"train_mode"} & self.initial_group.keys())}
 
 
+def find_kind(kinds: list[Kind], cls: type[Optimizer], options: dict[str, Any]) -> Kind:
+    """The one among `kinds`; made and added when there is none."""
+    for kind in kinds:
+        if kind.cls is cls and kind.options == options:
+            return kind
+    kinds.append(Kind(cls, options))
+    return kinds[-1]
+
+
 @dataclass
 class Chunk:
     """Elements [start, stop) of a weight's block, and what its optimizer remembers besides tensors."""
@@ -93,7 +102,7 @@ class Updater:
 
     def add(self, weight: Weight, home: str) -> None:
         """Reserve the state of a trainable weight. Raises OptionError when the optimizer refuses its shape."""
-        kind = self._kind(*self.rule(weight.name, weight.parameter))
+        kind = find_kind(self.kinds, *self.rule(weight.name, weight.parameter))
         kind.weights.append(weight)
         for block in weight.blocks:
             shape = weight.block_shape(block)
@@ -102,13 +111,6 @@ class Updater:
                 parts = self._parts(chunk)
                 if parts:
                     self.store.create(make_block(chunk.state, parts), home)
-
-    def _kind(self, cls: type[Optimizer], options: dict[str, Any]) -> Kind:
-        for kind in self.kinds:
-            if kind.cls is cls and kind.options == options:
-                return kind
-        self.kinds.append(Kind(cls, options))
-        return self.kinds[-1]
 
     def _cut(self, block: RowBlock, shape: tuple[int, ...], kind: Kind) -> Iterator[Chunk]:
         name = block.name.replace(WEIGHT, "state", 1)
