@@ -5,12 +5,13 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from outsize.api import attach
+    from outsize.serving import Engine
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "attach"]
+__all__ = ["Engine", "__version__", "attach"]
 
 # Where a public name lives. It is imported at first use: `import outsize` must not cost the memory of torch.
-_HOMES = {"attach": "outsize.api"}
+_HOMES = {"attach": "outsize.api", "Engine": "outsize.serving"}
 
 
 def __getattr__(name: str) -> object:
