@@ -5,13 +5,18 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from outsize.api import attach
+    from outsize.serving import Engine
     from outsize.train.optimizer_file import load_optimizer_state
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "attach", "load_optimizer_state"]
+__all__ = ["Engine", "__version__", "attach", "load_optimizer_state"]
 
 # Where a public name lives. It is imported at first use: `import outsize` must not cost the memory of torch.
-_HOMES = {"attach": "outsize.api", "load_optimizer_state": "outsize.train.optimizer_file"}
+_HOMES = {
+    "Engine": "outsize.serving",
+    "attach": "outsize.api",
+    "load_optimizer_state": "outsize.train.optimizer_file",
+}
 
 
 def __getattr__(name: str) -> object:

@@ -1,9 +1,7 @@
-"""What a user calls: `attach` for a loop of their own, `train` and `generate` for the command line's two tasks."""
+"""What a user calls: `attach` for a loop of their own, `train` for the command line's task."""
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,24 +12,18 @@ from torch import nn
 from outsize.errors import DamageError, OptionError
 from outsize.machine.allocator import give_back
 from outsize.machine.describe import describe, process_memory
-from outsize.memory.disk import DiskTier
-from outsize.memory.host import HostTier, allocate_slab
-from outsize.memory.store import Store
-from outsize.memory.transfer import Transfers
 from outsize.model.companions import COMPANIONS, keep_companions
 from outsize.model.fingerprint import fingerprint_model, fingerprint_tokenizer
 from outsize.model.load import ModelSource, open_model
 from outsize.model.units import Unit, describe_units, find_units
 from outsize.plan import Plan, Request
-from outsize.planner.inference import plan_inference
 from outsize.planner.training import plan_training
-from outsize.serve.generate import bind_for_inference
 from outsize.sizes import format_size, parse_size
 from outsize.train.checkpoint import open_checkpoint
 from outsize.train.data import PackedDataset, prepare
 from outsize.train.export import Exported, export_checkpoint
 from outsize.train.import_state import bring_optimizer, check_optimizer
-from outsize.train.job import Job, bind, users_of
+from outsize.train.job import Job, bind
 from outsize.train.optimizer_file import read_optimizer
 from outsize.train.optimizers import OptimizerRule, uniform_rule
 from outsize.train.precision import find_precision
@@ -286,68 +278,3 @@ def export_run(
             groups=groups,
             compress=compress,
         )
-
-
-def generate(
-    model_path: str,
-    prompt: str,
-    *,
-    memory: int | None = None,
-    max_new_tokens: int = 100,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    scratch: Path | None = None,
-    chat: bool = False,
-    stream: Callable[[str], None] | None = None,
-) -> str:
-    """Continue `prompt` with a model that may be bigger than `memory`. `stream` hears the text as it comes.
-
-    Raises BudgetError when the memory does not do, ModelError when the model cannot be read."""
-    memory = memory or _free_memory()
-    source = open_model(model_path)
-    tokenizer = source.tokenizer()
-    if tokenizer is None:
-        raise OptionError(f"{model_path} has no tokenizer beside its weights; add its tokenizer files.")
-    inputs = _inputs(tokenizer, prompt, chat)
-    stored = source.config.dtype if isinstance(source.config.dtype, torch.dtype) else torch.bfloat16
-    model = source.build(stored)
-    units = find_units(model)
-    tokens = inputs["input_ids"].shape[1] + max_new_tokens
-    with tempfile.TemporaryDirectory(prefix="outsize-", dir=scratch) as folder:
-        free = describe(folder).disk_free_bytes
-        plan = plan_inference(model, units, memory, tokens, process_memory().resident_bytes, free)
-        tiers = {"host": HostTier(memory), "disk": DiskTier(Path(folder) / "blocks")}
-        store = Store(tiers, plan.arena_bytes, allocate_slab, Transfers())
-        attachment = bind_for_inference(model, units, plan, store, source.read, lambda p: users_of(model, p))
-        torch.manual_seed(seed)
-        sampling = (
-            {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
-        )
-        with torch.no_grad(), attachment.call_by_call("token"):
-            output = model.generate(  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
-                **inputs, max_new_tokens=max_new_tokens, streamer=_streamer(tokenizer, stream), **sampling
-            )
-        store.close()
-    return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
-
-
-def _inputs(tokenizer: Any, prompt: str, chat: bool) -> dict[str, torch.Tensor]:
-    if not chat:
-        return dict(tokenizer(prompt, return_tensors="pt"))
-    messages = [{"role": "user", "content": prompt}]
-    return dict(
-        tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    )
-
-
-def _streamer(tokenizer: Any, stream: Callable[[str], None] | None) -> Any:
-    if stream is None:
-        return None
-    from transformers import TextStreamer
-
-    class Streamer(TextStreamer):
-        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            stream(text)
-
-    return Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
