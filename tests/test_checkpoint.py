@@ -169,6 +169,24 @@ def test_no_run_is_no_run(tmp_path: Path) -> None:
     for command in (["list"], ["verify"], ["keep"], ["rollback", 3]):
         with pytest.raises(RunError, match="holds no run of Outsize"):
             outsize("checkpoint", command[0], tmp_path, *command[1:])
+        with pytest.raises(RunError, match="nowhere: there is no such folder"):
+            outsize("checkpoint", command[0], tmp_path / "nowhere", *command[1:])
+
+
+def test_files_that_a_move_has_left_behind_are_named(run: Path, tmp_path: Path) -> None:
+    """Neither can be made up for: no kept step is offered."""
+    for name, says in (("blocks", "blocks is missing: the state was moved without it"), ("layout", "layout")):
+        (run / "state" / name).rename(tmp_path / name)
+        for command in (["list", run], ["export", run, "--to", tmp_path / "exported"]):
+            with pytest.raises(RunError, match=says) as refused:
+                outsize("checkpoint", *command)
+            assert "Kept steps" not in str(refused.value)
+        (tmp_path / name).rename(run / "state" / name)
+    assert not (tmp_path / "exported").exists()
+    assert "damaged" not in outsize("checkpoint", "verify", run)
+    (run / "state" / "blocks").unlink()
+    with pytest.raises(RunError, match="blocks is missing: the state was moved without it"):
+        outsize("train", "--resume", run)
 
 
 def test_a_step_is_kept_packed_and_gone_back_to(run: Path, finished: Path, tmp_path: Path) -> None:

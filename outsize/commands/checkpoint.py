@@ -29,6 +29,8 @@ def open_state(run: Path) -> StateFolder:
     from outsize.train.state import StateFolder
 
     directory = run / "state" if (run / "state").is_dir() else run
+    if not directory.is_dir():
+        raise RunError(f"{run}: there is no such folder. Give the folder of a run, as told to outsize train --out.")
     if not (directory / "layout").exists():
         raise RunError(f"{run} holds no run of Outsize: there is no {directory}/layout.")
     return StateFolder(directory)

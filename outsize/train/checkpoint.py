@@ -238,7 +238,7 @@ def open_checkpoint(folder: StateFolder, step: int | None = None) -> Iterator[Ch
     goes on, only its kept steps can be read.
 
     Raises RunError when there is no such step or it cannot be read now."""
-    with _nobody_writing(folder) as free, DiskTier(folder.blocks, 1 << 62, writable=False) as disk:
+    with _nobody_writing(folder) as free:
         held = _find(folder, step, free)
         if isinstance(held, int):
             packed = PackedStep(folder, held)
@@ -247,7 +247,8 @@ def open_checkpoint(folder: StateFolder, step: int | None = None) -> Iterator[Ch
         manifest = folder.read() if held is None else folder.read_kept(held)
         assert manifest is not None
         try:
-            yield Checkpoint(manifest, Extents(manifest, disk))
+            with DiskTier(folder.blocks, 1 << 62, writable=False) as disk:
+                yield Checkpoint(manifest, Extents(manifest, disk))
         except DamageError as problem:
             if free or held in folder.kept_names():
                 raise

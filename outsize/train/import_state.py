@@ -47,7 +47,10 @@ def _check(name: str, cls: str | None, state: ParameterState, kind: Kind, shape:
 
 
 def _misfit(source: FileTensor, key: str, name: str, shape: tuple[int, ...]) -> str:
-    return f"{source.path}: {key} of {name} has shape {list(source.shape)}, for a weight {list(shape)}."
+    return (
+        f"{source.path}: {key} of {name} has shape {list(source.shape)}, for a weight {list(shape)}; they are not of one "
+        "model."
+    )
 
 
 def bring_optimizer(updater: Updater, weights: Mapping[str, Weight], stored: OptimizerState) -> None:

@@ -76,8 +76,9 @@ class StateFolder:
             return None
         if not self.blocks.exists():
             raise RunError(f"{self.blocks} is missing: the state was moved without it. Restore it beside {path}.")
+        layout = self.layout()  # without which no kept step could help
         try:
-            return Manifest.read(path, self.layout())
+            return Manifest.read(path, layout)
         except RunError as problem:
             raise RunError(f"{problem} {self.remedy()}") from problem
 
