@@ -26,6 +26,8 @@ from typing import Any
 from committed import flips, whole_state
 from soak_child import PHASES
 
+from outsize.train.state import StateFolder
+
 STEPS = 120
 PLACEMENTS = ("near", "disk", "mixed")
 CHILD = Path(__file__).with_name("soak_child.py")
@@ -115,8 +117,11 @@ class Soak:
         throw = self.choice.random()
         if throw < 0.1 and (self.out / "state" / "manifest").exists():
             return "keep", {"compress": compress}
-        if throw < 0.2 and kept:
-            return "rollback", {"step": self.choice.choice(kept)}
+        past = [
+            step for step in kept if step <= committed_step(self.out)
+        ]  # forward, the lines between would be missing
+        if throw < 0.2 and past:
+            return "rollback", {"step": self.choice.choice(past)}
         if throw < 0.3 and kept:
             return "export", {"step": self.choice.choice(kept), "compress": compress, "to": str(self.target)}
         if throw < 0.35:
@@ -153,6 +158,11 @@ def digest(folder: Path) -> str:
     return hashlib.sha256(b"".join(str(file).encode() + file.read_bytes() for file in files)).hexdigest()
 
 
+def committed_step(out: Path) -> int:
+    manifest = StateFolder(out / "state").read()
+    return -1 if manifest is None else manifest.step
+
+
 def kept_steps(out: Path) -> list[int]:
     """Those in extents and those packed."""
     names = {path.name for place in ("kept", "packed") for path in (out / "state" / place).glob("[!.]*-*")}
@@ -165,7 +175,7 @@ def undisturbed_seconds(nursery: Nursery, settings: dict[str, Any]) -> dict[tupl
     out, seconds = Path(settings["out"]), {}
 
     def timed(do: str, **more: Any) -> None:
-        seconds[do, more.get("compress", False)] = 1.2 * nursery.must(do, settings, **more)
+        seconds[do, more.get("compress", False)] = 1.5 * nursery.must(do, settings, **more)
 
     timed("train", placement="near")
     seconds["train", False] *= 24 / settings["steps"]
