@@ -14,6 +14,7 @@ from outsize.commands.checkpoint_export import export
 from outsize.commands.checkpoint_import import import_checkpoint
 from outsize.commands.generate import generate
 from outsize.commands.probe import probe
+from outsize.commands.serve import serve
 from outsize.commands.train import train
 from outsize.errors import OutsizeError
 from outsize.machine.allocator import use_one_heap
@@ -35,6 +36,7 @@ def common(debug: Debug = False) -> None:
 
 app.command()(train)
 app.command()(generate)
+app.command()(serve)
 app.command()(probe)
 checkpoint.app.command()(export)
 checkpoint.app.command("import")(import_checkpoint)
