@@ -43,4 +43,3 @@ class Entry:
     pins: int = 0
     ticket: Ticket | None = None
     fence: Any = None  # a CUDA event: compute queued before it may still use the bytes
-    stale_on_disk: bool = False  # STAYING and durable: changed since it was last committed

@@ -87,6 +87,7 @@ class Store:
         self.entries: dict[str, Entry] = {}
         self.homes = Homes(tiers, near, self.entries, self.ledger, checked)
         self.waiting_seconds = {"read": 0.0, "write": 0.0}
+        self._stale: dict[str, Entry] = {}  # durable and at home near: changed since the last commit, in that order
         self._allocate_near = allocate_near
         self._arena = Arena(allocate_near(near_bytes), near, self.entries, self.ledger, policy, self._fetch)
         self._turn = threading.Condition(threading.RLock())
@@ -128,6 +129,7 @@ class Store:
                 self._arena.vacate(entry)
                 self._arena.rebuild()
             del self.entries[name]
+            self._stale.pop(name, None)
             self.homes.leave(entry)
             if entry.residency is Residency.STAYING:
                 self.ledger.hold(self.near, entry.block.bytes_by_kind, -1)
@@ -201,7 +203,9 @@ class Store:
         with self._turn:
             self._wait(entry, "write")
             if entry.residency is Residency.STAYING:
-                entry.stale_on_disk = entry.written = True
+                entry.written = True
+                if entry.durable:
+                    self._stale.setdefault(entry.block.name, entry)
             else:
                 entry.residency = Residency.CHANGED
 
@@ -334,16 +338,16 @@ class Store:
         """What is at home now becomes the committed state, once `write_manifest(places by block)` has returned. `keep`
         also keeps it under a name, and kept states in `drop` are let go: `write_manifest` makes that durable too.
 
-        The manifest is written by the transfer thread after every write before it is durable; nothing that the step
-        after this one writes can overtake it. One commit at a time: waits for the one before, and raises its failure."""
+        Blocks that stay near are written from where they are, in the order in which they were changed and so will be
+        again: each waits in `Lease.change` until it is on its way no more. The manifest is written by the transfer thread
+        after every write before it is durable; nothing that the step after this one writes can overtake it. One commit at
+        a time: waits for the one before, and raises its failure."""
         if self._last_commit is not None:
             self._last_commit.wait()
         with self._turn:
-            for entry in self.entries.values():
-                if entry.durable and entry.residency is Residency.STAYING and entry.stale_on_disk:
-                    self._wait(entry, "write")
-                    self._send_home(entry)
-                    entry.stale_on_disk = False
+            for entry in self._stale.values():
+                self._send_home(entry)
+            self._stale = {}
             places = self.homes.commit(keep, drop)
 
         def finish() -> None:
