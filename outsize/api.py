@@ -12,6 +12,7 @@ from torch import nn
 from outsize.errors import DamageError, OptionError
 from outsize.machine.allocator import give_back
 from outsize.machine.describe import describe, process_memory
+from outsize.memory.shared import dismiss
 from outsize.model.companions import COMPANIONS, keep_companions
 from outsize.model.fingerprint import fingerprint_model, fingerprint_tokenizer
 from outsize.model.load import ModelSource, open_model
@@ -102,6 +103,9 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         report = _train(settings, rule, source, state, continuing)
     except DamageError as problem:
         raise DamageError(f"{problem} {state.remedy()}") from problem
+    except KeyboardInterrupt:
+        dismiss(state.directory)  # somebody is there, and wants the memory back
+        raise
     state.close()  # after a failure it stays locked: transfers may be under way until the process ends
     return report
 
@@ -185,6 +189,7 @@ def _request(settings: TrainSettings, memory: int) -> Request:
         loss=settings.loss,
         activations=settings.activations,
         commit_every=settings.commit_every,
+        keeper=True,
     )
 
 

@@ -29,7 +29,7 @@ from soak_child import PHASES
 from outsize.train.state import StateFolder
 
 STEPS = 120
-PLACEMENTS = ("near", "disk", "mixed")
+PLACEMENTS = ("near", "disk", "mixed", "kept")
 CHILD = Path(__file__).with_name("soak_child.py")
 
 
@@ -50,10 +50,20 @@ class Nursery:
 
     def run(self, do: str, settings: dict[str, Any], **more: Any) -> dict[str, Any]:
         """Returns signal, code, where it was at the end, and seconds of processor time."""
+        self.begin(do, settings, **more)
+        return self.end()
+
+    def begin(self, do: str, settings: dict[str, Any], **more: Any) -> int:
+        """Returns the process; `end` must follow."""
         assert self._process.stdin is not None and self._process.stdout is not None
         told = {"do": do, "settings": settings, "log": str(self.log), **more}
         self._process.stdin.write(json.dumps(told) + "\n")
         self._process.stdin.flush()
+        return int(self._process.stdout.readline())
+
+    def end(self) -> dict[str, Any]:
+        """As `run` returns."""
+        assert self._process.stdout is not None
         return json.loads(self._process.stdout.readline())
 
     def must(self, do: str, settings: dict[str, Any], **more: Any) -> float:
@@ -273,9 +283,10 @@ What was done to runs, and what came of it. [commit.md](commit.md) says why.
 
 Runs of a small model, killed with SIGKILL at random instants, over and over: in training, and in `outsize checkpoint
 keep` (packing or not), `rollback`, `export` and `import`. Each time the run continued with weights and optimizer state
-placed elsewhere (all near, all on disk, some of each), and `outsize checkpoint verify` compared every byte. What was
-exported or imported was there as a whole, with the bytes it always had, or not at all. When a run reached its end, its
-losses, step by step, and its weights were compared with those of a run that nobody disturbed, and the next began.
+placed elsewhere: all near, all on disk, some of each, or all near with a keeper and hardly a commit to disk. `outsize
+checkpoint verify` compared every byte. What was exported or imported was there as a whole, with the bytes it always had,
+or not at all. When a run reached its end, its losses, step by step, and its weights were compared with those of a run
+that nobody disturbed, and the next began.
 
     {command}
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from outsize.errors import BudgetError, OptionError
 from outsize.machine.allocator import LARGEST_RECYCLED
+from outsize.memory.shared import AVAILABLE
 from outsize.memory.tier import PAGE, pages
 from outsize.model.units import Unit
 from outsize.model.vocabulary import Table
@@ -29,6 +30,9 @@ READ_AHEAD = 2  # chunks of state that may be on their way while one is stepped
 ALLOCATOR = 2.0  # resident over live bytes of torch's CPU allocator under this load; docs/log.md has the measurement
 RECYCLE = 4 << 20  # bytes; tensors up to this size are always kept by the C library for the next one
 HOARD = 256 << 20  # bytes more, when the C library may keep every tensor's memory for the next one; docs/log.md
+SNAPSHOT_SHARE = 8  # of what a step moves, snapshots of state in memory may add one part in so many
+LONGEST_WITHOUT = 50  # steps between snapshots, at most
+KEEPER = 12 << 20  # bytes: the process that holds shared memory
 FIXED = 232 << 20  # bytes: what glibc's heap hoards beside, thread stacks, kernels' scratch; docs/log.md
 
 
@@ -92,7 +96,14 @@ def plan_training(
     peak = needs.fixed - needs.always + near + arena
     generous = len(near_weights) == len(sizes) and peak + HOARD + needs.activations <= request.memory_bytes
     peak += HOARD if generous else 0
-    commit_every = request.commit_every or _commit_every(near_states, sizes, always)
+    everything = sum(size.bytes + size.state_bytes for size in sizes.values())
+    snapshot = sum(sizes[n].bytes for n in near_weights if sizes[n].weight.trainable)
+    snapshot += sum(sizes[n].state_bytes for n in near_states)
+    commit_every = request.commit_every or _commit_every(snapshot, read + written)
+    written += snapshot // commit_every
+    can_share = request.keeper and AVAILABLE and len(near_states) == len(near_weights) == len(sizes)
+    shares = can_share and peak + snapshot + KEEPER <= request.memory_bytes
+    peak += snapshot + KEEPER if shares else 0
     return Plan(
         precision=request.precision,
         arena_bytes=arena,
@@ -108,9 +119,20 @@ def plan_training(
         moments=request.moments,
         commit_every=commit_every,
         recycle_bytes=LARGEST_RECYCLED if generous else needs.recycle,
+        shared_bytes=everything if shares else 0,
         memory_bytes=request.memory_bytes,
         predicted=Predicted(peak, 0, read + needs.moved, written + needs.moved, disk),
-        reasons=_reasons(needs, near, arena, activations, blocked, hold, gradients, commit_every, units),
+        reasons=_reasons(
+            needs,
+            near,
+            arena,
+            activations,
+            blocked,
+            hold,
+            gradients,
+            _say_commit(commit_every, snapshot, shares),
+            units,
+        ),
     )
 
 
@@ -283,9 +305,10 @@ def _place(
     return weights, states, arena + room if not room else arena, "disk"
 
 
-def _commit_every(near_states: set[str], sizes: dict[str, WeightSize], always: set[str]) -> int:
-    """State on disk is committed by writing it, every step; state held in memory is copied out now and then."""
-    return 1 if near_states <= always else 50
+def _commit_every(snapshot: int, moved: int) -> int:
+    """State on disk is committed by writing it, every step. State in memory is copied out, and how often is what bounds
+    the traffic: a small part of what steps move anyway, or else now and then."""
+    return max(1, min(-(-SNAPSHOT_SHARE * snapshot // max(moved, 1)), LONGEST_WITHOUT))
 
 
 # -- predictions ------------------------------------------------------------------------------------------------------
@@ -344,7 +367,7 @@ def _reasons(
     blocked: bool,
     hold: bool,
     gradients: str,
-    commit_every: int,
+    commit: str,
     units: list[Unit],
 ) -> tuple[str, ...]:
     return (
@@ -355,8 +378,16 @@ def _reasons(
         f"activations: {format_size(needs.activations)}, {_say(choice, needs)}",
         "loss: over blocks of the vocabulary (rounding)" if blocked else "loss: the module's own",
         f"update: second pass, gradients wait in {gradients}" if hold else "update: in backward, no gradient waits",
-        f"commit: every {commit_every} steps",
+        f"commit: {commit}",
     )
+
+
+def _say_commit(every: int, snapshot: int, shares: bool) -> str:
+    if shares:
+        held = f"a crash of this process loses no step: a keeper process holds the last in {format_size(snapshot)} more"
+    else:
+        held = f"a crash loses {every} at most"
+    return f"every {every} steps, {format_size(snapshot)} from memory while the next computes; {held}"
 
 
 def _say(choice: Activations, needs: Needs) -> str:

@@ -12,14 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from outsize.errors import RunError, StorageError
+from outsize.memory import shared
 from outsize.memory.disk import DiskTier
 from outsize.memory.homes import Committed
 from outsize.memory.host import HostTier, allocate_slab
+from outsize.memory.shared import Shared
 from outsize.memory.store import Store
 from outsize.memory.tier import Tier
 from outsize.memory.transfer import Transfers
 from outsize.plan import Plan
 from outsize.train.manifest import Layout, Manifest
+from outsize.train.published import Published, find_published
 
 
 class StateFolder:
@@ -30,6 +33,8 @@ class StateFolder:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.blocks, self.kept, self.packed = directory / "blocks", directory / "kept", directory / "packed"
+        self.published: Published | None = None
+        """What `open_store` has found in a keeper's memory, at least as new as the committed step."""
         self._layout: Layout | None = None
         self._lock = -1
 
@@ -175,7 +180,12 @@ class StateFolder:
 
     def roll_back(self, name: str) -> None:
         """The kept step becomes the committed one."""
-        replace_file(self.directory / "manifest", (self.kept / name).read_bytes())
+        self.go_back((self.kept / name).read_bytes())
+
+    def go_back(self, manifest: bytes) -> None:
+        """That of an older step becomes the committed one. What a keeper holds is given up first: it is newer."""
+        shared.dismiss(self.directory)
+        replace_file(self.directory / "manifest", manifest)
 
 
 PARTIAL = ".partial"
@@ -251,10 +261,16 @@ def _describe(block: Any) -> str:
 
 def open_store(plan: Plan, folder: StateFolder, wrap_disk: Callable[[Tier], Tier] = lambda tier: tier) -> Store:
     """The store of a training job: an arena and host memory near, the folder's blocks on disk; whatever was committed
-    there is announced. `wrap_disk` puts a layer before the disk, such as one that throttles it."""
+    there is announced. Memory that a keeper holds for the run is used again, if the plan shares any. `wrap_disk` puts a
+    layer before the disk, such as one that throttles it."""
     manifest = folder.read()
+    found = folder.published = find_published(folder.directory, manifest)
+    memory = None
+    if plan.shared_bytes:
+        again = found is not None and found.memory.nbytes == plan.shared_bytes
+        memory = found.memory if found and again else Shared(folder.directory, plan.shared_bytes)
     tiers = {"host": HostTier(plan.memory_bytes or 1 << 60), "disk": wrap_disk(DiskTier(folder.blocks))}
-    store = Store(tiers, plan.arena_bytes, allocate_slab, Transfers(), checked=True)
+    store = Store(tiers, plan.arena_bytes, allocate_slab, Transfers(), checked=True, shared=memory)
     if manifest is not None:
         kept = {name: folder.read_kept(name).places for name in folder.kept_names()}
         store.homes.recover(
