@@ -247,11 +247,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=300)
     parser.add_argument("--flips", type=int, default=10_000)
+    parser.add_argument("--steps", type=int, default=STEPS, help="of each run")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--page", type=Path, help="where to write the table")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        done = soak(Path(folder), arguments.kills, arguments.seed, progress=lambda line: print(line, flush=True))
+        done = soak(
+            Path(folder), arguments.kills, arguments.seed, arguments.steps, lambda line: print(line, flush=True)
+        )
         missed = flips(whole_state(Path(folder) / "flips"), arguments.flips, arguments.seed)
     page = describe(done, arguments.flips, missed, " ".join(["python", "tests/soak.py", *sys.argv[1:]]))
     print(page)
