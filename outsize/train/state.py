@@ -20,6 +20,7 @@ from outsize.memory.shared import Shared
 from outsize.memory.store import Store
 from outsize.memory.tier import Tier
 from outsize.memory.transfer import Transfers
+from outsize.model.new_folder import sync
 from outsize.plan import Plan
 from outsize.train.manifest import Layout, Manifest
 from outsize.train.published import Published, find_published
@@ -176,7 +177,7 @@ class StateFolder:
         with _clear(self.kept):
             for name in names:
                 (self.kept / name).unlink(missing_ok=True)
-            sync_folder(self.kept)
+            sync(self.kept)
 
     def roll_back(self, name: str) -> None:
         """The kept step becomes the committed one."""
@@ -209,7 +210,7 @@ def replace_file(path: Path, content: bytes) -> None:
     with _clear(path):
         _write_durably(partial, content)
         os.replace(partial, path)
-        sync_folder(path.parent)
+        sync(path.parent)
 
 
 @contextmanager
@@ -234,21 +235,12 @@ def _write_durably(path: Path, content: bytes) -> None:
         os.close(file)
 
 
-def sync_folder(folder: Path) -> None:
-    """Make names that were made, replaced or removed in `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _make_durable_folder(folder: Path) -> None:
     """Make a folder and those above it; a commit in a folder whose own name is lost would be lost too."""
     if not folder.exists():
         _make_durable_folder(folder.parent)
         folder.mkdir(exist_ok=True)
-        sync_folder(folder.parent)
+        sync(folder.parent)
 
 
 def _describe(block: Any) -> str:
