@@ -21,7 +21,7 @@ from outsize.train.job import always_near, base_model, users_of
 from outsize.train.loss import TOKENS
 from outsize.train.optimizers import OptimizerRule
 from outsize.train.precision import find_precision
-from outsize.train.update import CHUNK
+from outsize.train.update import CHUNK, PIECE
 
 SMALL = 1 << 16  # elements; so small a weight stays near with its state: reading it costs more than holding it
 TABLE_BLOCK = 4 << 20  # elements of a vocabulary's table in one block, at most
@@ -247,7 +247,7 @@ def _needs(
         loss += block_rows * hidden * compute_bytes
     largest_chunk = max((size.largest_state for size in sizes.values()), default=0)
     scratch = 4 * max(
-        4 * CHUNK, max((size.largest_gradient for n, size in sizes.items() if not _chunked(size)), default=0)
+        4 * PIECE, max((size.largest_gradient for n, size in sizes.items() if not _chunked(size)), default=0)
     )
     pinned = [_pinned(unit, sizes, rows, always, lanes, hold) for unit in units]
     pinned += [sizes[name].largest_block + sizes[name].largest_gradient for name in rows]
