@@ -88,11 +88,14 @@ def bound(family: Family, streamed: bool = False) -> Iterator[Bound]:
 
 @contextmanager
 def bound_model(
-    make: Callable[[], torch.nn.Module], streamed: bool = False, prompts: list[list[int]] = PROMPTS
+    make: Callable[[], torch.nn.Module],
+    streamed: bool = False,
+    prompts: list[list[int]] = PROMPTS,
+    new: int = LONGEST,
 ) -> Iterator[Bound]:
-    """A model in a store, and what transformers answers. `make` gives equal models each time."""
+    """A model in a store, and the `new` tokens that transformers answers. `make` gives equal models each time."""
     whole = make()
-    answers = [_answer(whole, prompt) for prompt in prompts]
+    answers = [_answer(whole, prompt, new) for prompt in prompts]
     weights = {name: parameter.detach() for name, parameter in whole.named_parameters()}
     model = make()
     use_paged_attention(model)
@@ -117,9 +120,9 @@ def _users(model: torch.nn.Module):
     return lambda parameter: users_of(model, parameter)
 
 
-def _answer(model: torch.nn.Module, prompt: list[int]) -> list[int]:
+def _answer(model: torch.nn.Module, prompt: list[int], new: int) -> list[int]:
     found = model.generate(
-        torch.tensor([prompt]), max_new_tokens=LONGEST, min_new_tokens=LONGEST, do_sample=False, eos_token_id=None
+        torch.tensor([prompt]), max_new_tokens=new, min_new_tokens=new, do_sample=False, eos_token_id=None
     )
     return found[0, len(prompt) :].tolist()
 

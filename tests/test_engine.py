@@ -8,24 +8,16 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from models import Family, random_model, smollm2, tiny_config
+from models import Family, random_model, tiny_config
 from serving import COMPUTE, LONGEST, MOVE, PROMPTS, Bound, ask, bound, bound_model, run
 
 from outsize.errors import ModelError, OptionError, RunError
-from outsize.model.load import open_model
 from outsize.model.units import find_units
 from outsize.plan import ServeRequest
 from outsize.planner.serving import plan_serving
 from outsize.serve.attention import context_limit, use_paged_attention
 from outsize.serve.schedule import POLICIES
 
-TEXTS = [
-    "The with statement is used to",
-    "Once upon a time, in a small village between two mountains, there lived a clockmaker who",
-    "def fibonacci(n):\n    ",
-    "Water boils at a lower temperature on high mountains, because the pressure of the air is lower there. "
-    "That is why cooking an egg takes",
-]
 FAMILIES = ["llama", "qwen3", "gemma3", "gemma2", "gpt2", "mixtral", "phi3"]
 
 
@@ -53,7 +45,7 @@ def test_tokens_are_those_of_transformers(family: Bound, pages: int, seats: int,
 
 
 @given(data=st.data())
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_schedule_changes_a_token(several: list[Bound], data: st.DataObject) -> None:
     model = data.draw(st.sampled_from(several), "model")
     seats, pages = data.draw(st.integers(1, 6), "seats"), data.draw(st.integers(6, 24), "pages")
@@ -150,10 +142,9 @@ def test_what_cannot_be_served_is_refused_by_name(family: Bound) -> None:
 def test_rotary_embeddings_that_change_with_length_are_served_below_that(family: Family, kind: str) -> None:
     config = tiny_config(family, False, 3, 64, 256)
     factors = {"short_factor": [1.1] * 8, "long_factor": [3.0] * 8} if kind == "longrope" else {}
-    config.rope_parameters = {
-        "rope_type": kind, "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 96, **factors
-    }  # fmt: skip
-    config.max_position_embeddings = 384
+    config.rope_parameters = {"rope_type": kind, "rope_theta": 10_000.0, "factor": 4.0, **factors}
+    config.max_position_embeddings = 384 if factors else 96
+    config.original_max_position_embeddings = 96
     with bound_model(lambda: random_model(config).eval()) as model:
         assert context_limit(model.model)[0] == 96
         with model.engine(20, 4, 32) as engine:
@@ -169,13 +160,15 @@ def test_rotary_embeddings_that_change_with_length_are_served_below_that(family:
 def test_one_request_of_no_numbers_is_no_concern_of_the_others(family: Bound) -> None:
     """What NaN leaves behind in pages, and in a step's logits, reaches nobody else."""
     weights = family.model.get_input_embeddings().weight
-    kept = weights[255].clone()
+    said = {token for words in (*PROMPTS, *family.answers) for token in words}
+    bad = next(token for token in range(3, 256) if token not in said)
+    kept = weights[bad].clone()
     with torch.no_grad():
-        weights[255] = float("nan")
+        weights[bad] = float("nan")
     try:
         with family.engine(12, 4, 64) as engine:
             for options in ({}, {"temperature": 1.0, "seed": 1}):
-                lost = [ask(engine, [255] * 40, max_new_tokens=8, **options)[1] for _ in range(2)]
+                lost = [ask(engine, [bad] * 40, max_new_tokens=8, **options)[1] for _ in range(2)]
                 well = ask(engine, PROMPTS[6], max_new_tokens=LONGEST)[1]
                 run(engine)
                 assert [one.finished() for one in lost] == ["error", "error"] and not lost[0].tokens()
@@ -185,24 +178,4 @@ def test_one_request_of_no_numbers_is_no_concern_of_the_others(family: Bound) ->
                 assert [one.tokens() for one in again] == family.answers
     finally:
         with torch.no_grad():
-            weights[255] = kept
-
-
-def test_the_real_smollm2_answers_as_in_transformers() -> None:
-    source = open_model(str(smollm2()))
-    prompts = [list(source.tokenizer()(text)["input_ids"]) for text in TEXTS]
-
-    def make() -> torch.nn.Module:
-        model = source.build(torch.float32)
-        for name in [name for name, _ in model.named_parameters()]:
-            module, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(module), leaf, torch.nn.Parameter(source.read(name).float(), False))
-        model.tie_weights()
-        return model
-
-    with bound_model(make, prompts=prompts) as model:
-        for pages, seats, step_tokens, far in [(60, 4, 128, 0), (6, 3, 24, 40)]:
-            with model.engine(pages, seats, step_tokens, far_pages=far) as engine:
-                heard = [ask(engine, prompt, max_new_tokens=LONGEST)[1] for prompt in prompts]
-                run(engine)
-                assert [one.tokens() for one in heard] == model.answers
+            weights[bad] = kept

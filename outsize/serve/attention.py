@@ -19,6 +19,7 @@ from outsize.serve.layout import Chunk, DecodeGroup, Layout
 
 NAME = "outsize_paged"  # registered without a mask function: transformers then builds no mask at all
 QUERY_BLOCK = 128  # queries of a prompt's chunk that attend at once
+LENGTHWISE = ("longrope", "dynamic")  # rotary embeddings that change with the longest sequence of a batch
 HARMLESS = {
     "output_router_logits",
     "dropout",
@@ -68,7 +69,9 @@ class Discovery:
 
 
 def use_paged_attention(model: nn.Module) -> None:
-    """Have an unmodified transformers model call `attend`. Raises ModelError when it cannot."""
+    """Have an unmodified transformers model call `attend`. Raises ModelError when it cannot.
+
+    Rotary embeddings that would change with the longest sequence of a batch stay what they are up to `context_limit`."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, attend)
@@ -78,25 +81,27 @@ def use_paged_attention(model: nn.Module) -> None:
     if not getattr(model, "_supports_attention_backend", False):
         raise ModelError(f"{type(model).__name__} does not let its attention be replaced, so it cannot be served.")
     model.set_attn_implementation(NAME)  # pyright: ignore[reportCallIssue]
-
-
-LENGTHWISE = ("longrope", "dynamic")  # rotary embeddings that change with the longest sequence of a batch
+    for module in model.modules():
+        kinds: Any = getattr(module, "rope_type", None)
+        if isinstance(kinds, dict):
+            kinds.update({layer: "default" for layer, kind in kinds.items() if kind in LENGTHWISE})
+        elif kinds in LENGTHWISE:
+            module.rope_type = "default"  # pyright: ignore[reportArgumentType]
 
 
 def context_limit(model: nn.Module) -> tuple[int, str]:
-    """Tokens of the longest sequence that can be served, and a clause that says why. Rotary embeddings that change, for all
-    sequences of a batch, once one of them is longer than this or that, are kept to the length below which they do not."""
+    """Tokens of the longest sequence that can be served, and a clause that says why."""
     config: Any = model.config.get_text_config()  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
-    most = getattr(config, "max_position_embeddings", None) or 1 << 20
-    found = int(most), f"{type(model).__name__} attends to {most} tokens"
+    most = int(getattr(config, "max_position_embeddings", None) or 1 << 20)
+    found = most, f"{type(model).__name__} attends to {most} tokens"
     rope = getattr(config, "rope_parameters", None) or {}
     for parameters in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
         kind = parameters.get("rope_type")
         if kind in LENGTHWISE:
-            original = parameters.get("original_max_position_embeddings")
-            short = int(original or getattr(config, "original_max_position_embeddings", None) or most)
+            short = most if kind == "dynamic" else int(parameters["original_max_position_embeddings"])
             why = f"{type(model).__name__} has {kind} rotary embeddings, which change for a whole batch when one of its"
-            found = min(found, (short, f"{why} sequences grows longer: it can be served up to {short} tokens"))
+            if short <= found[0]:
+                found = short, f"{why} sequences grows longer: it can be served up to {short} tokens"
     return found
 
 
