@@ -34,7 +34,8 @@ class Summed:
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         rows = self._read(name, start, stop)
         flat = rows.contiguous().view(-1).view(torch.uint8)
-        self._sums[name, start] = xxhash.xxh3_128_hexdigest(memoryview(flat.numpy()))
+        data = memoryview(flat.numpy())  # pyright: ignore[reportArgumentType]
+        self._sums[name, start] = xxhash.xxh3_128_hexdigest(data)
         return rows
 
     def digest(self, *facts: Any) -> str:
