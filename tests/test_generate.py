@@ -5,34 +5,30 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from models import tiny_model
-from test_cli import WORDS
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
+from models import write_model
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import outsize
-from outsize.errors import BudgetError, OptionError
+from outsize.errors import BudgetError, DataError, OptionError
+from outsize.serve.batch import answered
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    tiny_model("llama", tied=False).save_pretrained(folder)
-    tokenizer = Tokenizer(WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>").save_pretrained(folder)
-    return folder
+    return write_model(tmp_path_factory.mktemp("model"))
 
 
 def generate(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "outsize", "generate", "--memory", "1GiB", *map(str, arguments)]
-    return subprocess.run(command, text=True, capture_output=True, timeout=240)
+    return subprocess.run(command(*arguments), text=True, capture_output=True, timeout=240)
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "outsize", "generate", "--memory", "1GiB", *map(str, arguments)]
 
 
 def test_a_file_of_prompts_goes_on_where_it_was_stopped(model: Path, tmp_path: Path) -> None:
@@ -41,7 +37,7 @@ def test_a_file_of_prompts_goes_on_where_it_was_stopped(model: Path, tmp_path: P
     arguments = ["--model", model, "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl", "--json"]
     done = generate(*arguments)
     assert done.returncode == 0 and json.loads(done.stdout) == {"answered": 6}, done.stderr
-    whole = sorted((tmp_path / "out.jsonl").read_text().splitlines())
+    whole = (tmp_path / "out.jsonl").read_text().splitlines()
     whole_model = AutoModelForCausalLM.from_pretrained(model)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(model)
     for answer in map(json.loads, whole):
@@ -52,7 +48,29 @@ def test_a_file_of_prompts_goes_on_where_it_was_stopped(model: Path, tmp_path: P
     (tmp_path / "out.jsonl").write_text("\n".join(whole[:3]) + "\n" + whole[3][:20])  # as a kill would leave it
     again = generate(*arguments)
     assert json.loads(again.stdout) == {"answered": 3}, again.stderr
-    assert sorted((tmp_path / "out.jsonl").read_text().splitlines()) == whole
+    assert (tmp_path / "out.jsonl").read_text().splitlines() == whole
+
+
+def test_killed_and_continued_the_file_comes_out_the_same(model: Path, tmp_path: Path) -> None:
+    lines = [{"prompt": f"w{n}", "max_new_tokens": 20 + n % 7, "n": 1 + n % 3, "ignore_end": True} for n in range(60)]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    one, other = tmp_path / "one.jsonl", tmp_path / "other.jsonl"
+    arguments = ["--model", model, "--input", tmp_path / "in.jsonl", "--temperature", 0.8, "--seed", 3, "--json"]
+    undisturbed = generate(*arguments, "--output", one)
+    assert undisturbed.returncode == 0, undisturbed.stderr
+    process = subprocess.Popen(command(*arguments, "--output", other), stdout=subprocess.DEVNULL)
+    while not other.exists() or other.read_bytes().count(b"\n") < 20:
+        assert process.poll() is None, "it was to be killed before it is through"
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    left = other.read_bytes()
+    other.write_bytes(left[: left.rindex(b'"index": ') + 3])  # a kill in the middle of a line
+    again = generate(*arguments, "--output", other)
+    assert 0 < json.loads(again.stdout)["answered"] < 60, again.stderr
+    assert other.read_bytes() == one.read_bytes()
+    with pytest.raises(DataError, match="something else than answers to this input"):
+        answered(other, {number: 1 for number in range(1, 61)})
 
 
 def test_bad_input_is_one_message(model: Path, tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
@@ -18,36 +20,62 @@ OPTIONS = {field.name for field in fields(Sampling)}
 
 
 def answer_file(service: Service, source: Path, target: Path, sampling: Sampling) -> int:
-    """Append a line to `target` for each line of `source` that has none there yet, as each is finished; how many.
+    """Append to `target` the answer to each line of `source` that has none there yet, as each is finished, and put all in
+    order at the end; how many were missing.
 
     A line of `source` has `prompt` (text or token ids) or `messages`, and perhaps options of its own. A line of `target`
-    has its `line` number, `text`, `finish_reason` and token counts; half a line at the end, of a run that was killed, is
-    written anew. Raises DataError naming the line that cannot be read, StorageError when `target` cannot be written."""
-    done = answered(target)
-    work = [item for item in read_requests(service, source, sampling) if item[0] not in done]
+    has its `line` number, `text`, `finish_reason` and token counts, for each of `n` completions one; a last answer that is
+    not whole, of a run that was killed, is written anew. So however often it was stopped, the file comes out the same.
+    Raises DataError naming the line that cannot be read, StorageError when `target` cannot be written."""
+    requests = read_requests(service, source, sampling)
+    done = answered(target, {number: sampling.n for number, _, sampling in requests})
+    work = [request for request in requests if request[0] not in done]
     try:
         with target.open("a") as file:
             for number, completions in _finished(service, work):
-                for completion in completions:
-                    file.write(json.dumps(_line(number, completion)) + "\n")
+                file.write("".join(json.dumps(_line(number, one)) + "\n" for one in completions))
                 file.flush()
+        _put_in_order(target)
     except OSError as problem:
         raise StorageError(f"{target}: cannot be written ({problem}).") from problem
     return len(work)
 
 
-def answered(target: Path) -> set[int]:
-    """Lines that have their answer; what a kill left of another is cut off."""
+def answered(target: Path, completions: dict[int, int]) -> set[int]:
+    """Lines that have as many answers as `completions` says; what a kill left of the last is cut off.
+
+    Raises DataError when the file holds anything else."""
     if not target.exists():
         return set()
     whole = target.read_bytes()
-    kept = whole[: whole.rfind(b"\n") + 1]
-    if len(kept) < len(whole):
-        target.write_bytes(kept)
+    kept = whole[: whole.rfind(b"\n") + 1].splitlines(keepends=True)
     try:
-        return {json.loads(line)["line"] for line in kept.splitlines()}
+        numbers = [json.loads(line)["line"] for line in kept]
+        found = Counter(numbers)
+        if numbers and found[numbers[-1]] < completions[numbers[-1]]:
+            del kept[-found.pop(numbers[-1]) :]
+        strangers = [number for number, count in found.items() if count != completions[number]]
     except (ValueError, KeyError, TypeError) as problem:
-        raise DataError(f"{target}: holds something else than answers; name another file for --output.") from problem
+        raise _no_answers(target) from problem
+    if strangers:
+        raise _no_answers(target)
+    if sum(map(len, kept)) < len(whole):
+        os.truncate(target, sum(map(len, kept)))
+    return set(found)
+
+
+def _no_answers(target: Path) -> DataError:
+    return DataError(f"{target}: holds something else than answers to this input; name another file for --output.")
+
+
+def _put_in_order(target: Path) -> None:
+    """Sort the answers by line and completion, in one stroke."""
+    lines = target.read_text().splitlines(keepends=True)
+    keys = [(found["line"], found["index"]) for found in map(json.loads, lines)]
+    if keys != sorted(keys):
+        draft = target.with_name(target.name + ".draft")
+        draft.write_text("".join(line for _, line in sorted(zip(keys, lines, strict=True))))
+        draft.replace(target)
 
 
 def read_requests(service: Service, source: Path, sampling: Sampling) -> list[tuple[int, tuple[int, ...], Sampling]]:
@@ -74,8 +102,10 @@ def _request(service: Service, given: Any, sampling: Sampling) -> tuple[tuple[in
     spoken = "messages" in given
     tokens = chat_tokens(service.tokenizer, given["messages"]) if spoken else service.encode(given["prompt"])
     options = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    if isinstance(schema := options.get("json_schema"), dict):
+        options["json_schema"] = json.dumps(schema)
     sampling = replace(sampling, **{name: value for name, value in options.items() if name in OPTIONS})
-    service.engine.fits(len(tokens), sampling)
+    service.fits(tokens, sampling)
     return tokens, sampling
 
 
