@@ -20,7 +20,7 @@ from transformers.generation.logits_process import (
 from outsize.errors import OptionError
 from outsize.serve.request import Request, Sampling, Sequence
 from outsize.serve.sampling import choose, choose_one, penalise
-from outsize.serve.text import TextStream
+from outsize.serve.text import TextStream, token_bytes
 
 LOGITS = torch.linspace(-2, 2, 12)[torch.randperm(12, generator=torch.Generator().manual_seed(1))]
 
@@ -67,6 +67,11 @@ def test_penalties_and_biases() -> None:
     assert choose_one(LOGITS, sequence(logit_bias=((3, 100.0),))).token == 3
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-40, 1e-6])
+def test_the_coldest_draw_is_the_likeliest_token(temperature: float) -> None:
+    assert choose_one(1e4 * LOGITS, sequence(temperature=temperature)).token == int(LOGITS.argmax())
+
+
 def test_logprobs_are_the_models_own() -> None:
     found = choose_one(LOGITS, sequence(temperature=2.0, logprobs=3))
     expected = torch.log_softmax(LOGITS, 0)
@@ -104,6 +109,11 @@ def pieces(tokenizer: PreTrainedTokenizerFast, text: str, *stop: str) -> tuple[l
         if stream.stopped:
             return found, True
     return [*found, stream.finish()], False
+
+
+def test_a_token_that_is_no_whole_character_has_its_bytes(tokenizer: PreTrainedTokenizerFast) -> None:
+    text = "naïve 東京 🚀"
+    assert b"".join(token_bytes(tokenizer, token) for token in tokenizer(text)["input_ids"]) == text.encode()
 
 
 def test_text_comes_out_whole_however_it_is_cut(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -188,16 +188,21 @@ class Engine:
         text = TextStream(self.tokenizer, sampling.stop) if self.tokenizer is not None else None
         if index == 0:
             self.totals.prompt_tokens += len(request.prompt)
-        return Sequence(request, index, self._arrivals, list(request.prompt), generator, text)
+        constraint = request.constrain() if request.constrain is not None else None
+        return Sequence(request, index, self._arrivals, list(request.prompt), generator, text, constraint)
 
     def _continue(self, sequence: Sequence, choice: Chosen) -> None:
         """Append a token and tell who asked."""
-        sampling = sequence.request.sampling
+        sampling, constraint = sequence.request.sampling, sequence.constraint
+        if constraint is not None and constraint.error is not None:
+            self._finish(sequence, "error", constraint.error)
+            return
         sequence.tokens.append(choice.token)
         self.totals.new_tokens += 1
         ended = choice.token in self.end_tokens and not sampling.ignore_end
         text = "" if sequence.text is None or ended else sequence.text.push(choice.token)
-        stopped = ended or (sequence.text is not None and sequence.text.stopped)
+        complete = constraint is not None and constraint.accept(choice.token)
+        stopped = ended or complete or (sequence.text is not None and sequence.text.stopped)
         full = sequence.new_tokens >= sampling.max_new_tokens
         sequence.request.listener(Event(sequence.index, choice, text))
         if stopped or full:

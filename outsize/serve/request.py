@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
-from math import isfinite
+from typing import Protocol
 
 import torch
 
-from outsize.errors import OptionError
+from outsize.errors import OptionError, OutsizeError
 from outsize.serve.text import TextStream
 
 
@@ -18,6 +18,7 @@ class Sampling:
     """How the next token is chosen. `temperature` 0 takes the likeliest. Filters apply in the order top-k, top-p, min-p;
     penalties as OpenAI (`presence`, `frequency`) and CTRL (`repetition`, arXiv 1909.05858) define them.
 
+    `json_schema`, a schema as text: the answer is JSON that obeys it, unless it is cut short.
     `seed` makes a request's draws its own: the same whatever else is in the batch, as far as the logits are the same."""
 
     max_new_tokens: int = 100
@@ -34,12 +35,13 @@ class Sampling:
     logprobs: int | None = None
     n: int = 1
     seed: int | None = None
+    json_schema: str | None = None
 
     def __post_init__(self) -> None:
         """Raises OptionError naming the parameter that is out of range."""
         for name, least, most in _RANGES:
             value = getattr(self, name)
-            if value is not None and not (isfinite(value) and least <= value <= most):
+            if value is not None and not least <= value <= most:
                 raise OptionError(f"{name} is {value}; it must be from {least} to {most}.")
         if len(self.stop) > 16 or not all(self.stop):
             raise OptionError("stop takes up to 16 strings, none of them empty.")
@@ -48,7 +50,7 @@ class Sampling:
     def plain(self) -> bool:
         """Nothing but the likeliest token is asked for."""
         changed = self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0 or self.logit_bias
-        return self.temperature == 0 and self.logprobs is None and not changed
+        return self.temperature == 0 and self.logprobs is None and self.json_schema is None and not changed
 
 
 _RANGES = (
@@ -83,6 +85,20 @@ class Event:
 Listener = Callable[[Event], None]
 
 
+class Constraint(Protocol):
+    """What an answer must be like, token by token."""
+
+    error: OutsizeError | None
+
+    def restrict(self, scores: torch.Tensor) -> None:
+        """Rule out, in place, every token in `scores` [vocabulary] that cannot come next."""
+        ...
+
+    def accept(self, token: int) -> bool:
+        """Take the token that was chosen. True when the answer is complete."""
+        ...
+
+
 class State(Enum):
     """Each docstring line says what occupies memory."""
 
@@ -95,7 +111,8 @@ class State(Enum):
 @dataclass(eq=False)
 class Request:
     """What one client asks for: `n` completions of one prompt. `key` is whose share of the machine it takes; of two
-    requests the one with the higher `priority` goes first, where the policy looks at it."""
+    requests the one with the higher `priority` goes first, where the policy looks at it. `constrain` makes each completion
+    its constraint."""
 
     prompt: tuple[int, ...]
     sampling: Sampling
@@ -104,6 +121,7 @@ class Request:
     priority: int = 0
     cancelled: bool = False
     cached_tokens: int = 0
+    constrain: Callable[[], Constraint] | None = None
     sequences: list[Sequence] = field(default_factory=list)
 
 
@@ -117,6 +135,7 @@ class Sequence:
     tokens: list[int]
     generator: torch.Generator | None = None
     text: TextStream | None = None
+    constraint: Constraint | None = None
     state: State = State.WAITING
     computed: int = 0
     pages: list[int] = field(default_factory=list)

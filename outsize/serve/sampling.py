@@ -9,6 +9,8 @@ import torch
 
 from outsize.serve.request import Chosen, Sampling, Sequence
 
+COLDEST = 1e-6  # whatever is colder draws the same
+
 
 def choose(logits: torch.Tensor, sequences: list[Sequence]) -> list[Chosen | None]:
     """One token for each row of `logits` [B, vocabulary]; None where they are not numbers. Rows that only want the
@@ -30,10 +32,13 @@ def choose_one(logits: torch.Tensor, sequence: Sequence) -> Chosen:
     sampling = sequence.request.sampling
     own = logits.float()
     scores = penalise(own.clone(), sequence)
+    if sequence.constraint is not None:
+        sequence.constraint.restrict(scores)
     if sampling.temperature == 0:
         token = int(scores.argmax())
     else:
-        token = draw(scores / sampling.temperature, sampling, sequence.generator)
+        # Less the highest, so that the lowest temperature finds nothing that overflows.
+        token = draw((scores - scores.max()) / max(sampling.temperature, COLDEST), sampling, sequence.generator)
     if sampling.logprobs is None:
         return Chosen(token)
     logprobs = torch.log_softmax(own, dim=-1)

@@ -8,9 +8,12 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
+from time import perf_counter
 from typing import Any, Self
 
 from outsize.errors import OptionError, RunError
+from outsize.serve.constraint import Schemas
 from outsize.serve.engine import Engine
 from outsize.serve.request import Chosen, Event, Request, Sampling
 
@@ -41,11 +44,14 @@ class Completion:
 
 
 class Service:
-    """Runs `engine` in a thread while there is anything to do. `close` when nobody asks any more."""
+    """Runs `engine` in a thread while there is anything to do, and checks its pages whenever there is nothing more.
+    `busy_seconds`: in steps so far. `close` when nobody asks any more."""
 
     def __init__(self, engine: Engine, release: Callable[[], None] = lambda: None) -> None:
         self.engine, self._release = engine, release
         self.failure: BaseException | None = None
+        self.busy_seconds = 0.0
+        self.schemas = Schemas(engine.tokenizer, self.vocabulary, engine.end_tokens)
         self._work = threading.Condition()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -56,15 +62,30 @@ class Service:
         """The model's tokenizer, or None."""
         return self.engine.tokenizer
 
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that the model knows: ids are smaller."""
+        model: Any = self.engine.model
+        return int(model.config.get_text_config().vocab_size)
+
     # -- asking -----------------------------------------------------------------------------------------------------
 
     def submit(self, request: Request) -> None:
         """Raises OptionError for a request that cannot be served, RunError when the engine has stopped."""
+        self.fits(request.prompt, request.sampling)
+        if (schema := request.sampling.json_schema) is not None:
+            request.constrain = partial(self.schemas.constraint, schema)
         with self._work:
             if self._closing or self.failure is not None:
                 raise RunError(f"The engine has stopped: {self.failure or 'it is closed'}.")
             self.engine.submit(request)
             self._work.notify()
+
+    def fits(self, prompt: Sequence[int], sampling: Sampling) -> None:
+        """Raises OptionError when a prompt and its answer cannot be served: too long, empty, or of no usable schema."""
+        self.engine.fits(len(prompt), sampling)
+        if sampling.json_schema is not None:
+            self.schemas.constraint(sampling.json_schema)
 
     def cancel(self, request: Request) -> None:
         with self._work:
@@ -134,7 +155,11 @@ class Service:
     def _run(self) -> None:
         try:
             while self._await_work():
+                began = perf_counter()
                 self.engine.step()
+                self.busy_seconds += perf_counter() - began
+                if self.engine.idle:
+                    self.engine.check()
         except BaseException as error:
             with self._work:
                 self.failure = error

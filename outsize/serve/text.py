@@ -2,9 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 UNFINISHED = "\ufffd"  # what a decoder writes for bytes that do not make a character yet
+
+PRINTABLE = (*range(33, 127), *range(161, 173), *range(174, 256))  # bytes that byte-level tokenizers write as they are
+LETTERS = {
+    **{chr(byte): byte for byte in PRINTABLE},
+    **{chr(256 + place): byte for place, byte in enumerate(b for b in range(256) if b not in PRINTABLE)},
+}
+
+
+def token_bytes(tokenizer: Any, token: int) -> bytes:
+    """The bytes of one token, also where they are no whole character: as byte-level tokenizers (GPT-2) spell them, or as
+    SentencePiece does (`<0xE2>`)."""
+    text = str(tokenizer.decode([token]))
+    piece = tokenizer.convert_ids_to_tokens(token) if UNFINISHED in text else ""
+    if re.fullmatch("<0x[0-9A-F]{2}>", piece):
+        return bytes([int(piece[3:5], 16)])
+    return bytes(LETTERS[letter] for letter in piece) if piece and all(p in LETTERS for p in piece) else text.encode()
 
 
 class TextStream:
