@@ -8,10 +8,10 @@ export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test soak lint docs bench clean
+.PHONY: help demo test soak soak-serve lint docs bench clean
 
 help: ## say what can be made
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
 
 demo: $(READY) build/smollm2.gguf build/python-docs.txt ## fine-tune SmolLM2-135M within 1 GiB, then let it answer
 	rm -rf runs/demo
@@ -25,6 +25,9 @@ test: $(READY) ## run the tests
 
 soak: $(READY) ## kill a run 300 times and flip 10,000 bits; writes docs/reliability.md
 	OMP_NUM_THREADS=1 $(VENV)/python tests/soak.py --kills 300 --flips 10000 --page docs/reliability.md
+
+soak-serve: $(READY) ## attack a server: crowds of 200 clients, a third of them rude, and thousands of drawn requests
+	OMP_NUM_THREADS=1 $(VENV)/python tests/soak_serve.py --clients 200 --rounds 5 --examples 1000
 
 lint: $(READY) ## check style and types
 	$(VENV)/ruff check

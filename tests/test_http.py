@@ -3,86 +3,31 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import random
-import re
-import signal
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx2
 import openai
 import pytest
 import torch
-from models import tiny_model
-from test_cli import WORDS
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
+from crowd import NEW, PROMPTS, gather
+from models import TEMPLATE, write_model
+from server import KEY, Address, serving
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-TEMPLATE = "{% for message in messages %}{{ message.role }} {{ message.content }} {% endfor %}w1"
 PAGES = 20
-KEY = "secret"
-
-
-class Address:
-    def __init__(self, port: int, model: Path, log: Path) -> None:
-        self.port, self.model, self.log = port, model, log
-        self.url = f"http://127.0.0.1:{port}"
-        self.headers = {"Authorization": f"Bearer {KEY}"}
-        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key=KEY, max_retries=0, timeout=60)
-
-    def metric(self, name: str) -> float:
-        page = httpx2.get(f"{self.url}/metrics", headers=self.headers, timeout=30).text
-        found = re.search(rf"^outsize_{name} (\S+)$", page, re.MULTILINE)
-        assert found is not None, page
-        return float(found[1])
-
-    def post(self, path: str, body: object, **options) -> httpx2.Response:
-        content = body if isinstance(body, bytes) else json.dumps(body).encode()
-        return httpx2.post(self.url + path, content=content, timeout=60, headers=options.get("headers", self.headers))
-
-
-def start(model: Path, log: Path, *more: object) -> tuple[subprocess.Popen[bytes], int]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "outsize", "serve", "--model", model, "--memory", "1200MiB", "--port", port]
-    options = ["--name", "tiny", "--context", 64, "--concurrency", 5, "--step-tokens", 24, *more]
-    with log.open("wb") as file:
-        process = subprocess.Popen([*map(str, [*command, *options])], stderr=file)
-    while "running on" not in log.read_text():
-        assert process.poll() is None, log.read_text()
-        time.sleep(0.05)
-    return process, port
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    tiny_model("llama", tied=False).save_pretrained(folder)
-    words = Tokenizer(WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))
-    words.pre_tokenizer = Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", unk_token="<unk>")
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder)
-    return folder
+    return write_model(tmp_path_factory.mktemp("model"), template=TEMPLATE)
 
 
 @pytest.fixture(scope="module")
 def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Address]:
     log = tmp_path_factory.mktemp("server") / "log"
-    process, port = start(model, log, "--api-key", KEY, "--max-body", "64KiB", "--max-waiting", 64)
-    yield Address(port, model, log)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) in (0, -signal.SIGTERM)
-    assert "Traceback" not in log.read_text()
+    with serving(model, log, "--max-body", "64KiB", "--max-waiting", 64) as address:
+        yield address
 
 
 def expected(model: Path, prompt: str, new: int) -> str:
@@ -123,6 +68,46 @@ def test_completions_of_many_prompts_with_logprobs_and_seeds(server: Address) ->
     assert create(model="tiny", prompt=long, max_tokens=1).usage.prompt_tokens_details.cached_tokens == 32
 
 
+def test_a_conversation_goes_on_with_the_clients_own_message(server: Address) -> None:
+    create, messages = server.client.chat.completions.create, [{"role": "user", "content": "w5 w6"}]
+    options = {"model": "tiny", "temperature": 0, "max_tokens": 8, "extra_body": {"ignore_eos": True}}
+    said = create(**options, messages=messages, response_format={"type": "text"}).choices[0].message
+    whole = create(**options, messages=[*messages, said, messages[0]])
+    prompt = f"user w5 w6 assistant {said.content} user w5 w6 w1"
+    assert whole.choices[0].message.content == expected(server.model, prompt, 8)
+    last = said.content.split()[-1]
+    cut = create(**options, messages=messages, stop=[last, "w999"]).choices[0]
+    assert cut.message.content == said.content[: said.content.index(last)] and cut.finish_reason == "stop"
+
+
+def test_streams_carry_what_whole_answers_do(server: Address) -> None:
+    options = {
+        "model": "tiny",
+        "max_tokens": 6,
+        "temperature": 1.5,
+        "seed": 11,
+        "n": 3,
+        "extra_body": {"ignore_eos": True},
+    }
+    asked = {**options, "messages": [{"role": "user", "content": "w5"}], "logprobs": True, "top_logprobs": 2}
+    whole = server.client.chat.completions.create(**asked)
+    streamed = {"stream": True, "stream_options": {"include_usage": True}}
+    *chunks, last = server.client.chat.completions.create(**asked, **streamed)
+    assert last.usage == whole.usage and all(chunk.usage is None for chunk in chunks)
+    said = [choice for chunk in chunks for choice in chunk.choices]
+    for choice in whole.choices:
+        mine = [one for one in said if one.index == choice.index]
+        assert "".join(one.delta.content or "" for one in mine) == choice.message.content
+        assert [entry for one in mine if one.logprobs for entry in one.logprobs.content] == choice.logprobs.content
+        assert all(bytes(entry.bytes).decode() == entry.token for entry in choice.logprobs.content)
+    assert len({choice.message.content for choice in whole.choices}) > 1, "each completion draws for itself"
+    asked = {**options, "prompt": "w5 w6", "logprobs": 1}
+    whole = server.client.completions.create(**asked).choices[0].logprobs
+    chunks = [chunk.choices[0] for chunk in server.client.completions.create(**asked, **streamed) if chunk.choices]
+    offsets = [place for chunk in chunks if chunk.index == 0 and chunk.logprobs for place in chunk.logprobs.text_offset]
+    assert offsets == whole.text_offset and len(set(offsets)) == 6
+
+
 def test_the_async_client_streams_many_at_once(server: Address) -> None:
     async def talk() -> list[str]:
         client = openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0)
@@ -151,6 +136,10 @@ def test_errors_have_openais_shape(server: Address) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         client.completions.create(**good, extra_body={"temprature": 1})
     assert caught.value.param == "temprature"
+    for wrong, named in (({"max_tokens": 0}, "max_tokens"), ({"seed": 10**30}, "seed"), ({"tools": []}, "tools")):
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "w1"}], **wrong)
+        assert caught.value.param == named and named in caught.value.message
     with pytest.raises(openai.NotFoundError) as caught:
         client.completions.create(**{**good, "model": "huge"})
     assert caught.value.code == "model_not_found"
@@ -165,50 +154,19 @@ def test_errors_have_openais_shape(server: Address) -> None:
     assert server.post("/tokenize", {"prompt": "w1 w2"}).json()["count"] == 2
 
 
-def rude(server: Address, number: int) -> str:
-    """One client: polite, rubbish, or gone in the middle."""
-    draw = random.Random(number)
-    body = {
-        "model": "tiny",
-        "prompt": f"w{number} w3",
-        "max_tokens": 40,
-        "ignore_eos": True,
-        "stream": bool(number % 2),
-    }
-    if number % 3 == 0:
-        done = server.post("/v1/completions", {**body, "stream": False})
-        return str(done.status_code)
-    if number % 3 == 1:
-        rubbish = bytes(draw.randrange(256) for _ in range(draw.randrange(200)))
-        return str(server.post("/v1/chat/completions", rubbish).status_code)
-    text = json.dumps(body).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Length: {len(text)}\r\n\r\n"
-    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
-        connection.sendall(head.encode() + text[: len(text) if number % 2 else draw.randrange(1, len(text) + 1)])
-        time.sleep(draw.random() / 5)
-    return "gone"
-
-
-def test_rude_clients_leave_no_page_behind(server: Address) -> None:
-    with ThreadPoolExecutor(40) as crowd:
-        found = list(crowd.map(lambda number: rude(server, number), range(120)))
-    assert set(found) <= {"200", "400", "429", "gone"} and found.count("200") > 0
-    deadline = time.monotonic() + 60
-    while server.metric("kv_pages_available") < server.metric("kv_pages") and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert server.metric("kv_pages_available") == server.metric("kv_pages") == PAGES
-    assert server.metric("sequences_running") == server.metric("requests_waiting") == 0
+def test_a_crowd_of_which_a_third_is_rude_leaves_no_page_behind(server: Address) -> None:
+    right = {prompt: expected(server.model, prompt, NEW) for prompt in PROMPTS}
+    found = gather(server, 60, right, seed=5)
+    assert found["right"] == 40 and sum(found.values()) == 60, found
+    server.settle()
+    assert server.stats()["kv"]["pages"] == PAGES
     assert server.client.completions.create(model="tiny", prompt="w1", max_tokens=2).choices[0].finish_reason
 
 
-def test_a_full_queue_and_a_late_answer_say_so_and_a_signal_ends_politely(model: Path, tmp_path: Path) -> None:
-    process, port = start(model, tmp_path / "log", "--max-waiting", 1, "--timeout", 0.2)
-    here = Address(port, model, tmp_path / "log")
-    body = {"model": "tiny", "prompt": ["w1", "w2"], "max_tokens": 2}
-    full = here.post("/v1/completions", body)
-    assert full.status_code == 429 and full.headers["Retry-After"] == "1"
-    late = here.post("/v1/completions", {**body, "prompt": "w1", "max_tokens": 60, "n": 60, "ignore_eos": True})
-    assert late.status_code == 503 and late.json()["error"]["code"] == "timeout"
-    process.send_signal(signal.SIGTERM)
-    process.wait(timeout=60)
-    assert "Traceback" not in here.log.read_text()
+def test_a_full_queue_and_a_late_answer_say_so(model: Path, tmp_path: Path) -> None:
+    with serving(model, tmp_path / "log", "--max-waiting", 1, "--timeout", 0.2, key=None) as here:
+        body = {"model": "tiny", "prompt": ["w1", "w2"], "max_tokens": 2}
+        full = here.post("/v1/completions", body)
+        assert full.status_code == 429 and full.headers["Retry-After"] == "1"
+        late = here.post("/v1/completions", {**body, "prompt": "w1", "max_tokens": 60, "n": 60, "ignore_eos": True})
+        assert late.status_code == 503 and late.json()["error"]["code"] == "timeout"

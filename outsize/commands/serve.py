@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import socket
+from ipaddress import ip_address
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from outsize.commands.common import Memory, Model
+from outsize.commands.common import Memory, Model, interruptible
 from outsize.errors import OptionError
 from outsize.sizes import parse_size
+
+if TYPE_CHECKING:
+    from outsize.serve.http import Server
 
 
 def serve(
@@ -42,7 +47,7 @@ def serve(
     Example: outsize serve --model runs/first/model --memory 1GiB --port 8000
     """
     try:
-        import uvicorn
+        import uvicorn  # noqa: F401  the message comes before any work
 
         from outsize.serve.http import Limits, Server
     except ImportError as problem:
@@ -52,17 +57,47 @@ def serve(
     from outsize.serving import Engine
 
     limits = Limits(parse_size(max_body), timeout, max_waiting, frozenset(api_key or ()))
-    with Engine(
-        model,
-        memory=memory,
-        context=context,
-        seats=concurrency,
-        step_tokens=step_tokens,
-        policy=policy,
-        scratch=scratch,
-        kv_directory=kv_directory,
-    ) as engine:
+    listening = _listen(host, port)
+    with (
+        interruptible("Requests under way were ended."),
+        Engine(
+            model,
+            memory=memory,
+            context=context,
+            seats=concurrency,
+            step_tokens=step_tokens,
+            policy=policy,
+            scratch=scratch,
+            kv_directory=kv_directory,
+        ) as engine,
+    ):
         for reason in engine.plan.reasons:
             typer.echo(reason, err=True)
-        app = Server(engine, name or Path(model).stem, limits).app
-        uvicorn.run(app, host=host, port=port, log_level="info", access_log=False, timeout_graceful_shutdown=10)
+        _run(Server(engine, name or Path(model).stem, limits, engine.plan), listening)
+
+
+def _run(server: Server, listening: socket.socket) -> None:
+    """Answer until a signal comes."""
+    import uvicorn
+
+    typer.echo(f"running on {_address(listening)}, with a page for the browser; Ctrl-C stops it", err=True)
+    if not server.limits.keys and not ip_address(listening.getsockname()[0]).is_loopback:
+        typer.echo("whoever reaches this computer may ask; --api-key lets only those who have a key", err=True)
+    config = uvicorn.Config(server.app, log_level="warning", access_log=False, timeout_graceful_shutdown=10)
+    uvicorn.Server(config).run(sockets=[listening])
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Take the port before the model is loaded: who asks early waits, and a port that is taken is known at once."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as problem:
+        raise OptionError(
+            f"Cannot listen at {host} port {port}: {problem.strerror}. Give another --port, or 0 for any that is free."
+        ) from problem
+
+
+def _address(listening: socket.socket) -> str:
+    host, port = listening.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -76,6 +76,11 @@ class FarPages:
         self._store.create(make_block(name, [("pages", "kv", torch.uint8, shape)]), self._tier, durable=False)
         self._blocks.append(self._store.entries[name])
 
+    @property
+    def known(self) -> int:
+        """Pages that can be brought back."""
+        return len(self._places)
+
     def has(self, key: bytes) -> bool:
         return key in self._places
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
@@ -17,8 +18,12 @@ from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect
 
 from outsize.errors import OptionError, OutsizeError, RunError
+from outsize.plan import Plan
 from outsize.serve.chat import chat_tokens
 from outsize.serve.metrics import EngineMetrics
+from outsize.serve.openapi import TEXT, answers, complete, takes, takes_path
+from outsize.serve.page import page
+from outsize.serve.reply import Reply
 from outsize.serve.request import Event, Sampling
 from outsize.serve.request import Request as EngineRequest
 from outsize.serve.service import Completion, Service
@@ -28,12 +33,14 @@ from outsize.serve.shapes import (
     Common,
     CompletionBody,
     Problem,
-    Reply,
     TokenizeBody,
 )
+from outsize.serve.stats import Stats
 
 Body = TypeVar("Body", bound=BaseModel)
+Endpoint = Callable[[Request], Awaitable[Response]]
 STATUS_OF = {OptionError: 400, RunError: 503}
+NAMED_HERE = {"max_new_tokens": "max_tokens", "json_schema": "response_format"}  # what the engine calls otherwise
 
 
 @dataclass(frozen=True)
@@ -50,21 +57,30 @@ class Limits:
 class Server:
     """`app` answers for `service` under the model's `name`."""
 
-    def __init__(self, service: Service, name: str, limits: Limits) -> None:
+    def __init__(self, service: Service, name: str, limits: Limits, plan: Plan) -> None:
         self.service, self.name, self.limits = service, name, limits
-        self.metrics = EngineMetrics(service.engine)
+        self.metrics, self.stats = EngineMetrics(service.engine), Stats(service, plan)
         self.started = int(time.time())
         self.app = FastAPI(title="Outsize", docs_url=None, redoc_url=None)
-        route = self.app.add_api_route
-        route("/health", self.health, methods=["GET"])
-        route("/metrics", self._guarded(self.show_metrics), methods=["GET"])
-        route("/v1/models", self._guarded(self.models), methods=["GET"])
-        route("/v1/models/{model:path}", self._guarded(self.model), methods=["GET"])
-        route("/v1/chat/completions", self._guarded(self.chat), methods=["POST"])
-        route("/v1/completions", self._guarded(self.complete), methods=["POST"])
-        route("/tokenize", self._guarded(self.tokenize), methods=["POST"])
+        self.app.get("/", include_in_schema=False)(page)
+        self.app.get("/health", responses=answers(503))(self.health)
+        self._route("GET", "/metrics", self.show_metrics, more=TEXT)
+        self._route("GET", "/stats", self.show_stats)
+        self._route("GET", "/v1/models", self.models)
+        self._route("GET", "/v1/models/{model:path}", self.model, 404, more=takes_path("model"))
+        more = takes(ChatBody, streams=True)
+        self._route("POST", "/v1/chat/completions", self.chat, 400, 404, 413, 429, 503, more=more)
+        more = takes(CompletionBody, streams=True)
+        self._route("POST", "/v1/completions", self.complete, 400, 404, 413, 429, 503, more=more)
+        self._route("POST", "/tokenize", self.tokenize, 400, 413, more=takes(TokenizeBody))
         self.app.add_exception_handler(404, self._not_found)
         self.app.add_exception_handler(405, self._not_found)
+        complete(self.app.openapi(), name, bool(limits.keys))
+
+    def _route(self, method: str, path: str, endpoint: Endpoint, *errors: int, more: Any = None) -> None:
+        """Answer at `path` those who have a key; `errors` and `more` are for the description."""
+        add = self.app.add_api_route
+        add(path, self._guarded(endpoint), methods=[method], responses=answers(401, *errors), openapi_extra=more)
 
     # -- small endpoints --------------------------------------------------------------------------------------------
 
@@ -74,6 +90,12 @@ class Server:
 
     async def show_metrics(self, request: Request) -> Response:
         return Response(self.metrics.page(), media_type="text/plain; version=0.0.4")
+
+    async def show_stats(self, request: Request) -> Response:
+        tokenizer = self.service.tokenizer
+        chat = tokenizer is not None and bool(tokenizer.chat_template)
+        model = {"name": self.name, "context": self._context, "chat": chat}
+        return JSONResponse({"model": model, **self.stats.read()})
 
     async def models(self, request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._card()]})
@@ -100,32 +122,33 @@ class Server:
         if body.top_logprobs is not None and not body.logprobs:
             raise Problem(400, "top_logprobs needs logprobs to be true", None, "top_logprobs")
         tokens = chat_tokens(self.service.tokenizer, [message.plain() for message in body.messages])
-        most = body.max_completion_tokens or body.max_tokens or max(1, self._context - len(tokens))
-        sampling = body.sampling(most, (body.top_logprobs or 0) if body.logprobs else None, self._vocabulary)
+        given = [most for most in (body.max_completion_tokens, body.max_tokens) if most is not None]
+        most = given[0] if given else max(1, self._context - len(tokens))
+        sampling = body.sampling(most, (body.top_logprobs or 0) if body.logprobs else None, self.service.vocabulary)
         return await self._answer(request, body, [tokens], sampling, chat=True)
 
     async def complete(self, request: Request) -> Response:
         body = await self._read(request, CompletionBody)
         self._check_model(body.model)
-        prompts = [self.service.encode(prompt) for prompt in body.prompts()]
-        if wrong := [token for tokens in prompts for token in tokens if token >= self._vocabulary]:
-            raise Problem(400, f"prompt: {wrong[0]} is not a token of {self._vocabulary}", None, "prompt")
+        prompts, vocabulary = [self.service.encode(prompt) for prompt in body.prompts()], self.service.vocabulary
+        if wrong := [token for tokens in prompts for token in tokens if token >= vocabulary]:
+            raise Problem(400, f"prompt: {wrong[0]} is not a token of {vocabulary}", None, "prompt")
         most = body.max_tokens if body.max_tokens is not None else COMPLETION_TOKENS
-        sampling = body.sampling(most, body.logprobs, self._vocabulary)
+        sampling = body.sampling(most, body.logprobs, vocabulary)
         return await self._answer(request, body, prompts, sampling, chat=False)
 
     async def _answer(
         self, request: Request, body: Common, prompts: list[tuple[int, ...]], sampling: Sampling, chat: bool
     ) -> Response:
-        self._admit(prompts, sampling)
-        reply = Reply(self.name, chat, sampling.logprobs is not None, self._decode)
+        await self._admit(prompts, sampling, "messages" if chat else "prompt")
+        usage = body.stream_options is not None and body.stream_options.include_usage
+        reply = Reply(self.name, self.service.tokenizer, chat, sampling.logprobs is not None, usage)
         asked = [
             EngineRequest(tokens, sampling, lambda event: None, self._key(request), body.priority) for tokens in prompts
         ]
         completions = [Completion(i, prompt_tokens=len(one.prompt)) for one in asked for i in range(sampling.n)]
         events = self._events(asked, completions)
         if body.stream:
-            usage = body.stream_options is not None and body.stream_options.include_usage
             return StreamingResponse(self._chunks(reply, events, completions, usage), media_type="text/event-stream")
         await _unless_gone(request, _exhaust(events))
         return JSONResponse(reply.whole(completions))
@@ -179,7 +202,8 @@ class Server:
 
     # -- who may ask what -----------------------------------------------------------------------------------------------
 
-    def _guarded(self, endpoint: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
+    def _guarded(self, endpoint: Endpoint) -> Endpoint:
+        @wraps(endpoint)
         async def guarded(request: Request) -> Response:
             try:
                 self._check_key(request)
@@ -204,18 +228,22 @@ class Server:
         if name != self.name:
             raise Problem(404, f"there is no model {name!r} here, only {self.name!r}", "model_not_found", "model")
 
-    def _admit(self, prompts: list[tuple[int, ...]], sampling: Sampling) -> None:
+    async def _admit(self, prompts: list[tuple[int, ...]], sampling: Sampling, named: str) -> None:
+        await asyncio.to_thread(self._fit, prompts, sampling, named)  # it may compile a schema
+        if self.service.engine.waiting + len(prompts) > self.limits.waiting:
+            message = f"{self.limits.waiting} requests wait already; try again later"
+            raise Problem(429, message, "rate_limit_exceeded", headers={"Retry-After": "1"})
+
+    def _fit(self, prompts: list[tuple[int, ...]], sampling: Sampling, named: str) -> None:
+        """Raises Problem, or OptionError, when a prompt and its answer cannot be served."""
         for tokens in prompts:
             if len(tokens) + sampling.max_new_tokens > self._context:
                 message = (
                     f"{len(tokens)} tokens of prompt and {sampling.max_new_tokens} new ones are more than the context of "
                     f"{self._context} tokens"
                 )
-                raise Problem(400, message, "context_length_exceeded", "messages")
-            self.service.engine.fits(len(tokens), sampling)
-        if self.service.engine.waiting + len(prompts) > self.limits.waiting:
-            message = f"{self.limits.waiting} requests wait already; try again later"
-            raise Problem(429, message, "rate_limit_exceeded", headers={"Retry-After": "1"})
+                raise Problem(400, message, "context_length_exceeded", named)
+            self.service.fits(tokens, sampling)
 
     async def _read(self, request: Request, shape: type[Body]) -> Body:
         received = bytearray()
@@ -231,7 +259,8 @@ class Server:
         except ValidationError as problem:
             first = problem.errors(include_url=False, include_input=False)[0]
             where = ".".join(str(part) for part in first["loc"])
-            raise Problem(400, f"{where or 'the body'}: {first['msg']}", None, where or None) from problem
+            what = "there is no such parameter here" if first["type"] == "extra_forbidden" else first["msg"]
+            raise Problem(400, f"{where or 'the body'}: {what}", None, where or None) from problem
 
     async def _not_found(self, request: Request, problem: Exception) -> Response:
         status = getattr(problem, "status_code", 404)
@@ -247,14 +276,6 @@ class Server:
     @property
     def _context(self) -> int:
         return self.service.engine.serving.context
-
-    @property
-    def _vocabulary(self) -> int:
-        model: Any = self.service.engine.model
-        return int(model.config.get_text_config().vocab_size)
-
-    def _decode(self, token: int) -> str:
-        return str(self.service.tokenizer.decode([token])) if self.service.tokenizer is not None else str(token)
 
 
 def _listener(
@@ -296,8 +317,11 @@ def _as_problem(problem: Exception) -> Problem:
     if isinstance(problem, Problem):
         return problem
     status = STATUS_OF.get(type(problem), 500)  # pyright: ignore[reportArgumentType, reportCallIssue]
-    named = str(problem).partition(" ")[0] if status == 400 else None
-    return Problem(status, str(problem), None, named if named in Sampling.__dataclass_fields__ else None)
+    named, _, rest = str(problem).partition(" ")
+    if status != 400 or named not in Sampling.__dataclass_fields__:
+        return Problem(status, str(problem))
+    here = NAMED_HERE.get(named, named)
+    return Problem(status, f"{here} {rest}", None, here)
 
 
 def _sent(data: dict[str, Any]) -> str:

@@ -72,6 +72,11 @@ class Pages:
         """Pages that `take` can still give."""
         return len(self._free) + len(self._kept)
 
+    @property
+    def kept(self) -> int:
+        """Pages that nobody holds and that can still be found."""
+        return len(self._kept)
+
     def needed(self, tokens: int) -> int:
         return -(-tokens // self.page_tokens)
 

@@ -1,15 +1,14 @@
-"""OpenAI's HTTP interface as values: what comes in, checked; what goes out. After the official reference, 2025."""
+"""What may be asked over HTTP, as values that check themselves, and what a refusal looks like. After OpenAI's official
+reference, 2025."""
 
 from __future__ import annotations
 
-import time
-import uuid
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from outsize.serve.request import Chosen, Event, Sampling
-from outsize.serve.service import Completion
+from outsize.serve.request import Sampling
 
 Tokens = list[Annotated[int, Field(ge=0)]]
 COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for /v1/completions
@@ -32,10 +31,45 @@ class Problem(Exception):
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
+class ErrorFacts(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """What `Problem.body` holds."""
+
+    error: ErrorFacts
+
+
 class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="forbid")
     include_usage: bool = False
     include_obfuscation: bool = False
+
+
+class JsonSchema(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    name: str
+    description: str | None = None
+    body: Annotated[dict[str, Any], Field(alias="schema")]
+    strict: bool | None = None
+
+
+class ResponseFormat(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    def schema_text(self) -> str | None:
+        """The JSON schema of the answer, or None when it may be any text."""
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise Problem(400, "response_format: json_schema goes with the type of that name", None, "response_format")
+        if self.json_schema is not None:
+            return json.dumps(self.json_schema.body)
+        return '{"type": "object"}' if self.type == "json_object" else None
 
 
 class Common(BaseModel):
@@ -55,6 +89,7 @@ class Common(BaseModel):
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
+    response_format: ResponseFormat | None = None
     ignore_eos: bool = False
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -72,12 +107,14 @@ class Common(BaseModel):
             logit_bias=self._biases(vocabulary),
             ignore_end=self.ignore_eos,
             logprobs=logprobs,
+            json_schema=self.response_format.schema_text() if self.response_format is not None else None,
         )
 
     def _biases(self, vocabulary: int) -> tuple[tuple[int, float], ...]:
         found = []
         for token, bias in (self.logit_bias or {}).items():
-            if not token.isdecimal() or int(token) >= vocabulary or not -100 <= bias <= 100:
+            known = token.isdecimal() and len(token) < 12 and int(token) < vocabulary
+            if not known or not -100 <= bias <= 100:
                 raise Problem(
                     400, f"logit_bias: {token}: {bias} is not a token id and a bias within 100", None, "logit_bias"
                 )
@@ -96,6 +133,7 @@ class Message(BaseModel):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
     name: str | None = None
+    refusal: None = None  # as the official client sends back the answers that it was given
 
     def plain(self) -> dict[str, str]:
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
@@ -131,76 +169,4 @@ class TokenizeBody(BaseModel):
     messages: list[Message] | None = None
 
 
-class Reply:
-    """Writes answers of one request. `decode(token)` is the text of one token."""
-
-    def __init__(self, model: str, chat: bool, logprobs: bool, decode: Any) -> None:
-        self.chat, self._logprobs, self._decode = chat, logprobs, decode
-        self._head = {
-            "id": ("chatcmpl-" if chat else "cmpl-") + uuid.uuid4().hex,
-            "created": int(time.time()),
-            "model": model,
-        }
-
-    def whole(self, completions: list[Completion]) -> dict[str, Any]:
-        choices = [self._choice(number, completion) for number, completion in enumerate(completions)]
-        kind = "chat.completion" if self.chat else "text_completion"
-        return {**self._head, "object": kind, "choices": choices, "usage": usage(completions)}
-
-    def opening(self, index: int) -> dict[str, Any]:
-        """The first chunk of a chat: who speaks."""
-        return self._chunk(index, {"role": "assistant", "content": ""}, None, None)
-
-    def chunk(self, index: int, event: Event) -> dict[str, Any]:
-        logprobs = self._listed([event.chosen]) if self._logprobs and event.chosen is not None else None
-        what: Any = event.text
-        if self.chat:
-            what = {} if event.finish is not None and not event.text else {"content": event.text}
-        return self._chunk(index, what, logprobs, event.finish)
-
-    def closing(self, completions: list[Completion]) -> dict[str, Any]:
-        """The chunk that says what was used."""
-        return {**self._head, "object": self._chunk_kind, "choices": [], "usage": usage(completions)}
-
-    @property
-    def _chunk_kind(self) -> str:
-        return "chat.completion.chunk" if self.chat else "text_completion"
-
-    def _chunk(self, index: int, what: Any, logprobs: Any, finish: str | None) -> dict[str, Any]:
-        choice = {"index": index, "delta" if self.chat else "text": what, "logprobs": logprobs, "finish_reason": finish}
-        return {**self._head, "object": self._chunk_kind, "choices": [choice]}
-
-    def _choice(self, number: int, completion: Completion) -> dict[str, Any]:
-        what = {"message": {"role": "assistant", "content": completion.text, "refusal": None}}
-        logprobs = self._listed(completion.chosen) if self._logprobs else None
-        found = what if self.chat else {"text": completion.text}
-        return {"index": number, **found, "logprobs": logprobs, "finish_reason": completion.finish}
-
-    def _listed(self, chosen: list[Chosen]) -> dict[str, Any]:
-        if self.chat:
-            return {"content": [self._entry(c.token, c.logprob, c.logprobs) for c in chosen], "refusal": None}
-        return {
-            "tokens": [self._decode(c.token) for c in chosen],
-            "token_logprobs": [c.logprob for c in chosen],
-            "top_logprobs": [{self._decode(token): value for token, value in c.logprobs} for c in chosen],
-            "text_offset": [0] * len(chosen),
-        }
-
-    def _entry(self, token: int, logprob: float | None, top: Any = None) -> dict[str, Any]:
-        text = self._decode(token)
-        found: dict[str, Any] = {"token": text, "logprob": logprob, "bytes": list(text.encode())}
-        if top is not None:
-            found["top_logprobs"] = [self._entry(other, value) for other, value in top]
-        return found
-
-
-def usage(completions: list[Completion]) -> dict[str, Any]:
-    """Tokens of all prompts and answers; a prompt counts once, however many completions it has."""
-    prompts = [completion for completion in completions if completion.index == 0]
-    asked, answered = sum(c.prompt_tokens for c in prompts), sum(len(c.chosen) for c in completions)
-    return {
-        "prompt_tokens": asked,
-        "completion_tokens": answered,
-        "total_tokens": asked + answered,
-        "prompt_tokens_details": {"cached_tokens": sum(c.cached_tokens for c in prompts)},
-    }
+BODIES = (ChatBody, CompletionBody, TokenizeBody)
