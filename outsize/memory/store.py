@@ -15,13 +15,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
-from time import perf_counter
 from typing import Any
 
 import torch
 
 from outsize.errors import BudgetError, RunError
 from outsize.memory.block import Block
+from outsize.memory.clock import Clock
 from outsize.memory.foresight import Foresight, Placement, Policy, Resident, Touch, evict_oldest
 from outsize.memory.ledger import Ledger
 from outsize.memory.tier import Extent, Tier
@@ -108,8 +108,10 @@ class Store:
         transfers: Transfers,
         near: str = "host",
         policy: Policy = evict_oldest,
+        clock: Clock | None = None,
     ) -> None:
         self.tiers, self.near = tiers, near
+        self.clock = clock or Clock()
         self.ledger = Ledger()
         self.transfers = transfers
         self.entries: dict[str, Entry] = {}
@@ -247,17 +249,17 @@ class Store:
                 f"{format_size(self._arena.numel())} leases hold {format_size(pinned)}. Give more memory, "
                 "or a shorter sequence."
             )
-        started = perf_counter()
-        self._turn.wait(timeout=60)
+        started = self.clock.now()
+        self.clock.wait(self._turn)
         self._raise_failure()
-        self.waiting_seconds["write"] += perf_counter() - started
+        self.waiting_seconds["write"] += self.clock.now() - started
 
     def _wait(self, entry: Entry, direction: str) -> None:
-        started = perf_counter()
+        started = self.clock.now()
         while entry.ticket is not None:
-            self._turn.wait(timeout=60)
+            self.clock.wait(self._turn)
             self._raise_failure()
-        self.waiting_seconds[direction] += perf_counter() - started
+        self.waiting_seconds[direction] += self.clock.now() - started
 
     def _raise_failure(self) -> None:
         if self._failure is not None:
@@ -318,10 +320,10 @@ class Store:
         for first, last in _runs(rows):
             span = target[first * row_bytes : last * row_bytes]
             tickets.append(self.transfers.read(entry.home, extent, place.offset + rows[first] * row_bytes, span))
-        started = perf_counter()
+        started = self.clock.now()
         for ticket in tickets:
             ticket.wait()
-        self.waiting_seconds["read"] += perf_counter() - started
+        self.waiting_seconds["read"] += self.clock.now() - started
 
     def has_bytes(self, name: str) -> bool:
         """Something was written into the block, near or at home."""

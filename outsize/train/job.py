@@ -326,13 +326,14 @@ def bind(
     read: Read,
     device: torch.device,
     progress: Callable[[str], None] | None = None,
+    make_updater: type[Updater] = Updater,
 ) -> Job:
     """Bring a model's weights into the store as the plan says, and attach the module to it. `progress` hears of each
     weight that is there. Memory held is one block and its source rows."""
     leave_meta(model, device)
     precision = find_precision(plan.precision)
     moments = torch.bfloat16 if plan.moments == "bf16" else None
-    updater = Updater(store, precision, rule, moments)
+    updater = make_updater(store, precision, rule, moments)
     weights: dict[str, Weight] = {}
     rows = dict(plan.table_rows)
     near = plan.near_weights | always_near(

@@ -10,7 +10,6 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import prod
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -169,14 +168,14 @@ class Updater:
         """Apply `gradient` (the block's shape, any float dtype, times `scale`) to the leased weight and its state.
 
         `groups` are the hyper-parameters of each kind now."""
-        started = perf_counter() - sum(self.store.waiting_seconds.values())
+        started = self.store.clock.now() - sum(self.store.waiting_seconds.values())
         weight.change()
         flat_weight = weight.tensors[WEIGHT].view(-1)
         flat_gradient = gradient.reshape(-1)
         for chunk in self.chunks[block.name]:
             span = slice(chunk.start, chunk.stop)
             self._visit(chunk, flat_weight[span], flat_gradient[span], groups, scale, "step")
-        self.seconds += perf_counter() - sum(self.store.waiting_seconds.values()) - started
+        self.seconds += self.store.clock.now() - sum(self.store.waiting_seconds.values()) - started
 
     def visit_all(self, method: str, groups: list[dict[str, Any]]) -> None:
         """Call the optimizer's own `method` ("train" or "eval", as schedulefree has them) on every chunk."""
@@ -206,19 +205,30 @@ class Updater:
         method: str,
     ) -> None:
         if not self._parts(chunk):
-            master = self._master(chunk, weight, None)
-            self._call(chunk, master, self._gradient(gradient, scale), {}, groups, method)
-            self._keep(chunk, master, weight, None)
+            self._change(chunk, weight, gradient, {}, groups, scale, method)
             return
         written = self._written(chunk)
         with self.store.lease(chunk.state, fresh=not written) as lease:
             lease.change()
             if not written:
                 lease.bytes.zero_()
-            master = self._master(chunk, weight, lease.tensors.get("low"))
-            state = {name[6:]: tensor for name, tensor in lease.tensors.items() if name.startswith("state.")}
-            self._call(chunk, master, self._gradient(gradient, scale), state, groups, method)
-            self._keep(chunk, master, weight, lease.tensors.get("low"))
+            self._change(chunk, weight, gradient, lease.tensors, groups, scale, method)
+
+    def _change(
+        self,
+        chunk: Chunk,
+        weight: torch.Tensor,
+        gradient: torch.Tensor | None,
+        near: dict[str, torch.Tensor],
+        groups: list[dict[str, Any]],
+        scale: float | None,
+        method: str,
+    ) -> None:
+        """The arithmetic of one chunk, whose state `near` is leased."""
+        master = self._master(chunk, weight, near.get("low"))
+        state = {name[6:]: tensor for name, tensor in near.items() if name.startswith("state.")}
+        self._call(chunk, master, self._gradient(gradient, scale), state, groups, method)
+        self._keep(chunk, master, weight, near.get("low"))
 
     def _master(self, chunk: Chunk, weight: torch.Tensor, low: torch.Tensor | None) -> torch.Tensor:
         if self.precision.master == "same":
