@@ -22,7 +22,7 @@ class Device:
 
 
 @dataclass(frozen=True)
-class Machine:
+class Resources:
     """What this process may use.
 
     `memory_bytes` is the RAM of the computer or of the cgroup that confines this process, whichever is less;
@@ -46,14 +46,14 @@ class ProcessMemory:
     peak_bytes: int
 
 
-def describe(directory: str | Path) -> Machine:
+def describe(directory: str | Path) -> Resources:
     """Return what this process may use, with `directory` (which need not exist yet) as the place for files.
 
     Imports torch, to ask it for a GPU.
     """
     existing = _existing(Path(directory))
     total, available = memory()
-    return Machine(
+    return Resources(
         cores=_cores(),
         memory_bytes=total,
         memory_available_bytes=available,
