@@ -148,7 +148,7 @@ class Foresight:
     def end(self) -> bool:
         """The real run leaves the phase. True if the virtual run stays valid; else `rebuild` must follow."""
         complete = self._real == len(self._trace)
-        if not self._recording and complete:
+        if not self._recording and complete and self._again:  # else nothing more may be brought: nobody wants it
             self._virtual -= len(self._trace)
             return True
         self._phases[self._phase or ""] = self._trace[: self._real]

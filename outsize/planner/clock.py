@@ -1,0 +1,217 @@
+"""Time that passes only when somebody says so: transfers are events, compute advances the clock by its price.
+
+Transfers run as in `outsize.memory.transfer`: some readers share one queue of pieces, one writer keeps the order of
+writes. What moves at once shares the disk: each direction has its bandwidth, and both together their limit."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from outsize.machine.machine import Machine
+from outsize.memory.clock import Clock
+from outsize.memory.tier import Extent, Tier
+from outsize.memory.transfer import PIECE, Then
+
+
+@dataclass(frozen=True)
+class Span:
+    """Something that took time: `lane` is compute, update, read, write or waiting. Seconds since the clock began."""
+
+    lane: str
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Bytes a second between disk and the memory near compute, alone and (`both`) when it reads and writes at once."""
+
+    read: float
+    write: float
+    both: float
+    latency: float
+    flush: float = 0.02
+    """Seconds until what was written is durable."""
+
+    @classmethod
+    def of(cls, machine: Machine) -> Rates:
+        read, write = machine.link("disk", "host"), machine.link("host", "disk")
+        shared = read.shared if read.shared == write.shared else None
+        both = machine.limit(shared) if shared is not None else read.bytes_per_second + write.bytes_per_second
+        return cls(read.bytes_per_second, write.bytes_per_second, both, max(read.latency, write.latency))
+
+
+@dataclass(eq=False)
+class Transfer:
+    """A piece on its way: seconds of latency, then bytes, that are still to go."""
+
+    direction: str
+    left: float
+    latency: float
+    finish: Callable[[], None]
+    rate: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        return self.latency + self.left / self.rate
+
+
+class SimulatedClock(Clock):
+    """Seconds since the beginning. `spend` lets time pass in compute, `wait` until the next transfer ends."""
+
+    def __init__(self, rates: Rates, readers: int = 2) -> None:
+        self.rates, self.time = rates, 0.0
+        self.spans: list[Span] = []
+        self.seconds: dict[str, float] = {}
+        self._slots = {"read": readers, "write": 1}
+        self._queues: dict[str, deque[Transfer]] = {"read": deque(), "write": deque()}
+        self._moving: list[Transfer] = []
+
+    def now(self) -> float:
+        return self.time
+
+    def wait(self, condition: threading.Condition) -> None:
+        self.step()
+
+    def step(self) -> None:
+        """Let time pass until a transfer ends."""
+        assert self._moving, "the step waits for a transfer, and none is under way"
+        started = self.time
+        self._run_to(self.time + min(transfer.seconds for transfer in self._moving))
+        self._note("waiting", started)
+
+    def spend(self, lane: str, seconds: float) -> None:
+        """`lane` (compute or update) works for so long; transfers go on meanwhile."""
+        started = self.time
+        self._run_to(self.time + seconds)
+        self._note(lane, started)
+
+    def submit(self, direction: str, nbytes: int, finish: Callable[[], None], latency: float | None = None) -> None:
+        latency = self.rates.latency if latency is None else latency
+        self._queues[direction].append(Transfer(direction, float(nbytes), latency, finish))
+        self._start()
+
+    def _start(self) -> None:
+        for direction, queue in self._queues.items():
+            busy = sum(transfer.direction == direction for transfer in self._moving)
+            while queue and busy < self._slots[direction]:
+                self._moving.append(queue.popleft())
+                busy += 1
+        self._share()
+
+    def _share(self) -> None:
+        """What moves in one direction shares its bandwidth; both directions together keep to theirs."""
+        alone = {"read": self.rates.read, "write": self.rates.write}
+        moving = {name: [t for t in self._moving if t.direction == name] for name in alone}
+        asked = sum(alone[name] for name in alone if moving[name])
+        scale = min(1.0, self.rates.both / asked) if moving["read"] and moving["write"] else 1.0
+        for name, transfers in moving.items():
+            for transfer in transfers:
+                transfer.rate = alone[name] * scale / len(transfers)
+
+    def _run_to(self, end: float) -> None:
+        while self._moving:
+            first = min(self._moving, key=lambda transfer: transfer.seconds)
+            if self.time + first.seconds > end:
+                break
+            self._progress(first.seconds)
+            self._moving.remove(first)
+            self._start()
+            first.finish()
+        self._progress(max(end - self.time, 0.0))
+
+    def _progress(self, seconds: float) -> None:
+        for transfer in self._moving:
+            late = min(transfer.latency, seconds)
+            transfer.latency -= late
+            transfer.left = max(transfer.left - (seconds - late) * transfer.rate, 0.0)
+        for direction in {transfer.direction for transfer in self._moving}:
+            self._append(Span(direction, self.time, self.time + seconds))
+        self.time += seconds
+
+    def _note(self, lane: str, started: float) -> None:
+        if self.time > started:
+            self._append(Span(lane, started, self.time))
+
+    def _append(self, span: Span) -> None:
+        """Keep a span, joined to the one before it in its lane when it goes on where that ended."""
+        self.seconds[span.lane] = self.seconds.get(span.lane, 0.0) + span.end - span.start
+        for index in range(len(self.spans) - 1, max(len(self.spans) - 6, -1), -1):
+            last = self.spans[index]
+            if last.lane == span.lane:
+                if span.start - last.end < 1e-9:
+                    self.spans[index] = Span(span.lane, last.start, span.end)
+                    return
+                break
+        self.spans.append(span)
+
+
+@dataclass
+class SimulatedTicket:
+    """A transfer's receipt, as `outsize.memory.transfer.Ticket`; waiting lets simulated time pass."""
+
+    clock: SimulatedClock
+    then: Then | None
+    left: int
+    done: bool = False
+
+    def wait(self) -> None:
+        while not self.done:
+            self.clock.step()
+
+    def piece_done(self) -> None:
+        self.left -= 1
+        if self.left == 0:
+            self.done = True
+            if self.then is not None:
+                self.then(None)
+
+
+@dataclass
+class SimulatedTransfers:
+    """The interface of `outsize.memory.transfer.Transfers`; nothing is carried but time."""
+
+    clock: SimulatedClock
+    bytes: dict[str, int] = field(default_factory=lambda: {"read": 0, "write": 0})
+
+    def read(
+        self, tier: Tier, extent: Extent, offset: int, target: torch.Tensor, then: Then | None = None, fence: Any = None
+    ) -> SimulatedTicket:
+        nbytes = target.numel()
+        starts = range(0, max(nbytes, 1), PIECE)
+        ticket = SimulatedTicket(self.clock, then, len(starts))
+        self.bytes["read"] += nbytes
+        for start in starts:
+            self.clock.submit("read", min(PIECE, nbytes - start), ticket.piece_done)
+        return ticket
+
+    def write(
+        self, tier: Tier, extent: Extent, offset: int, source: torch.Tensor, then: Then | None = None, fence: Any = None
+    ) -> SimulatedTicket:
+        ticket = SimulatedTicket(self.clock, then, 1)
+        self.bytes["write"] += source.numel()
+        self.clock.submit("write", source.numel(), ticket.piece_done)
+        return ticket
+
+    def after_writes(self, function: Callable[[], None]) -> SimulatedTicket:
+        """`function` runs when all writes before it are through and made durable."""
+        ticket = SimulatedTicket(self.clock, None, 1)
+
+        def finish() -> None:
+            function()
+            ticket.piece_done()
+
+        self.clock.submit("write", 0, finish, latency=self.clock.rates.flush)
+        return ticket
+
+    def drain(self) -> None:
+        self.after_writes(lambda: None).wait()
+
+    def close(self) -> None:
+        """Nothing to end."""

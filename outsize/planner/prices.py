@@ -1,0 +1,81 @@
+"""What an operation costs on a machine: floating-point operations by rate, bytes by bandwidth, and a fixed cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from outsize.machine.machine import Machine
+
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+@dataclass(frozen=True)
+class Price:
+    seconds: float
+    floating_operations: float = 0.0
+
+
+FREE = Price(0.0)
+
+
+class Prices(Protocol):
+    """Seconds of each torch operation, and of the optimizer by the elements it steps."""
+
+    def of(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Price: ...
+
+    def update(self, elements: int) -> float: ...
+
+
+@dataclass(frozen=True)
+class RatedPrices:
+    """Prices from a described machine's rates."""
+
+    machine: Machine
+
+    def of(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Price:
+        processor = self.machine.compute
+        count = operations_of(function)
+        if count is not None:
+            done = float(count(*args, **kwargs, out_val=result))
+            matrix = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor) and leaf.dim() > 1)
+            rate = processor.matmul_rate(DTYPES.get(matrix.dtype, "fp32"), _rows(args))
+            return Price(done / rate + processor.operation_seconds, done)
+        if is_view(function):
+            return Price(processor.operation_seconds / 4)
+        touched = sum(_nbytes(leaf) for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor))
+        return Price(touched / processor.elementwise.at(max(touched, 1)) + processor.operation_seconds)
+
+    def update(self, elements: int) -> float:
+        return elements / self.machine.compute.update
+
+
+def operations_of(function: Any) -> Callable[..., int] | None:
+    """The formula of `torch.utils.flop_counter` for an operation that has one."""
+    return flop_registry.get(getattr(function, "overloadpacket", function))
+
+
+def is_view(function: Any) -> bool:
+    """The operation's result is another look at its input: nothing is computed."""
+    schema = getattr(function, "_schema", None)
+    returns = schema.returns if schema is not None else []
+    return bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+
+
+def _rows(args: tuple[Any, ...]) -> int:
+    """Rows of the left matrix of a product, of all its batches."""
+    matrices = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor) and leaf.dim() > 1]
+    return matrices[0].shape[-2] if matrices else 1
+
+
+def _nbytes(tensor: torch.Tensor) -> int:
+    """Bytes that are read or written: of an expanded tensor those that exist."""
+    elements = 1
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        elements *= size if stride else 1
+    return elements * tensor.element_size()

@@ -1,0 +1,79 @@
+"""A rehearsal is the real run without bytes: it moves the same bytes and touches the same blocks in the same order."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from exactness import Setting, bind_job, make_batches, make_model, make_plan
+
+from outsize.machine.find import find_machine
+from outsize.memory.store import Store
+from outsize.planner.clock import Rates
+from outsize.planner.prices import RatedPrices
+from outsize.planner.rehearsal import rehearse
+from outsize.train.optimizers import uniform_rule
+
+LAPTOP = find_machine("laptop")
+RULE = uniform_rule(torch.optim.AdamW, {"lr": 1e-3, "fused": True})
+STEPS = 4
+
+SETTINGS = {
+    "all on disk": Setting(),
+    "all near": Setting(placement="near"),
+    "mixed placement and precision": Setting(placement="mixed", precision="mixed"),
+    "kept activations": Setting(recompute=False),
+    "clipped": Setting(clip=1.0, precision="mixed"),
+    "clipped, gradients near": Setting(clip=1.0, gradient_home="host"),
+    "three micro-batches": Setting(accumulate=3, arena=3 << 20),
+    "blocks of the vocabulary": Setting(table_rows=64, precision="mixed"),
+    "blocks of the vocabulary, two micro-batches, clipped": Setting(table_rows=64, accumulate=2, clip=1.0),
+    "bf16 moments": Setting(precision="mixed", moments="bf16"),
+}
+
+
+class Seen:
+    """The order in which a real store is asked."""
+
+    def __init__(self, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.accesses: list[tuple[str, str]] = []
+        lease, give = store.lease, store._give
+        monkeypatch.setattr(store, "lease", lambda name, fresh=False: self._lease(lease, name, fresh))
+        monkeypatch.setattr(store, "_give", lambda entry, touch: self._give(give, entry, touch))
+
+    def _lease(self, lease, name, fresh):
+        self.accesses.append(("fresh" if fresh else "take", name))
+        return lease(name, fresh)
+
+    def _give(self, give, entry, touch):
+        self.accesses.append((touch.value, entry.block.name))
+        give(entry, touch)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "handwritten"])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_rehearsal_moves_what_the_real_run_moves(
+    family: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setting = SETTINGS[name]
+    if setting.table_rows and family in ("handwritten", "t5"):
+        pytest.skip("has no head that can be computed in blocks")
+    if family == "mixtral" and setting.precision == "fp32":
+        pytest.skip("torch's fake grouped product takes bf16 only")
+    model = make_model(family, tied=True)
+    plan = make_plan(model, setting)
+    steps = [make_batches(1, setting.accumulate)[0]] * STEPS
+    rehearsal = rehearse(model, plan, RULE, RatedPrices(LAPTOP), Rates.of(LAPTOP), steps, torch.float32)
+
+    job = bind_job(model, RULE, plan, tmp_path)
+    job.on_complete = lambda step: job.store.commit(lambda slots: None) if step % plan.commit_every == 0 else None
+    before = Counter(job.store.ledger.moved)
+    seen = Seen(job.store, monkeypatch)
+    for number, micro_batches in enumerate(steps):
+        seen.accesses.clear()
+        job.train_step(micro_batches, again=number + 1 < STEPS)
+    job.store.flush()
+    assert sum(rehearsal.moved, Counter()) == job.store.ledger.moved - before
+    assert list(rehearsal.accesses) == seen.accesses
+    assert rehearsal.disk_bytes == job.store.tiers["disk"].used
+    job.close()
