@@ -15,12 +15,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cached_property
 from typing import Any
 
 import torch
 
 from outsize.errors import BudgetError, RunError
-from outsize.memory.block import Block
+from outsize.memory.block import Block, Part
 from outsize.memory.clock import Clock
 from outsize.memory.foresight import Foresight, Placement, Policy, Resident, Touch, evict_oldest
 from outsize.memory.ledger import Ledger
@@ -70,7 +71,11 @@ class Lease:
         self._store, self._entry = store, entry
         assert entry.storage is not None
         self.bytes = entry.storage
-        self.tensors = entry.block.views(entry.storage)
+
+    @cached_property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The block's parts by name, as they lie in `bytes`."""
+        return self._entry.block.views(self.bytes)
 
     @property
     def name(self) -> str:
@@ -309,7 +314,7 @@ class Store:
         place = entry.block.part(part)
         with self._turn:
             if entry.storage is not None and entry.residency not in (Residency.COMING, Residency.RESERVED):
-                torch.index_select(place.view(entry.storage), 0, torch.tensor(rows), out=out)
+                self._copy_rows(place, entry.storage, rows, out)
                 return
             extent = entry.slots[entry.current]
             assert extent is not None
@@ -324,6 +329,9 @@ class Store:
         for ticket in tickets:
             ticket.wait()
         self.waiting_seconds["read"] += self.clock.now() - started
+
+    def _copy_rows(self, place: Part, storage: torch.Tensor, rows: list[int], out: torch.Tensor) -> None:
+        torch.index_select(place.view(storage), 0, torch.tensor(rows), out=out)
 
     def has_bytes(self, name: str) -> bool:
         """Something was written into the block, near or at home."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -55,11 +56,13 @@ class RatedPrices:
         return elements / self.machine.compute.update
 
 
+@cache
 def operations_of(function: Any) -> Callable[..., int] | None:
     """The formula of `torch.utils.flop_counter` for an operation that has one."""
     return flop_registry.get(getattr(function, "overloadpacket", function))
 
 
+@cache
 def is_view(function: Any) -> bool:
     """The operation's result is another look at its input: nothing is computed."""
     schema = getattr(function, "_schema", None)

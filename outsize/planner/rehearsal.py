@@ -7,10 +7,8 @@ price, and each storage is counted while it lives."""
 from __future__ import annotations
 
 import copy
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,41 +19,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from outsize.memory.null import NullTier
-from outsize.memory.store import Store
 from outsize.memory.tier import pages
 from outsize.model.units import find_units
 from outsize.plan import Plan
-from outsize.planner.clock import Rates, SimulatedClock, SimulatedTransfers, Span
-from outsize.planner.prices import Prices
+from outsize.planner.clock import Rates, SimulatedClock, SimulatedTransfers
+from outsize.planner.prices import Prices, is_view
+from outsize.planner.script import Event, HomeOf, Live, Mark, Scribe, Script
 from outsize.train.job import Job, bind
-from outsize.train.optimizers import AnyScalar, OptimizerRule
+from outsize.train.optimizers import OptimizerRule
 from outsize.train.update import Chunk, Updater
 
 Batch = dict[str, torch.Tensor]
 ENDLESS = 1 << 60
 CPU = torch.device("cpu")
-
-
-@dataclass(frozen=True)
-class Rehearsal:
-    """What a plan's steps did. `moved` is by step, as the ledger counts it: (source, destination, kind) -> bytes."""
-
-    moved: tuple[Counter[tuple[str, str, str]], ...]
-    seconds: tuple[float, ...]
-    """Of each step."""
-    spans: tuple[Span, ...]
-    """Of the last step, beginning at 0."""
-    lanes: dict[str, float]
-    """Seconds of the last step by lane: compute, update, waiting, and how long the disk read and wrote."""
-    waiting: dict[str, float]
-    """Seconds of the last step in which compute waited, for reads and for writes."""
-    live: LiveBytes
-    accesses: tuple[tuple[str, str], ...]
-    """(touch, block) in the order in which the last step leased and gave back blocks."""
-    disk_bytes: int
-    held: dict[tuple[str, str], int]
-    """Bytes by (tier, kind) when the last step ends."""
-    floating_operations: float
 
 
 class Fakes(FakeTensorMode):
@@ -68,66 +44,55 @@ class Fakes(FakeTensorMode):
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
-@dataclass(frozen=True)
-class Change:
-    """Bytes of one storage that appeared (positive) or went (negative) at a time; `key` tells storages apart."""
-
-    time: float
-    key: int
-    nbytes: int
-
-
 class LiveBytes:
-    """All storages that operations created, for as long as they live; those of `known` are somebody else's."""
+    """Tells `script` of all storages that operations create and let go; what is ignored is somebody else's."""
 
-    def __init__(self) -> None:
-        self.now = self.peak = self.largest = 0
-        self.changes: list[Change] = []
-        self.known: set[int] = set()
+    def __init__(self, tell: Callable[[Live], None]) -> None:
+        self._tell = tell
+        self._ignored: dict[int, torch.UntypedStorage] = {}  # held, so that none of them is mistaken for a later one
         self._count = 0
         self._live: dict[int, tuple[StorageWeakRef, int, int]] = {}
 
-    def ignore(self, tensors: Iterator[torch.Tensor] | list[torch.Tensor]) -> None:
-        self.known |= {tensor.untyped_storage()._cdata for tensor in tensors}
+    def ignore(self, tensors: Iterable[torch.Tensor]) -> None:
+        storages = [tensor.untyped_storage() for tensor in tensors]
+        self._ignored |= {storage._cdata: storage for storage in storages}
 
-    def see(self, result: Any, time: float) -> None:
-        self.sweep(time)
+    def see(self, result: Any) -> None:
+        self.sweep()
         for tensor in tree_leaves(result):
             if isinstance(tensor, FakeTensor):
                 storage = tensor.untyped_storage()
-                if storage._cdata not in self.known and storage._cdata not in self._live and storage.nbytes():
+                if storage._cdata not in self._ignored and storage._cdata not in self._live and storage.nbytes():
                     self._count += 1
                     self._live[storage._cdata] = (StorageWeakRef(storage), storage.nbytes(), self._count)
-                    self._change(time, self._count, storage.nbytes())
-        self.peak = max(self.peak, self.now)
+                    self._tell(Live((self._count, -1), storage.nbytes()))
 
-    def sweep(self, time: float) -> None:
+    def sweep(self) -> None:
         """Notice what has gone."""
-        gone = [cdata for cdata, (reference, _, _) in self._live.items() if reference.expired()]
-        for cdata in gone:
-            _, nbytes, key = self._live.pop(cdata)
-            self._change(time, key, -nbytes)
-
-    def _change(self, time: float, key: int, nbytes: int) -> None:
-        self.now += nbytes
-        self.largest = max(self.largest, nbytes)
-        self.changes.append(Change(time, key, nbytes))
+        for cdata in [cdata for cdata, (reference, _, _) in self._live.items() if reference.expired()]:
+            _, nbytes, number = self._live.pop(cdata)
+            self._tell(Live((number, -1), -nbytes))
 
 
 class Priced(TorchDispatchMode):
-    """Lets simulated time pass for every operation, and counts what it leaves behind."""
+    """Writes into the script what every operation costs, and what it leaves behind."""
 
-    def __init__(self, clock: SimulatedClock, prices: Prices, live: LiveBytes) -> None:
+    def __init__(self, scribe: Scribe, prices: Prices, live: LiveBytes) -> None:
         super().__init__()
         self.floating_operations = 0.0
-        self._clock, self._prices, self._live = clock, prices, live
+        self._scribe, self._prices, self._live = scribe, prices, live
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
+            return args[0].fake_device  # asked ten thousand times a step
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 1.0 if args[0].is_floating_point() else 1  # a loss, a norm, whether all is finite
         result = func(*args, **(kwargs or {}))
         price = self._prices.of(func, args, kwargs or {}, result)
         self.floating_operations += price.floating_operations
-        self._live.see(result, self._clock.time)
-        self._clock.spend("compute", price.seconds)
+        if not is_view(func):
+            self._live.see(result)
+        self._scribe.spent("compute", price.seconds)
         return result
 
 
@@ -155,72 +120,85 @@ def _fake(tensor: torch.Tensor) -> torch.Tensor:
     return nn.Parameter(bare, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else bare
 
 
-@dataclass(eq=False)
-class Stage:
-    """Everything a rehearsal plays with."""
+class Rehearsal:
+    """A job on fake tensors, whose store writes down what it is asked."""
 
-    clock: SimulatedClock
-    live: LiveBytes
-    priced: Priced
-    mode: FakeTensorMode
-    store: Store
-    prices: Prices
-    accesses: list[tuple[str, str]] = field(default_factory=list)
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        rule: OptimizerRule,
+        prices: Prices,
+        source_dtype: torch.dtype,
+        block_class: str | None = None,
+    ) -> None:
+        self.mode, self.prices = Fakes(allow_non_fake_inputs=True), prices
+        self.scribe = self._store()
+        self.live = LiveBytes(self.scribe.events.append)
+        self.priced = Priced(self.scribe, prices, self.live)
+        self.job = self._bind(model, plan, rule, source_dtype, block_class)
 
-    @contextmanager
-    def __call__(self) -> Iterator[None]:
-        """What a thread of the engine works within."""
-        with ExitStack() as stack:
-            for mode in (self.mode, AnyScalar(), self.priced):
-                stack.enter_context(mode)
-            yield
+    def _store(self) -> Scribe:
+        clock = SimulatedClock(Rates(1.0, 1.0, 1.0, 0.0))
+        tiers = {"host": NullTier("host", ENDLESS), "disk": NullTier("disk", ENDLESS)}
+        transfers: Any = SimulatedTransfers(clock)
+        return Scribe(tiers, 0, self._allocate, transfers, clock=clock)
 
-
-def set_stage(plan: Plan, prices: Prices, rates: Rates, make_store: Callable[..., Store] = Store) -> Stage:
-    clock, live = SimulatedClock(rates), LiveBytes()
-    mode = Fakes(allow_non_fake_inputs=True)
-
-    def allocate(nbytes: int) -> torch.Tensor:
-        with mode:
+    def _allocate(self, nbytes: int) -> torch.Tensor:
+        with self.mode:
             slab = torch.empty(pages(nbytes), dtype=torch.uint8)
-        live.ignore([slab])
+        if nbytes:
+            self.live.ignore([slab])
         return slab
 
-    tiers = {"host": NullTier("host", ENDLESS), "disk": NullTier("disk", ENDLESS)}
-    store = make_store(tiers, plan.arena_bytes, allocate, SimulatedTransfers(clock), clock=clock)
-    return Stage(clock, live, Priced(clock, prices, live), mode, store, prices)
+    def _bind(
+        self, model: nn.Module, plan: Plan, rule: OptimizerRule, source_dtype: torch.dtype, block_class: str | None
+    ) -> Job:
+        scribe, prices = self.scribe, self.prices
 
+        class PricedUpdater(Updater):
+            """Leases what an update leases; the arithmetic costs its price."""
 
-def make_job(
-    model: nn.Module,
-    plan: Plan,
-    rule: OptimizerRule,
-    stage: Stage,
-    source_dtype: torch.dtype,
-    block_class: str | None = None,
-) -> Job:
-    """The model's fake twin, bound to the stage's store as the real one will be, from weights in `source_dtype`."""
-    twin = fake_copy(model, stage.mode)
+            def _change(self, chunk: Chunk, *rest: Any) -> None:
+                chunk.stepped = True
+                scribe.spent("update", prices.update(chunk.stop - chunk.start))
 
-    class PricedUpdater(Updater):
-        """Leases what an update leases; the arithmetic costs its price."""
-
-        def _change(self, chunk: Chunk, *rest: Any) -> None:
-            chunk.stepped = True
-            stage.clock.spend("update", stage.prices.update(chunk.stop - chunk.start))
-
-    with stage.mode:
+        twin = fake_copy(model, self.mode)
         shapes = {name: parameter.shape for name, parameter in twin.named_parameters()}
-        units = find_units(twin, block_class)
 
         def read(name: str, start: int, stop: int) -> torch.Tensor:
-            shape = shapes[name]
-            return torch.empty((stop - start, *shape[1:]) if shape else (), dtype=source_dtype)
+            return torch.empty((stop - start, *shapes[name][1:]) if shapes[name] else (), dtype=source_dtype)
 
-        job = bind(twin, units, plan, rule, stage.store, read, CPU, make_updater=PricedUpdater)
-        stage.live.ignore([*twin.parameters(), *twin.buffers()])
-    job.attachment.lanes.around = stage
-    return job
+        with self.mode:
+            units = find_units(twin, block_class)
+            job = bind(twin, units, plan, rule, scribe, read, CPU, make_updater=PricedUpdater)
+        self.live.ignore([*twin.parameters(), *twin.buffers()])
+        job.attachment.lanes.around = self.modes
+        job.on_complete = lambda step: scribe.events.append(Mark.COMPLETE)
+        return job
+
+    @contextmanager
+    def modes(self) -> Iterator[None]:
+        """What a thread of the engine works within."""
+        with self.mode, self.priced:
+            yield
+
+    def run(self, micro_batches: list[Batch]) -> Script:
+        """As many steps as it takes until the next does what every later one does: the second finds state where the
+        first makes it, and a held update is applied a step late."""
+        steps = []
+        setup = self._taken()
+        for _ in range(3 if self.job.plan.hold else 2):
+            with self.modes():
+                self.job.train_step(micro_batches)
+            self.live.sweep()
+            steps.append(self._taken())
+        return Script(setup, tuple(steps), self.priced.floating_operations / len(steps))
+
+    def _taken(self) -> tuple[Event, ...]:
+        events = tuple(self.scribe.events)
+        self.scribe.events.clear()
+        return events
 
 
 def rehearse(
@@ -228,61 +206,24 @@ def rehearse(
     plan: Plan,
     rule: OptimizerRule,
     prices: Prices,
-    rates: Rates,
-    steps: list[list[Batch]],
+    micro_batches: list[Batch],
     source_dtype: torch.dtype = torch.bfloat16,
     block_class: str | None = None,
-) -> Rehearsal:
-    """Run `steps` (micro-batches of each) of `plan`; after the last nothing follows.
-
-    Raises BudgetError where the real run would: when leases leave no room in the arena."""
-    stage = set_stage(plan, prices, rates, _Witness)
-    job = make_job(model, plan, rule, stage, source_dtype, block_class)
-    job.on_complete = lambda step: _commit(job, step)
-    moved: list[Counter[tuple[str, str, str]]] = []
-    seconds: list[float] = []
-    for number, micro_batches in enumerate(steps):
-        before, waited = Counter(stage.store.ledger.moved), dict(stage.store.waiting_seconds)
-        started, spent = stage.clock.time, dict(stage.clock.seconds)
-        stage.clock.spans.clear()
-        stage.live.changes.clear()
-        assert isinstance(stage.store, _Witness)
-        stage.store.accesses.clear()
-        with stage():
-            job.train_step(micro_batches, again=number + 1 < len(steps))
-        stage.live.sweep(stage.clock.time)
-        moved.append(stage.store.ledger.moved - before)
-        seconds.append(stage.clock.time - started)
-    return Rehearsal(
-        tuple(moved),
-        tuple(seconds),
-        tuple(Span(span.lane, span.start - started, span.end - started) for span in stage.clock.spans),
-        {lane: total - spent.get(lane, 0.0) for lane, total in stage.clock.seconds.items()},
-        {name: total - waited[name] for name, total in stage.store.waiting_seconds.items()},
-        stage.live,
-        tuple(stage.store.accesses),
-        stage.store.tiers["disk"].used,
-        dict(stage.store.ledger.held),
-        stage.priced.floating_operations / len(steps),
-    )
+) -> Script:
+    """The script of `plan`'s steps: where its blocks live is left open, all else is as the plan says."""
+    return Rehearsal(model, plan, rule, prices, source_dtype, block_class).run(micro_batches)
 
 
-def _commit(job: Job, step: int) -> None:
-    if step % job.plan.commit_every == 0:
-        job.store.commit(lambda slots: None)
+def homes(plan: Plan, always: set[str]) -> HomeOf:
+    """Where the plan lets each block live, as `bind` and `Gradients` decide it; `always`: weights never let go."""
+    near_weights = plan.near_weights | always
 
+    def home_of(name: str) -> str:
+        kind, _, rest = name.partition(":")
+        if kind == "gradient":
+            return plan.gradient_home
+        near = near_weights if kind == "weight" else plan.near_states
+        weight = rest.split("@")[0]
+        return "host" if weight in near or weight.rpartition(":")[0] in near else "disk"
 
-class _Witness(Store):
-    """A store that notes the order in which it is asked."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.accesses: list[tuple[str, str]] = []
-        super().__init__(*args, **kwargs)
-
-    def lease(self, name: str, fresh: bool = False) -> Any:
-        self.accesses.append(("fresh" if fresh else "take", name))
-        return super().lease(name, fresh)
-
-    def _give(self, entry: Any, touch: Any) -> None:
-        self.accesses.append((touch.value, entry.block.name))
-        super()._give(entry, touch)
+    return home_of

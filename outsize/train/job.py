@@ -97,7 +97,7 @@ class Job:
         Raises RunError when the loss or a gradient is not finite; nothing of the step is then kept."""
         tokens = sum(batch["input_ids"].numel() for batch in micro_batches)
         self.updater.step_number = self.step_number
-        with self.store.phase("step", again):
+        with self.store.phase(self._phase(), again):
             self.gradients.begin_step(self.groups())
             with torch.autograd.set_multithreading_enabled(False):
                 loss = self._blocked_step(micro_batches) if self.plan.blocked_loss else self._module_step(micro_batches)
@@ -107,6 +107,13 @@ class Job:
         if not self.plan.hold:
             self._completed()
         return StepResult(loss, norm, tokens)
+
+    def _phase(self) -> str:
+        """A run's first update makes the optimizer's state, and a held one is applied a step late: those steps touch
+        blocks otherwise than all later ones, and have traces of their own."""
+        if self.plan.hold and not self.gradients.settled:
+            return "step, nothing to apply"
+        return "step" if self.updater.begun else "step, state is new"
 
     def _completed(self) -> None:
         """Every weight and state is that of step `step_number`: the moment at which it can be committed."""

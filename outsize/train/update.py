@@ -191,6 +191,11 @@ class Updater:
                             self._visit(chunk, span, None, groups, None, method)
 
     @property
+    def begun(self) -> bool:
+        """Some update has been made, of this run or of the one it continues."""
+        return any(chunk.stepped for chunk in self._all_chunks())
+
+    @property
     def has_modes(self) -> bool:
         """The optimizer keeps other numbers for training than for evaluation."""
         return any(hasattr(kind.optimizer, "eval") for kind in self.kinds)
@@ -205,26 +210,27 @@ class Updater:
         method: str,
     ) -> None:
         if not self._parts(chunk):
-            self._change(chunk, weight, gradient, {}, groups, scale, method)
+            self._change(chunk, weight, gradient, None, groups, scale, method)
             return
         written = self._written(chunk)
         with self.store.lease(chunk.state, fresh=not written) as lease:
             lease.change()
             if not written:
                 lease.bytes.zero_()
-            self._change(chunk, weight, gradient, lease.tensors, groups, scale, method)
+            self._change(chunk, weight, gradient, lease, groups, scale, method)
 
     def _change(
         self,
         chunk: Chunk,
         weight: torch.Tensor,
         gradient: torch.Tensor | None,
-        near: dict[str, torch.Tensor],
+        lease: Lease | None,
         groups: list[dict[str, Any]],
         scale: float | None,
         method: str,
     ) -> None:
-        """The arithmetic of one chunk, whose state `near` is leased."""
+        """The arithmetic of one chunk, whose state is leased if it has any."""
+        near = {} if lease is None else lease.tensors
         master = self._master(chunk, weight, near.get("low"))
         state = {name[6:]: tensor for name, tensor in near.items() if name.startswith("state.")}
         self._call(chunk, master, self._gradient(gradient, scale), state, groups, method)
