@@ -1,6 +1,8 @@
 """A rehearsal is the real run without bytes: it moves the same bytes and touches the same blocks in the same order."""
 
 from collections import Counter
+from collections.abc import Iterable, Iterator
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from outsize.model.units import find_units
 from outsize.planner.clock import Rates
 from outsize.planner.prices import RatedPrices
 from outsize.planner.rehearsal import homes, rehearse
-from outsize.planner.script import play
+from outsize.planner.script import Event, Live, Spend, play
 from outsize.train.job import always_near
 from outsize.train.optimizers import uniform_rule
 
@@ -88,3 +90,33 @@ def test_rehearsal_moves_what_the_real_run_moves(
     assert list(rehearsal.accesses) == seen.accesses
     assert rehearsal.disk_bytes == job.store.tiers["disk"].used
     job.close()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
+@pytest.mark.parametrize("name", ["all on disk", "kept activations", "clipped", "blocks of the vocabulary"])
+def test_four_units_stand_for_all(family: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They ask the same of the store, in the same order; tensors alive are counted a little too high."""
+    setting = SETTINGS[name]
+    model = make_model(family, tied=True, layers=8)
+    plan = make_plan(model, setting)
+    micro_batches = make_batches(1, setting.accumulate)[0]
+    short = rehearse(model, plan, RULE, RatedPrices(LAPTOP), micro_batches, torch.float32)
+    monkeypatch.setattr("outsize.planner.rehearsal.FEWEST", 100)
+    full = rehearse(model, plan, RULE, RatedPrices(LAPTOP), micro_batches, torch.float32)
+    assert list(_asked(short.setup)) == list(_asked(full.setup))
+    for one, other in zip(short.steps, full.steps, strict=True):
+        assert list(_asked(one)) == list(_asked(other))
+        assert _spent(one) == pytest.approx(_spent(other), rel=1e-3)
+        assert _peak(other) <= _peak(one) <= 1.06 * _peak(other)
+
+
+def _asked(events: Iterable[Event]) -> Iterator[Event]:
+    return (event for event in events if not isinstance(event, Spend | Live))
+
+
+def _spent(events: Iterable[Event]) -> float:
+    return sum(event.seconds for event in events if isinstance(event, Spend))
+
+
+def _peak(events: Iterable[Event]) -> int:
+    return max(accumulate(event.nbytes for event in events if isinstance(event, Live)))

@@ -7,8 +7,10 @@ price, and each storage is counted while it lives."""
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,13 +26,14 @@ from outsize.model.units import find_units
 from outsize.plan import Plan
 from outsize.planner.clock import Rates, SimulatedClock, SimulatedTransfers
 from outsize.planner.prices import Prices, is_view
-from outsize.planner.script import Event, HomeOf, Live, Mark, Scribe, Script
+from outsize.planner.script import Event, HomeOf, Live, Mark, Scribe, Script, spread
 from outsize.train.job import Job, bind
 from outsize.train.optimizers import OptimizerRule
 from outsize.train.update import Chunk, Updater
 
 Batch = dict[str, torch.Tensor]
 ENDLESS = 1 << 60
+FEWEST = 6  # units, from which on four stand for all
 CPU = torch.device("cpu")
 
 
@@ -96,15 +99,20 @@ class Priced(TorchDispatchMode):
         return result
 
 
-def fake_copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
-    """The module again, without bytes: parameters fake and tied as they were, buffers fake."""
+def bare_copy(model: nn.Module) -> nn.Module:
+    """The module again, parameters and buffers on the meta device, tied as they were."""
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
         bare = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
         memo[id(parameter)] = nn.Parameter(bare, requires_grad=parameter.requires_grad)
     for buffer in model.buffers():
         memo[id(buffer)] = torch.empty(buffer.shape, dtype=buffer.dtype, device="meta")
-    twin = copy.deepcopy(model, memo)
+    return copy.deepcopy(model, memo)
+
+
+def fake_copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
+    """The module again, without bytes: parameters fake and tied as they were, buffers fake."""
+    twin = bare_copy(model)
     with mode:
         done: dict[int, Any] = {}
         for module in twin.modules():
@@ -210,8 +218,48 @@ def rehearse(
     source_dtype: torch.dtype = torch.bfloat16,
     block_class: str | None = None,
 ) -> Script:
-    """The script of `plan`'s steps: where its blocks live is left open, all else is as the plan says."""
-    return Rehearsal(model, plan, rule, prices, source_dtype, block_class).run(micro_batches)
+    """The script of `plan`'s steps: where its blocks live is left open, all else is as the plan says.
+
+    Of units of one shape four are rehearsed and stand for all, where the module lets the others be left out."""
+    units = [unit.name for unit in find_units(model, block_class) if unit.repeated]
+
+    def run(model: nn.Module) -> Script:
+        return Rehearsal(model, plan, rule, prices, source_dtype, block_class).run(micro_batches)
+
+    if len(units) < FEWEST or not _alike(model, units, plan):
+        return run(model)
+    try:
+        script = run(shortened(model, units))
+        return replace(
+            script,
+            setup=spread(script.setup, units[:4], units),
+            steps=tuple(spread(step, units[:4], units) for step in script.steps),
+            floating_operations=script.floating_operations,
+        )
+    except (ValueError, IndexError, KeyError, AttributeError):  # a module that counts on all of its units
+        return run(model)
+
+
+def _alike(model: nn.Module, units: list[str], plan: Plan) -> bool:
+    """All of them are of one class and shape in one list, recompute alike, and none shares a weight."""
+
+    def shape(name: str) -> Any:
+        module = model.get_submodule(name)
+        parameters = [(n, p.shape, p.dtype, p.requires_grad) for n, p in module.named_parameters()]
+        return type(module), name.rpartition(".")[0], parameters, name in plan.recompute
+
+    owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    shared = any(owners[id(p)] > 1 for name in units for p in model.get_submodule(name).parameters())
+    return not shared and all(shape(name) == shape(units[0]) for name in units)
+
+
+def shortened(model: nn.Module, units: list[str]) -> nn.Module:
+    """A copy without bytes, with the first four of `units`."""
+    twin = bare_copy(model)
+    holder = twin.get_submodule(units[0].rpartition(".")[0])
+    for name in units[4:]:
+        del holder._modules[name.rpartition(".")[2]]
+    return twin
 
 
 def homes(plan: Plan, always: set[str]) -> HomeOf:
