@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from outsize.commands.generate import generate
+from outsize.commands.probe import probe
 from outsize.commands.train import train
 from outsize.errors import OutsizeError
 from outsize.machine.allocator import use_one_heap
@@ -30,6 +31,7 @@ def common(debug: Debug = False) -> None:
 
 app.command()(train)
 app.command()(generate)
+app.command()(probe)
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from outsize.machine.machine import Capacity, Limit, Link, Machine, Nodes, Proce
 
 NAMES = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8)
 RATES = st.floats(1e-3, 1e18)
-SIZES = st.integers(1, 2**60)
+SIZES = st.integers(1, 2**59)
 SECONDS = st.just(0.0) | st.floats(1e-12, 1e3)
 CURVES = RATES.map(steady) | st.dictionaries(st.integers(1, 2**39), RATES, min_size=2, max_size=4).map(
     lambda points: Rate(tuple(sorted((float(size), rate) for size, rate in points.items())))
@@ -170,6 +170,15 @@ def test_a_file_that_is_not_there_or_not_text_is_refused(tmp_path: Path) -> None
     (tmp_path / "bytes.toml").write_bytes(b"name = '\xff\xfe'")
     with pytest.raises(OptionError, match=r"bytes\.toml is not a TOML file"):
         read_machine(tmp_path / "bytes.toml")
+
+
+def test_a_file_that_cannot_be_written_is_named_and_nothing_is_left(tmp_path: Path) -> None:
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(OptionError, match="taken cannot be written"):
+        write_machine(find_machine("laptop"), tmp_path / "taken")
+    with pytest.raises(OptionError, match=r"machine\.toml cannot be written"):
+        write_machine(find_machine("laptop"), Path("/dev/null/machine.toml"))
+    assert os.listdir(tmp_path) == ["taken"]
 
 
 @pytest.mark.parametrize("name", described_machines())

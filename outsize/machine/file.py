@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tomllib
+from contextlib import suppress
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -61,11 +62,22 @@ def read_machine(path: Path) -> Machine:
 
 
 def write_machine(machine: Machine, path: Path) -> None:
-    """Write `machine` to a file that `read_machine` reads back as an equal value; whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write `machine` to a file that `read_machine` reads back as an equal value; whole or not at all.
+
+    Raises:
+        OptionError: the file cannot be written.
+    """
     fresh = path.with_name(f".{path.name}.{os.getpid()}")
-    fresh.write_text(tomli_w.dumps(as_table(machine)), encoding="utf-8")
-    fresh.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh.write_text(tomli_w.dumps(as_table(machine)), encoding="utf-8")
+        fresh.replace(path)
+    except OSError as problem:
+        with suppress(OSError):
+            fresh.unlink()
+        raise OptionError(
+            f"the machine file {path} cannot be written: {problem.strerror}. Choose another."
+        ) from problem
 
 
 def as_table(machine: Machine) -> dict[str, Any]:

@@ -3,8 +3,10 @@ FLOP/s; a node of several devices is described once, and the machine says how ma
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import log
+from statistics import median
 from typing import TypeVar
 
 from outsize.errors import OptionError
@@ -130,6 +132,11 @@ class Spread:
     median: float
     highest: float
     times: int
+
+    @classmethod
+    def of(cls, figure: str, unit: str, values: Sequence[float]) -> Spread:
+        """Return the spread of `values`, of which there is at least one."""
+        return cls(figure, unit, min(values), median(values), max(values), len(values))
 
 
 @dataclass(frozen=True)

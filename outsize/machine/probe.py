@@ -1,0 +1,133 @@
+"""Measures this machine once, as the engine will use it. A minute in full, a few seconds when quick."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from statistics import median
+
+from outsize.machine.describe import Resources, describe
+from outsize.machine.machine import Capacity, Limit, Link, Machine, Processor, Spread
+from outsize.machine.probe_compute import Stopwatch, count_devices, make_processor, probe_links, time_processor
+from outsize.machine.probe_disk import DiskProbe, probe_disk
+
+Report = Callable[[str], None]
+SECONDS, QUICK_SECONDS = 0.6, 0.02  # for each figure, all passes together
+PASSES = 3
+ASSUMED_DISK, ASSUMED_LATENCY = 1e9, 1e-4  # bytes/s and seconds, of a disk that nobody measured
+ESTIMATE_ROOM = 64 << 20  # bytes; an estimate is made inside a run, whose memory is the user's budget
+CUDA_LATENCY = 1e-5  # seconds; starting a copy, assumed
+
+
+def probe(directory: Path, quick: bool = False, report: Report = lambda _: None) -> Machine:
+    """Measure processors, memory, the disk of `directory` and, when there is a GPU, its links.
+
+    `quick` is to see that all works: its figures are rough. `report` hears what is being measured.
+
+    Raises:
+        StorageError: the directory cannot be written, or has too little space.
+    """
+    resources = describe(directory)
+    disk = probe_disk(directory, resources.file_system, quick, report)
+    origin = f"probed {'quickly ' if quick else ''}on {date.today()}"
+    seconds, passes = (QUICK_SECONDS, 1) if quick else (SECONDS, PASSES)
+    return _machine(resources, _Compute(resources, seconds, passes, report), disk, origin)
+
+
+def estimate(resources: Resources) -> Machine:
+    """Measure what takes a second or two and some 150 MiB, and assume a disk of 1 GB/s."""
+    compute = _Compute(resources, QUICK_SECONDS, 1, lambda _: None, ESTIMATE_ROOM)
+    return _machine(resources, compute, None, "estimated in a second, its disk assumed; `outsize probe` measures it")
+
+
+class _Compute:
+    """The processors of this machine and the links between them, measured `passes` times one after the other, so that a
+    passing disturbance is not all in one figure; in an eighth of each memory, or in `room` bytes."""
+
+    def __init__(
+        self, resources: Resources, seconds: float, passes: int, report: Report, room: int | None = None
+    ) -> None:
+        self.processors: list[Processor] = []
+        self.links: list[Link] = []
+        self.limits: list[Limit] = []
+        self.spreads: list[Spread] = []
+        host_room = room or resources.memory_available_bytes // 8
+        host = Stopwatch("cpu", seconds / passes)
+        seen = _combined([time_processor(host, "host", host_room, report) for _ in range(passes)])
+        self.processors.append(make_processor("host", _processor_name(), 1, resources.cores, seen))
+        self.spreads += seen
+        if resources.device is not None:
+            device = Stopwatch("cuda", seconds / passes)
+            device_room = room or resources.device.memory_bytes // 8
+            seen = _combined([time_processor(device, "device", device_room, report) for _ in range(passes)])
+            self.processors.append(make_processor("device", resources.device.name, count_devices(), 1, seen))
+            report("links between host and device")
+            self._link(probe_links(device, host_room))
+            self.spreads += seen
+
+    def _link(self, seen: list[Spread]) -> None:
+        up, down, both, *others = (one.median for one in seen)
+        self.links += [
+            Link("host", "device", up, CUDA_LATENCY, "host and device"),
+            Link("device", "host", down, CUDA_LATENCY, "host and device"),
+            *(Link("device", "device", rate, CUDA_LATENCY) for rate in others),
+        ]
+        self.limits.append(Limit("host and device", both))
+        self.spreads += seen
+
+
+def _combined(passes: list[list[Spread]]) -> list[Spread]:
+    """Return one spread for each figure: the median of the passes' medians, and the extremes of all."""
+    return [
+        Spread(
+            same[0].figure,
+            same[0].unit,
+            min(one.lowest for one in same),
+            median(one.median for one in same),
+            max(one.highest for one in same),
+            sum(one.times for one in same),
+        )
+        for same in zip(*passes, strict=True)
+    ]
+
+
+def _machine(resources: Resources, compute: _Compute, disk: DiskProbe | None, origin: str) -> Machine:
+    read, write, mixed, read_latency, write_latency = (
+        (seen.median for seen in disk.spreads) if disk else (*[ASSUMED_DISK] * 3, *[ASSUMED_LATENCY] * 2)
+    )
+    links = (
+        Link("disk", "host", read, read_latency, "disk"),
+        Link("host", "disk", write, write_latency, "disk"),
+        *compute.links,
+    )
+    return Machine(
+        name=f"{platform.node() or 'this machine'}: {_processor_name()}",
+        capacities=capacities(resources),
+        links=links,
+        processors=tuple(compute.processors),
+        limits=(Limit("disk", mixed), *compute.limits),
+        origin=origin,
+        notes=disk.notes if disk else (),
+        spreads=(*compute.spreads, *(disk.spreads if disk else ())),
+    )
+
+
+def capacities(resources: Resources) -> tuple[Capacity, ...]:
+    """Return what there is now: all memory of host and device, and what the disk has free."""
+    device = [Capacity("device", resources.device.memory_bytes)] if resources.device else []
+    return (
+        *device,
+        Capacity("host", resources.memory_bytes),
+        Capacity("disk", max(1, resources.disk_free_bytes)),
+    )
+
+
+def _processor_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or platform.machine() or "CPU"
