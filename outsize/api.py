@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +15,20 @@ from torch import nn
 from outsize.errors import OptionError, RunError, StorageError
 from outsize.machine.allocator import give_back
 from outsize.machine.describe import describe, process_memory
+from outsize.machine.find import find_machine, this_machine
+from outsize.machine.machine import Machine
 from outsize.memory.disk import DiskTier
 from outsize.memory.host import HostTier, allocate_slab
 from outsize.memory.store import Store
 from outsize.memory.transfer import Transfers
-from outsize.model.load import open_model
+from outsize.model.load import ModelSource, open_model
 from outsize.model.units import Unit, describe_units, find_units
 from outsize.plan import Plan, Request
 from outsize.planner.inference import plan_inference
-from outsize.planner.training import plan_training
+from outsize.planner.rehearsal import Batch
+from outsize.planner.training import check_plan, plan_training
 from outsize.serve.generate import bind_for_inference
-from outsize.sizes import format_size, parse_size
+from outsize.sizes import parse_size
 from outsize.train.data import PackedDataset, prepare
 from outsize.train.job import Job, bind, users_of
 from outsize.train.optimizers import (
@@ -37,7 +40,7 @@ from outsize.train.optimizers import (
     uniform_rule,
 )
 from outsize.train.precision import find_precision
-from outsize.train.progress import Progress, plan_table
+from outsize.train.progress import Progress
 from outsize.train.report import each_line, held_by_tier, measured, moved_a_step, write_report
 from outsize.train.run import Run, Schedule, export
 from outsize.train.schedules import schedule
@@ -127,6 +130,7 @@ class TrainSettings:
     sample_every: int = 50
     seed: int = 0
     block_class: str | None = None
+    plan: Path | None = None
     json: bool = False
 
     def identity(self) -> dict[str, Any]:
@@ -140,6 +144,7 @@ class TrainSettings:
             "eval_every",
             "sample_prompt",
             "sample_every",
+            "plan",
             "json",
         }
         return {key: str(value) for key, value in asdict(self).items() if key not in free}
@@ -168,7 +173,8 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     units = find_units(model, settings.block_class)
     request = _request(settings, memory)
     disk = describe(settings.out).disk_free_bytes + (state.blocks.stat().st_size if state.blocks.exists() else 0)
-    plan = plan_training(model, units, rule, request, process_memory().resident_bytes, disk)
+    batches = data.batch(list(range(min(data.count, settings.batch_size))))
+    plan = make_plan(model, units, rule, request, disk, settings, [batches] * settings.accumulate, source)
     _show(plan, units, progress, settings)
     store = open_store(plan, state)
     progress.message("bringing the weights into the store")
@@ -191,6 +197,91 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     finally:
         progress.stop()
     return _report(settings, run, units, settings.steps - first)
+
+
+def make_plan(
+    model: nn.Module,
+    units: list[Unit],
+    rule: OptimizerRule,
+    request: Request,
+    disk_free_bytes: int,
+    settings: TrainSettings,
+    micro_batches: list[Batch],
+    source: ModelSource,
+) -> Plan:
+    """The plan of `outsize train`: one of its own, or the one in a file, obeyed or refused."""
+    given = None if settings.plan is None else read_plan(settings.plan)
+    baseline, machine = process_memory().resident_bytes, this_machine(settings.out)
+    stored = _stored_dtype(source)
+    rest = (
+        model,
+        units,
+        rule,
+        request,
+        baseline,
+        disk_free_bytes,
+        machine,
+        micro_batches,
+        stored,
+        settings.block_class,
+    )
+    return plan_training(*rest) if given is None else check_plan(given, *rest)
+
+
+def read_plan(path: Path) -> Plan:
+    """The plan that `outsize plan --save` wrote, as it may have been edited since. Raises OptionError."""
+    try:
+        return Plan.from_json(path.read_text(encoding="utf-8"), str(path))
+    except OSError as problem:
+        raise OptionError(
+            f"{path} cannot be read: {problem.strerror}. Write a plan with `outsize plan --save`."
+        ) from problem
+
+
+def _stored_dtype(source: ModelSource) -> torch.dtype:
+    return source.config.dtype if isinstance(source.config.dtype, torch.dtype) else torch.float32
+
+
+def plan(
+    model: str,
+    *,
+    memory: str | int,
+    task: str = "train",
+    machine: str | Path | Machine | None = None,
+    directory: str | Path = ".",
+    optimizer: str = "adamw",
+    optimizer_options: dict[str, Any] | None = None,
+    block_class: str | None = None,
+    **request: Any,
+) -> Plan:
+    """What `task` with `model` would do within `memory`, without doing it. The plan prints itself as a table.
+
+    `request` takes the fields of `outsize.plan.Request` (sequence_length, batch_size, accumulate, precision, moments,
+    clip, loss, recompute, commit_every). `machine` is the name or file of one described, None this one, whose disk is
+    that of `directory`. Raises OptionError, ModelError, or BudgetError with the smallest memory that works."""
+    if task != "train":
+        raise OptionError(f"task {task!r} cannot be planned; there is train.")
+    known = {field.name for field in fields(Request)} - {"memory_bytes", "hold"}
+    if unknown := sorted(request.keys() - known):
+        raise OptionError(f"plan has no option {unknown[0]!r}; it has {', '.join(sorted(known))}.")
+    asked = Request(parse_size(memory), **request)
+    place = _machine(machine, Path(directory))
+    source = open_model(model)
+    module = source.build(find_precision(asked.precision).compute).train()
+    for parameter in module.parameters():
+        parameter.requires_grad_(True)
+    cls = find_optimizer(optimizer)
+    rule = default_rule(optimizer, optimizer_options or {})
+    rule = UniformRule(cls, {**fused_options(cls), **rule.options}) if isinstance(rule, UniformRule) else rule
+    baseline, free = process_memory().resident_bytes, place.capacity("disk")
+    units = find_units(module, block_class)
+    return plan_training(module, units, rule, asked, baseline, free, place, None, _stored_dtype(source), block_class)
+
+
+def _machine(machine: str | Path | Machine | None, directory: Path) -> Machine:
+    if isinstance(machine, Machine):
+        return machine
+    return this_machine(directory) if machine is None else find_machine(str(machine))
 
 
 def _rule(settings: TrainSettings) -> OptimizerRule:
@@ -304,20 +395,7 @@ def _show(plan: Plan, units: list[Unit], progress: Progress, settings: TrainSett
 
     if settings.json:
         return
-    assert plan.predicted is not None and plan.memory_bytes is not None
-    rows = [
-        ("memory", format_size(plan.memory_bytes), f"peak will be {format_size(plan.predicted.host_peak_bytes)}"),
-        ("disk", format_size(plan.predicted.disk_bytes), "the state; it is also the checkpoint"),
-        (
-            "a step moves",
-            f"{format_size(plan.predicted.bytes_read)} read, {format_size(plan.predicted.bytes_written)} written",
-            "at most",
-        ),
-        ("numbers", plan.exactness, find_precision(plan.precision).why),
-        ("units", str(len(units)), describe_units(units)),
-    ]
-    rows += [(what, why, "") for what, why in (reason.split(": ", 1) for reason in plan.reasons)]
-    Console(stderr=True).print(plan_table(rows))
+    Console(stderr=True).print(str(plan), markup=False, highlight=False)
 
 
 def _report(settings: TrainSettings, run: Run, units: list[Unit], steps_done: int) -> dict[str, Any]:
@@ -327,7 +405,10 @@ def _report(settings: TrainSettings, run: Run, units: list[Unit], steps_done: in
     held = held_by_tier(job.store.ledger.held)
     moved = moved_a_step(run.moved, max(steps_done, 1))
     assert plan.predicted is not None
-    planned = {**asdict(plan.predicted), "seconds_per_step": None}
+    planned = {
+        name: value for name, value in asdict(plan.predicted).items() if value is None or isinstance(value, int | float)
+    }
+    planned["mean_seconds_per_step"] = plan.predicted.seconds_per_step
     found = measured(each_line(settings.out / "metrics.jsonl")) | {"disk_bytes": job.store.tiers["disk"].used}
     job.close()
     facts = {

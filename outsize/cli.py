@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from outsize.commands.generate import generate
+from outsize.commands.plan import plan
 from outsize.commands.probe import probe
 from outsize.commands.train import train
 from outsize.errors import OutsizeError
@@ -31,6 +32,7 @@ def common(debug: Debug = False) -> None:
 
 app.command()(train)
 app.command()(generate)
+app.command()(plan)
 app.command()(probe)
 
 

@@ -68,7 +68,7 @@ def test_rehearsal_moves_what_the_real_run_moves(
     model = make_model(family, tied=True)
     plan = make_plan(model, setting)
     steps = [make_batches(1, setting.accumulate)[0]] * STEPS
-    script = rehearse(model, plan, RULE, RatedPrices(LAPTOP), steps[0], torch.float32)
+    script = rehearse(model, plan, RULE, RatedPrices(LAPTOP), steps[0], torch.float32).whole
     always = always_near(find_units(model))
     rehearsal = play(script, plan.arena_bytes, homes(plan, always), Rates.of(LAPTOP), STEPS, plan.commit_every)
 
@@ -100,9 +100,9 @@ def test_four_units_stand_for_all(family: str, name: str, monkeypatch: pytest.Mo
     model = make_model(family, tied=True, layers=8)
     plan = make_plan(model, setting)
     micro_batches = make_batches(1, setting.accumulate)[0]
-    short = rehearse(model, plan, RULE, RatedPrices(LAPTOP), micro_batches, torch.float32)
+    short = rehearse(model, plan, RULE, RatedPrices(LAPTOP), micro_batches, torch.float32).whole
     monkeypatch.setattr("outsize.planner.rehearsal.FEWEST", 100)
-    full = rehearse(model, plan, RULE, RatedPrices(LAPTOP), micro_batches, torch.float32)
+    full = rehearse(model, plan, RULE, RatedPrices(LAPTOP), micro_batches, torch.float32).whole
     assert list(_asked(short.setup)) == list(_asked(full.setup))
     for one, other in zip(short.steps, full.steps, strict=True):
         assert list(_asked(one)) == list(_asked(other))

@@ -7,6 +7,7 @@ import ctypes
 import platform
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # malloc.h
+MALLINFO = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
 LARGEST_RECYCLED = 32 << 20  # bytes; glibc refuses a higher mmap threshold
 
 
@@ -37,3 +38,43 @@ def _set(parameter: int, value: int) -> None:
 
 def _glibc() -> ctypes.CDLL | None:
     return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
+
+
+class _Mallinfo2(ctypes.Structure):
+    """mallinfo(3), glibc 2.33 and later."""
+
+    _fields_ = [(name, ctypes.c_size_t) for name in MALLINFO]
+
+
+class Heap:
+    """The C library's allocator, asked directly. `find` returns None where it is not a glibc that tells."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+        library.mallinfo2.restype = _Mallinfo2
+        library.posix_memalign.argtypes = [ctypes.POINTER(ctypes.c_void_p), ctypes.c_size_t, ctypes.c_size_t]
+        library.free.argtypes = [ctypes.c_void_p]
+
+    @classmethod
+    def find(cls) -> Heap | None:
+        library = _glibc()
+        return cls(library) if library is not None and hasattr(library, "mallinfo2") else None
+
+    def taken(self) -> int:
+        """Bytes that it has from the system now, in its heap and in maps of single allocations."""
+        information = self._library.mallinfo2()
+        return information.arena + information.hblkhd
+
+    def allocate(self, nbytes: int, alignment: int) -> ctypes.c_void_p:
+        pointer = ctypes.c_void_p()
+        if self._library.posix_memalign(ctypes.byref(pointer), alignment, nbytes) != 0:
+            raise MemoryError(nbytes)
+        return pointer
+
+    def is_mapped(self, pointer: ctypes.c_void_p) -> bool:
+        """The allocation has a map of its own, which goes back to the system as soon as it is freed (bit 1 of the size
+        before each allocation: malloc/malloc.c of glibc)."""
+        return bool(ctypes.c_size_t.from_address((pointer.value or 0) - ctypes.sizeof(ctypes.c_size_t)).value & 2)
+
+    def free(self, pointer: ctypes.c_void_p) -> None:
+        self._library.free(pointer)

@@ -44,7 +44,9 @@ class RatedPrices:
         count = operations_of(function)
         if count is not None:
             done = float(count(*args, **kwargs, out_val=result))
-            matrix = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor) and leaf.dim() > 1)
+            matrix = next(
+                leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor) and leaf.dim() > 1
+            )
             rate = processor.matmul_rate(DTYPES.get(matrix.dtype, "fp32"), _rows(args))
             return Price(done / rate + processor.operation_seconds, done)
         if is_view(function):

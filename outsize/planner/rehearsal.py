@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -82,7 +82,6 @@ class Priced(TorchDispatchMode):
 
     def __init__(self, scribe: Scribe, prices: Prices, live: LiveBytes) -> None:
         super().__init__()
-        self.floating_operations = 0.0
         self._scribe, self._prices, self._live = scribe, prices, live
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -92,10 +91,9 @@ class Priced(TorchDispatchMode):
             return 1.0 if args[0].is_floating_point() else 1  # a loss, a norm, whether all is finite
         result = func(*args, **(kwargs or {}))
         price = self._prices.of(func, args, kwargs or {}, result)
-        self.floating_operations += price.floating_operations
         if not is_view(func):
             self._live.see(result)
-        self._scribe.spent("compute", price.seconds)
+        self._scribe.spent("compute", price.seconds, price.floating_operations)
         return result
 
 
@@ -201,12 +199,32 @@ class Rehearsal:
                 self.job.train_step(micro_batches)
             self.live.sweep()
             steps.append(self._taken())
-        return Script(setup, tuple(steps), self.priced.floating_operations / len(steps))
+        return Script(setup, tuple(steps))
 
     def _taken(self) -> tuple[Event, ...]:
         events = tuple(self.scribe.events)
         self.scribe.events.clear()
         return events
+
+
+@dataclass(frozen=True)
+class Rehearsed:
+    """Scripts of one module under one plan. `units` are the repeated ones if four of them stand for all, else ()."""
+
+    script: Script
+    units: tuple[str, ...]
+
+    def over(self, units: Sequence[str]) -> Script:
+        """The script as it would be with only these of the repeated units, in order, six or more."""
+        known = list(self.units[:4])
+        return Script(
+            spread(self.script.setup, known, list(units)),
+            tuple(spread(step, known, list(units)) for step in self.script.steps),
+        )
+
+    @property
+    def whole(self) -> Script:
+        return self.over(self.units) if self.units else self.script
 
 
 def rehearse(
@@ -217,30 +235,26 @@ def rehearse(
     micro_batches: list[Batch],
     source_dtype: torch.dtype = torch.bfloat16,
     block_class: str | None = None,
-) -> Script:
-    """The script of `plan`'s steps: where its blocks live is left open, all else is as the plan says.
+) -> Rehearsed:
+    """What the steps of `plan` ask of the store: where blocks live is left open, all else is as the plan says.
 
     Of units of one shape four are rehearsed and stand for all, where the module lets the others be left out."""
-    units = [unit.name for unit in find_units(model, block_class) if unit.repeated]
+    units = tuple(unit.name for unit in find_units(model, block_class) if unit.repeated)
 
     def run(model: nn.Module) -> Script:
         return Rehearsal(model, plan, rule, prices, source_dtype, block_class).run(micro_batches)
 
     if len(units) < FEWEST or not _alike(model, units, plan):
-        return run(model)
+        return Rehearsed(run(model), ())
     try:
-        script = run(shortened(model, units))
-        return replace(
-            script,
-            setup=spread(script.setup, units[:4], units),
-            steps=tuple(spread(step, units[:4], units) for step in script.steps),
-            floating_operations=script.floating_operations,
-        )
+        found = Rehearsed(run(shortened(model, units)), units)
+        found.over(units[:FEWEST])
+        return found
     except (ValueError, IndexError, KeyError, AttributeError):  # a module that counts on all of its units
-        return run(model)
+        return Rehearsed(run(model), ())
 
 
-def _alike(model: nn.Module, units: list[str], plan: Plan) -> bool:
+def _alike(model: nn.Module, units: Sequence[str], plan: Plan) -> bool:
     """All of them are of one class and shape in one list, recompute alike, and none shares a weight."""
 
     def shape(name: str) -> Any:
@@ -253,7 +267,7 @@ def _alike(model: nn.Module, units: list[str], plan: Plan) -> bool:
     return not shared and all(shape(name) == shape(units[0]) for name in units)
 
 
-def shortened(model: nn.Module, units: list[str]) -> nn.Module:
+def shortened(model: nn.Module, units: Sequence[str]) -> nn.Module:
     """A copy without bytes, with the first four of `units`."""
     twin = bare_copy(model)
     holder = twin.get_submodule(units[0].rpartition(".")[0])

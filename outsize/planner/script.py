@@ -17,6 +17,7 @@ from typing import Any
 from outsize.memory.block import Block
 from outsize.memory.null import NullTier
 from outsize.memory.store import Lease, Store
+from outsize.memory.tier import Tier
 from outsize.planner.clock import Rates, SimulatedClock, SimulatedTransfers, Span
 
 ENDLESS = 1 << 60
@@ -53,6 +54,7 @@ class Spend:
 
     lane: str
     seconds: float
+    floating_operations: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -86,10 +88,19 @@ class Script:
 
     setup: tuple[Event, ...]
     steps: tuple[tuple[Event, ...], ...]
-    floating_operations: float = 0.0
 
     def step(self, number: int) -> tuple[Event, ...]:
         return self.steps[min(number, len(self.steps) - 1)]
+
+    @property
+    def floating_operations(self) -> float:
+        """Of one step."""
+        return sum(event.floating_operations for event in self.steps[-1] if isinstance(event, Spend))
+
+    @property
+    def compute_seconds(self) -> float:
+        """Compute and update of one step, if nothing were ever waited for."""
+        return sum(event.seconds for event in self.steps[-1] if isinstance(event, Spend))
 
 
 class Scribe(Store):
@@ -129,12 +140,12 @@ class Scribe(Store):
         self.events.append(Rows(name, part, tuple(rows)))
         super().read_rows(name, part, rows, out)
 
-    def spent(self, lane: str, seconds: float) -> None:
+    def spent(self, lane: str, seconds: float, floating_operations: float = 0.0) -> None:
         last = self.events[-1] if self.events else None
         if isinstance(last, Spend) and last.lane == lane:
-            self.events[-1] = Spend(lane, last.seconds + seconds)
-        elif seconds:
-            self.events.append(Spend(lane, seconds))
+            self.events.pop()
+            seconds, floating_operations = seconds + last.seconds, floating_operations + last.floating_operations
+        self.events.append(Spend(lane, seconds, floating_operations))
 
 
 # -- units that stand for others --------------------------------------------------------------------------------------
@@ -262,7 +273,7 @@ def play(
 
     Raises BudgetError where the run itself would: when leases leave no room in the arena."""
     clock = SimulatedClock(rates)
-    tiers = {"host": NullTier("host", ENDLESS), "disk": NullTier("disk", ENDLESS)}
+    tiers: dict[str, Tier] = {"host": NullTier("host", ENDLESS), "disk": NullTier("disk", ENDLESS)}
     empty: Any = Nothing
     transfers: Any = SimulatedTransfers(clock)
     player = _Player(_Bare(tiers, arena_bytes, empty, transfers, clock=clock), clock, home_of, commit_every)

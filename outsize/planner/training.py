@@ -2,54 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from outsize.errors import BudgetError, OptionError
-from outsize.memory.tier import PAGE, pages
+from outsize.machine.allocator import give_back
+from outsize.machine.describe import process_memory
+from outsize.machine.find import this_machine
+from outsize.machine.machine import Machine
 from outsize.model.units import Unit
 from outsize.model.vocabulary import Table
-from outsize.plan import Plan, Predicted, Request
-from outsize.planner.demand import Demand, measure_demand
+from outsize.plan import Plan, Request
+from outsize.planner.clock import Rates
+from outsize.planner.needs import Needs, find_needs
+from outsize.planner.prices import RatedPrices
+from outsize.planner.rehearsal import Batch, Rehearsed, rehearse
+from outsize.planner.search import Choice, JobSizes, Placement, Search
 from outsize.planner.sizes_of import WeightSize, sizes_of
 from outsize.sizes import format_size
-from outsize.train.job import always_near, base_model, users_of
-from outsize.train.loss import TOKENS
+from outsize.train.job import always_near, users_of
 from outsize.train.optimizers import OptimizerRule
-from outsize.train.precision import find_precision
-from outsize.train.update import CHUNK
 
 SMALL = 1 << 16  # elements; so small a weight stays near with its state: reading it costs more than holding it
 TABLE_BLOCK = 4 << 20  # elements of a vocabulary's table in one block, at most
 TABLE_ROWS = 2048  # and rows: the logits of 512 tokens against them are 4 MiB
-READ_AHEAD = 8  # chunks of state that may be on their way while one is stepped
-ALLOCATOR = 2.0  # resident over live bytes of torch's CPU allocator under this load; docs/log.md has the measurement
-RECYCLE = 4 << 20  # bytes; tensors up to this size are always kept by the C library for the next one
-FIXED = 232 << 20  # bytes: what glibc's heap hoards beside, thread stacks, kernels' scratch; docs/log.md
-
-
-@dataclass(frozen=True)
-class Needs:
-    """Bytes of host memory by cause, before any choice of what stays near."""
-
-    baseline: int
-    activations: int
-    loss: int
-    scratch: int
-    least_arena: int
-    good_arena: int
-    always: int
-    recycle: int
-
-    @property
-    def fixed(self) -> int:
-        return self.baseline + self.activations + self.loss + self.scratch + self.always + FIXED
-
-    @property
-    def least(self) -> int:
-        return self.fixed + self.least_arena
 
 
 def plan_training(
@@ -59,51 +39,159 @@ def plan_training(
     request: Request,
     baseline_bytes: int,
     disk_free_bytes: int,
+    machine: Machine | None = None,
+    micro_batches: list[Batch] | None = None,
+    source_dtype: torch.dtype = torch.bfloat16,
+    block_class: str | None = None,
 ) -> Plan:
     """The plan for training `model` (its parameters may be on the meta device) within `request.memory_bytes`.
 
-    `baseline_bytes` is what the process holds already. Raises BudgetError, with the smallest budget that works, when
-    the job does not fit memory or disk."""
+    `baseline_bytes` is what the process holds already. `machine` is where it will run; None: this one. `micro_batches`
+    are like those that will come (which rows of the vocabulary they use is a matter of the text); None: made up.
+    Raises BudgetError, with the smallest budget that works, when the job does not fit memory or disk."""
+    machine = machine or this_machine(Path.cwd())
+    resident = process_memory().resident_bytes
+    job = _describe(model, units, rule, request)
+    if request.recompute not in ("auto", "all", "none"):
+        raise OptionError(f"recompute {request.recompute!r} is unknown; there are auto, all and none.")
+    micro_batches = micro_batches or sample_batches(model, request)
+
+    def rehearsed(recompute: bool) -> tuple[Plan, Rehearsed, Needs]:
+        bare = job.plan(request, frozenset(unit.name for unit in units if unit.repeated) if recompute else frozenset())
+        found = rehearse(model, bare, rule, RatedPrices(machine), micro_batches, source_dtype, block_class)
+        give_back()
+        baseline = baseline_bytes + max(process_memory().resident_bytes - resident, 0)
+        needs = find_needs(units, request, job.sizes, job.rows, job.always, job.hold, baseline, found)
+        return bare, found, needs
+
+    bare, script, needs = rehearsed(request.recompute != "none")
+    if request.recompute == "auto" and needs.fixed + job.everything <= request.memory_bytes:
+        keeping = rehearsed(False)
+        if keeping[2].fixed + job.everything <= request.memory_bytes:
+            bare, script, needs = keeping
+    if needs.least > request.memory_bytes:
+        raise BudgetError(_too_small(request, needs))
+    search = Search(bare, job, needs, request, Rates.of(machine), script)
+    chosen = search.best()
+    plan = search.finished(chosen)
+    assert plan.predicted is not None
+    if plan.predicted.disk_bytes > disk_free_bytes:
+        raise BudgetError(
+            f"The state needs {format_size(plan.predicted.disk_bytes)} of disk (two extents of every block, so that no "
+            f"step overwrites the last committed one), and {format_size(disk_free_bytes)} are free. Free space, or "
+            "choose another --out."
+        )
+    return plan
+
+
+def check_plan(
+    plan: Plan,
+    model: nn.Module,
+    units: list[Unit],
+    rule: OptimizerRule,
+    request: Request,
+    baseline_bytes: int,
+    disk_free_bytes: int,
+    machine: Machine | None = None,
+    micro_batches: list[Batch] | None = None,
+    source_dtype: torch.dtype = torch.bfloat16,
+    block_class: str | None = None,
+) -> Plan:
+    """A plan that somebody else made, with what is predicted for it here and now; its decisions stay as they are.
+
+    Raises OptionError when it is of another job, BudgetError when it does not fit, each with what is wrong."""
+    machine = machine or this_machine(Path.cwd())
+    _compare_with_request(plan, request)
+    job = _describe(model, units, rule, request)
+    _refuse_unknown("near_weights", plan.near_weights, job.sizes)
+    _refuse_unknown("near_states", plan.near_states, job.sizes)
+    _refuse_unknown("recompute", plan.recompute, [unit.name for unit in units if unit.repeated])
+    _refuse_unknown("table_rows", [name for name, _ in plan.table_rows], job.rows)
+    if plan.blocked_loss != bool(plan.table_rows):
+        raise OptionError(
+            "The plan's blocked_loss and table_rows contradict each other: blocks need tables, and only they."
+        )
+    rows = dict(plan.table_rows)
+    sizes = sizes_of(model, rule, plan.precision, plan.moments, rows)
+    job = JobSizes(sizes, rows, plan.blocked_loss, _always(units, sizes, rows), plan.hold)
+    found = rehearse(
+        model,
+        plan,
+        rule,
+        RatedPrices(machine),
+        micro_batches or sample_batches(model, request),
+        source_dtype,
+        block_class,
+    )
+    needs = find_needs(units, request, sizes, rows, job.always, plan.hold, baseline_bytes, found)
+    search = Search(plan, job, needs, request, Rates.of(machine), found)
+    near = Placement(
+        plan.near_weights | job.always, plan.near_states | job.always, plan.arena_bytes, plan.gradient_home, "as told"
+    )
+    search.tried.append(Choice(near, search.foretell(near)))
+    checked = search.finished(search.tried[0])
+    predicted = checked.predicted
+    assert predicted is not None
+    if predicted.host_peak_bytes > request.memory_bytes:
+        causes = ", ".join(f"{format_size(nbytes)} {cause}" for cause, nbytes in predicted.memory)
+        raise BudgetError(
+            f"The plan needs {format_size(predicted.host_peak_bytes)} here, more than the "
+            f"{format_size(request.memory_bytes)} allowed: {causes}. Keep less near, or allow more memory."
+        )
+    if predicted.disk_bytes > disk_free_bytes:
+        raise BudgetError(
+            f"The plan needs {format_size(predicted.disk_bytes)} of disk, and {format_size(disk_free_bytes)} are free."
+        )
+    return replace(plan, predicted=predicted, reasons=checked.reasons)
+
+
+def _compare_with_request(plan: Plan, request: Request) -> None:
+    """Raises OptionError when the plan and the command line do not say the same of what changes the numbers."""
+    hold = request.hold or request.clip is not None
+    for name, said in (
+        ("precision", request.precision),
+        ("moments", request.moments),
+        ("accumulate", request.accumulate),
+        ("clip", request.clip),
+        ("hold", hold),
+    ):
+        if getattr(plan, name) != said:
+            raise OptionError(
+                f"The plan says {name} {getattr(plan, name)}, the command says {said}. Make a plan for this command, or "
+                "give the command the plan's value."
+            )
+
+
+def _refuse_unknown(key: str, names: Iterable[str], known: Collection[str]) -> None:
+    strange = sorted(set(names) - set(known))
+    if strange:
+        raise OptionError(
+            f"The plan's {key} names {strange[0]!r}, which this model does not have there. It is a plan for another model, "
+            "or the name is misspelt."
+        )
+
+
+def _describe(model: nn.Module, units: list[Unit], rule: OptimizerRule, request: Request) -> JobSizes:
     blocked, tables = _loss_choice(model, request)
     rows = {name: table_rows(parameter) for name, parameter in tables.items()}
     sizes = sizes_of(model, rule, request.precision, request.moments, rows)
-    always = _always(units, sizes, rows)
-    hold = request.hold or request.clip is not None
-    recompute, needs = _recompute_choice(model, units, request, sizes, rows, always, blocked, hold, baseline_bytes)
-    if needs.least > request.memory_bytes:
-        raise BudgetError(_too_small(request, needs))
-    near_weights, near_states, arena, gradients = _place(request, needs, sizes, always, hold)
-    disk = sum(2 * (size.bytes + size.state_bytes) for size in sizes.values())
-    disk += 0 if gradients == "host" else _gradient_bytes(sizes)
-    if disk > disk_free_bytes:
-        raise BudgetError(
-            f"The state needs {format_size(disk)} of disk (two extents of every block, so that no step overwrites the "
-            f"last committed one), and {format_size(disk_free_bytes)} are free. Free space, or choose another --out."
-        )
-    near = sum(sizes[n].bytes for n in near_weights) + sum(sizes[n].state_bytes for n in near_states)
-    near += _gradient_bytes(sizes) if hold and gradients == "host" else 0
-    read, written = _traffic(sizes, near_weights, near_states, rows, blocked, hold, gradients)
-    peak = needs.fixed - needs.always + near + arena
-    commit_every = request.commit_every or _commit_every(near_states, sizes, always)
-    return Plan(
-        precision=request.precision,
-        arena_bytes=arena,
-        near_weights=frozenset(near_weights),
-        near_states=frozenset(near_states),
-        gradient_home=gradients,
-        recompute=frozenset(unit.name for unit in units if unit.repeated) if recompute else frozenset(),
-        table_rows=tuple(rows.items()),
-        blocked_loss=blocked,
-        accumulate=request.accumulate,
-        hold=hold,
-        clip=request.clip,
-        moments=request.moments,
-        commit_every=commit_every,
-        recycle_bytes=needs.recycle,
-        memory_bytes=request.memory_bytes,
-        predicted=Predicted(peak, 0, read, written, disk),
-        reasons=_reasons(needs, near, arena, recompute, blocked, hold, gradients, commit_every, units),
-    )
+    return JobSizes(sizes, rows, blocked, _always(units, sizes, rows), request.hold or request.clip is not None)
+
+
+def sample_batches(model: nn.Module, request: Request) -> list[Batch]:
+    """Micro-batches of made-up text: word frequencies fall as 1 / (rank + 2.7), as in natural language (Mandelbrot)."""
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    words = embedding.num_embeddings if isinstance(embedding, nn.Embedding) else 256
+    weights = 1.0 / (torch.arange(words, dtype=torch.float32) + 2.7)
+    generator = torch.Generator().manual_seed(0)
+    count = request.batch_size * request.sequence_length
+
+    def batch() -> Batch:
+        ids = torch.multinomial(weights, count, replacement=True, generator=generator)
+        ids = ids.view(request.batch_size, request.sequence_length)
+        return {"input_ids": ids, "labels": ids.clone()}
+
+    return [batch() for _ in range(request.accumulate)]
 
 
 # -- choices ----------------------------------------------------------------------------------------------------------
@@ -143,171 +231,12 @@ def _always(units: list[Unit], sizes: dict[str, WeightSize], rows: dict[str, int
     return small | always_near(units)
 
 
-def _recompute_choice(
-    model: nn.Module,
-    units: list[Unit],
-    request: Request,
-    sizes: dict[str, WeightSize],
-    rows: dict[str, int],
-    always: set[str],
-    blocked: bool,
-    hold: bool,
-    baseline: int,
-) -> tuple[bool, Needs]:
-    """Keep activations only when everything fits beside them: recomputing costs a third more compute, no memory."""
-    if request.recompute not in ("auto", "all", "none"):
-        raise OptionError(f"recompute {request.recompute!r} is unknown; there are auto, all and none.")
-
-    def needs(recompute: bool) -> Needs:
-        demand = _demand(model, request, rows, blocked, recompute)
-        return _needs(units, request, sizes, rows, always, hold, baseline, demand, blocked)
-
-    if request.recompute != "none":
-        recomputing = needs(True)
-        if request.recompute == "all":
-            return True, recomputing
-        everything = sum(size.bytes + size.state_bytes for size in sizes.values())
-        if recomputing.fixed + everything > request.memory_bytes:
-            return True, recomputing
-        keeping = needs(False)
-        fits = keeping.fixed + everything + (_gradient_bytes(sizes) if hold else 0) <= request.memory_bytes
-        return (False, keeping) if fits else (True, recomputing)
-    return False, needs(False)
-
-
-def _demand(model: nn.Module, request: Request, rows: dict[str, int], blocked: bool, recompute: bool) -> Demand:
-    shape = (request.batch_size, request.sequence_length)
-    trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-
-    def run(fake: nn.Module) -> torch.Tensor:
-        ids = torch.zeros(shape, dtype=torch.long)
-        if blocked:
-            for name, parameter in fake.named_parameters():
-                parameter.requires_grad_(trainable[name] and name not in rows)
-            return base_model(fake)(input_ids=ids, use_cache=False).last_hidden_state
-        return fake(input_ids=ids, labels=ids).loss
-
-    return measure_demand(model, find_precision(request.precision).compute, run, recompute)
-
-
-def _needs(
-    units: list[Unit],
-    request: Request,
-    sizes: dict[str, WeightSize],
-    rows: dict[str, int],
-    always: set[str],
-    hold: bool,
-    baseline: int,
-    demand: Demand,
-    blocked: bool,
-) -> Needs:
-    lanes = request.accumulate
-    activations = int(ALLOCATOR * (demand.peak + (lanes - 1) * demand.kept))
-    compute_bytes = find_precision(request.precision).compute.itemsize
-    loss = 0
-    if blocked:
-        tokens = request.batch_size * request.sequence_length
-        width = next(iter(rows)) if rows else ""
-        hidden = sizes[width].weight.row_elements
-        block_rows = max(rows.values())
-        loss = lanes * tokens * hidden * (4 + 3 * compute_bytes) + min(tokens, TOKENS) * block_rows * (
-            8 + 2 * compute_bytes
-        )
-        loss += block_rows * hidden * compute_bytes
-    largest_chunk = max((size.largest_state for size in sizes.values()), default=0)
-    scratch = 4 * max(
-        4 * CHUNK, max((size.largest_gradient for n, size in sizes.items() if not _chunked(size)), default=0)
-    )
-    pinned = [_pinned(unit, sizes, rows, always, lanes, hold) for unit in units]
-    pinned += [sizes[name].largest_block + sizes[name].largest_gradient for name in rows]
-    least = pages(int(1.1 * (max(pinned, default=0) + 2 * largest_chunk)))
-    largest_unit = max((_unit_bytes(unit, sizes, rows, always) for unit in units), default=0)
-    good = pages(least + int(1.2 * largest_unit) + READ_AHEAD * largest_chunk)
-    always_bytes = sum(sizes[name].bytes + sizes[name].state_bytes for name in always)
-    return Needs(baseline, activations, loss, scratch, least, good, always_bytes, max(RECYCLE, demand.largest + PAGE))
-
-
-def _chunked(size: WeightSize) -> bool:
-    return size.state_bytes == 0 or size.largest_state < size.state_bytes or size.weight.numel <= CHUNK
-
-
-def _unit_bytes(unit: Unit, sizes: dict[str, WeightSize], rows: dict[str, int], always: set[str]) -> int:
-    return sum(sizes[name].bytes for name, _ in unit.parameters if name not in always and name not in rows)
-
-
-def _pinned(
-    unit: Unit, sizes: dict[str, WeightSize], rows: dict[str, int], always: set[str], lanes: int, hold: bool
-) -> int:
-    """Near memory that a unit's leases pin at one moment of its backward."""
-    streamed = [sizes[name] for name, _ in unit.parameters if name not in always and name not in rows]
-    gradients = [size.largest_gradient for size in streamed if size.weight.trainable]
-    adding = sum(gradients) if lanes > 1 else max(gradients, default=0) if hold else 0
-    return sum(size.bytes for size in streamed) + adding
-
-
-def _gradient_bytes(sizes: dict[str, WeightSize]) -> int:
-    return sum(4 * size.weight.numel for size in sizes.values() if size.weight.trainable)
-
-
-def _place(
-    request: Request, needs: Needs, sizes: dict[str, WeightSize], always: set[str], hold: bool
-) -> tuple[set[str], set[str], int, str]:
-    """Fill what memory is left: weights first (6 bytes of traffic a step saved for each 2 held), then optimizer state
-    (20 for each 10). When all fits, nothing streams and no arena is needed."""
-    room = request.memory_bytes - needs.fixed
-    everything = sum(size.bytes + size.state_bytes for name, size in sizes.items() if name not in always)
-    gradients = _gradient_bytes(sizes) if hold or request.accumulate > 1 else 0
-    if everything + gradients <= room:
-        return set(sizes), set(sizes), pages(1), "host"
-    arena = min(needs.good_arena, room)
-    room -= arena
-    weights, states = set(always), set(always)
-    for chosen, cost in ((weights, lambda size: size.bytes), (states, lambda size: size.state_bytes)):
-        for name, size in reversed(sizes.items()):
-            if name not in always and cost(size) <= room:
-                chosen.add(name)
-                room -= cost(size)
-    return weights, states, arena + room if not room else arena, "disk"
-
-
-def _commit_every(near_states: set[str], sizes: dict[str, WeightSize], always: set[str]) -> int:
-    """State on disk is committed by writing it, every step; state held in memory is copied out now and then."""
-    return 1 if near_states <= always else 50
-
-
-# -- predictions ------------------------------------------------------------------------------------------------------
-
-
-def _traffic(
-    sizes: dict[str, WeightSize],
-    near_weights: set[str],
-    near_states: set[str],
-    rows: dict[str, int],
-    blocked: bool,
-    hold: bool,
-    gradients: str,
-) -> tuple[int, int]:
-    """Bytes (read, written) a step when nothing is found near by luck: an upper estimate of what is streamed."""
-    read = written = 0
-    for name, size in sizes.items():
-        if name not in near_weights:
-            uses = 2 + (1 if hold else 0) - (1 if name in rows else 0)
-            read += uses * size.bytes
-            written += size.bytes if size.weight.trainable else 0
-        if name not in near_states:
-            read += size.state_bytes
-            written += size.state_bytes
-        if hold and gradients == "disk" and size.weight.trainable:
-            read, written = read + 4 * size.weight.numel, written + 4 * size.weight.numel
-    return read, written
-
-
 def _too_small(request: Request, needs: Needs) -> str:
     parts = (
-        f"{format_size(needs.baseline)} for Python and its libraries, {format_size(needs.activations)} activations of "
-        f"one layer at {request.batch_size} x {request.sequence_length} tokens, {format_size(needs.loss)} loss, "
+        f"{format_size(needs.baseline)} for Python and its libraries, {format_size(needs.tensors)} tensors of a "
+        f"step at {request.batch_size} x {request.sequence_length} tokens, "
         f"{format_size(needs.least_arena)} for the largest layer on its way, "
-        f"{format_size(needs.always + needs.scratch + FIXED)} small weights and buffers"
+        f"{format_size(needs.always + needs.scratch)} small weights and buffers"
     )
     return (
         f"A budget of {format_size(request.memory_bytes)} is too small: this job needs at least "
@@ -321,27 +250,3 @@ def _round_up(nbytes: int) -> int:
 
 def _mebibytes(nbytes: int) -> str:
     return f"{_round_up(nbytes) >> 20}MiB"
-
-
-def _reasons(
-    needs: Needs,
-    near: int,
-    arena: int,
-    recompute: bool,
-    blocked: bool,
-    hold: bool,
-    gradients: str,
-    commit_every: int,
-    units: list[Unit],
-) -> tuple[str, ...]:
-    return (
-        f"baseline: {format_size(needs.baseline)} are held by Python and its libraries already",
-        f"near: {format_size(near)} of weights and optimizer state stay in memory",
-        f"arena: {format_size(arena)} for what streams; {format_size(needs.least_arena)} is the least, "
-        f"{format_size(needs.good_arena)} lets reads run well ahead",
-        f"activations: {format_size(needs.activations)}, "
-        + ("recomputed layer by layer" if recompute else "all kept, as everything fits beside them"),
-        "loss: over blocks of the vocabulary (rounding)" if blocked else "loss: the module's own",
-        f"update: second pass, gradients wait in {gradients}" if hold else "update: in backward, no gradient waits",
-        f"commit: every {commit_every} steps",
-    )

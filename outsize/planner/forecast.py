@@ -1,0 +1,71 @@
+"""From a rehearsed script and a placement to the figures of a plan: seconds, bytes, and where memory goes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from outsize.planner.clock import Rates
+from outsize.planner.rehearsal import Rehearsed
+from outsize.planner.script import HomeOf, Played, Script, play
+
+STEPS = 4  # played: the first ones make state and traces, the one before the last is what all others are like
+MOST_EVENTS = 40_000  # of a script; a longer one is played over fewer units, and what they add is carried on
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """A step in the middle of a run. `moved`: (source, destination, kind) -> bytes."""
+
+    seconds: float
+    lanes: dict[str, float]
+    waiting: dict[str, float]
+    moved: dict[tuple[str, str, str], int]
+    played: Played
+    """As played: over fewer units when the script is long."""
+    floating_operations: float
+
+
+def forecast(rehearsed: Rehearsed, arena_bytes: int, home_of: HomeOf, rates: Rates, commit_every: int) -> Forecast:
+    """Play the step under a placement. A script too long to be played is played over some of the units, evenly taken,
+    and over half as many; what those of the difference add is taken for what all others add.
+
+    Raises BudgetError when leases leave no room in the arena."""
+
+    def run(script: Script) -> Forecast:
+        return _forecast(script, play(script, arena_bytes, home_of, rates, STEPS, commit_every))
+
+    units = rehearsed.units
+    if not units:
+        return run(rehearsed.script)
+    events = len(rehearsed.script.steps[-1])
+    count = max(8, MOST_EVENTS * 4 // events)
+    if len(units) <= count:
+        return run(rehearsed.whole)
+    many, few = (run(rehearsed.over(_evenly(units, number))) for number in (count, count // 2))
+    return _carried_on(many, few, count, count // 2, len(units))
+
+
+def _forecast(script: Script, played: Played) -> Forecast:
+    """Reading ahead crosses the border between steps, so bytes are means over the steps that are alike."""
+    alike = played.moved[len(script.steps) - 1 :]
+    moved = {ways: nbytes // len(alike) for ways, nbytes in sum(alike, Counter()).items()}
+    return Forecast(played.seconds[-1], played.lanes, played.waiting, moved, played, script.floating_operations)
+
+
+def _evenly(units: tuple[str, ...], number: int) -> list[str]:
+    return [units[round(index * (len(units) - 1) / (number - 1))] for index in range(number)]
+
+
+def _carried_on(many: Forecast, few: Forecast, count: int, fewer: int, units: int) -> Forecast:
+    def on(large: float, small: float) -> float:
+        return large + (large - small) * (units - count) / (count - fewer)
+
+    return Forecast(
+        on(many.seconds, few.seconds),
+        {lane: on(value, few.lanes.get(lane, 0.0)) for lane, value in many.lanes.items()},
+        {name: max(on(value, few.waiting[name]), 0.0) for name, value in many.waiting.items()},
+        {ways: round(on(value, few.moved.get(ways, 0))) for ways, value in many.moved.items()},
+        many.played,
+        on(many.floating_operations, few.floating_operations),
+    )

@@ -1,0 +1,116 @@
+"""What a training run's process will hold, cause by cause, before any choice of what stays near."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from outsize.memory.disk import BOUNCE
+from outsize.memory.tier import PAGE, pages
+from outsize.model.units import Unit
+from outsize.plan import Request
+from outsize.planner.heap import heap_peak
+from outsize.planner.rehearsal import Rehearsed
+from outsize.planner.script import Event, Live
+from outsize.planner.sizes_of import WeightSize
+from outsize.train.update import CHUNK
+
+READ_AHEAD = 8  # chunks of state that may be on their way while one is stepped
+MANY = 48  # units that the C library is asked about
+RECYCLE = 4 << 20  # bytes; tensors up to this size are always kept by the C library for the next one
+THREADS = 4 << 20  # bytes: stacks of the transfer threads and of lanes, and what python keeps for each
+SCRATCH = ("master", "gradient", "spare")  # fp32 buffers of a chunk that the updater keeps
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes of host memory by cause.
+
+    `baseline` is what the process holds before it begins, `tensors` what the C library holds at most for the step's
+    tensors, `scratch` the buffers of the update and of transfers, `always` the weights and states that never leave."""
+
+    baseline: int
+    tensors: int
+    scratch: int
+    least_arena: int
+    good_arena: int
+    always: int
+    recycle: int
+
+    @property
+    def fixed(self) -> int:
+        return self.baseline + self.tensors + self.scratch + self.always
+
+    @property
+    def least(self) -> int:
+        return self.fixed + self.least_arena
+
+
+def find_needs(
+    units: list[Unit],
+    request: Request,
+    sizes: dict[str, WeightSize],
+    rows: dict[str, int],
+    always: set[str],
+    hold: bool,
+    baseline: int,
+    rehearsed: Rehearsed,
+) -> Needs:
+    recycle = max(RECYCLE, _largest_recurring(rehearsed.script.steps[-1], sizes) + PAGE)
+    tensors = _tensors(rehearsed, recycle)
+    largest_chunk = max((size.largest_state for size in sizes.values()), default=0)
+    uncut = max((size.largest_gradient for size in sizes.values() if not _chunked(size)), default=0)
+    scratch = len(SCRATCH) * max(4 * CHUNK, uncut) + THREADS + (3 * BOUNCE if rows else 0)
+    lanes = request.accumulate
+    pinned = [_pinned(unit, sizes, rows, always, lanes, hold) for unit in units]
+    pinned += [sizes[name].largest_block + sizes[name].largest_gradient for name in rows]
+    least = pages(int(1.1 * (max(pinned, default=0) + 2 * largest_chunk)))
+    largest_unit = max((_unit_bytes(unit, sizes, rows, always) for unit in units), default=0)
+    good = pages(least + int(1.2 * largest_unit) + READ_AHEAD * largest_chunk)
+    always_bytes = sum(sizes[name].bytes + sizes[name].state_bytes for name in always)
+    return Needs(baseline, tensors, scratch, least, good, always_bytes, recycle)
+
+
+def _tensors(rehearsed: Rehearsed, recycle: int) -> int:
+    """What the C library takes for a step's tensors; of many units as many as it is asked for, the rest carried on."""
+
+    def taken(count: int) -> int:
+        units = rehearsed.units
+        script = rehearsed.over(units[:count]) if units else rehearsed.script
+        return heap_peak([script.steps[-1]] * 2, recycle)
+
+    if len(rehearsed.units) <= MANY:
+        return taken(len(rehearsed.units))
+    many, few = taken(MANY), taken(MANY // 2)
+    return many + max(many - few, 0) * (len(rehearsed.units) - MANY) // (MANY - MANY // 2)
+
+
+def _largest_recurring(events: Iterable[Event], sizes: dict[str, WeightSize]) -> int:
+    """Bytes of the largest tensor that comes again and again in a step, gradients of weights not counted: they are
+    larger than most, and as many come from other places."""
+    gradients = {block for size in sizes.values() for block in (size.bytes, pages(size.bytes))}
+    counts = Counter(event.nbytes for event in events if isinstance(event, Live) and event.nbytes > 0)
+    return max((n for n, count in counts.items() if count >= 4 and pages(n) not in gradients), default=0)
+
+
+def gradient_bytes(sizes: dict[str, WeightSize]) -> int:
+    return sum(4 * size.weight.numel for size in sizes.values() if size.weight.trainable)
+
+
+def _chunked(size: WeightSize) -> bool:
+    return size.state_bytes == 0 or size.largest_state < size.state_bytes or size.weight.numel <= CHUNK
+
+
+def _unit_bytes(unit: Unit, sizes: dict[str, WeightSize], rows: dict[str, int], always: set[str]) -> int:
+    return sum(sizes[name].bytes for name, _ in unit.parameters if name not in always and name not in rows)
+
+
+def _pinned(
+    unit: Unit, sizes: dict[str, WeightSize], rows: dict[str, int], always: set[str], lanes: int, hold: bool
+) -> int:
+    """Near memory that a unit's leases pin at one moment of its backward."""
+    streamed = [sizes[name] for name, _ in unit.parameters if name not in always and name not in rows]
+    gradients = [size.largest_gradient for size in streamed if size.weight.trainable]
+    adding = sum(gradients) if lanes > 1 else max(gradients, default=0) if hold else 0
+    return sum(size.bytes for size in streamed) + adding

@@ -1,0 +1,219 @@
+"""Which weights and states stay near, and how much memory is left for what streams: the fastest that fits.
+
+Each candidate is played under the simulated clock. They differ in the size of the arena, in steps between what is just
+enough and all that is left, and in what the rest is filled with: weights are read two or three times a step and written
+once, state is read and written once, so by bytes saved for each byte held weights come first; but what compute hides
+costs nothing, and only playing tells what is hidden."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from outsize.errors import BudgetError
+from outsize.memory.tier import PAGE, pages
+from outsize.plan import Plan, Predicted, Request
+from outsize.planner.clock import Rates
+from outsize.planner.forecast import Forecast, forecast
+from outsize.planner.needs import Needs, gradient_bytes
+from outsize.planner.rehearsal import Rehearsed, homes
+from outsize.planner.sizes_of import WeightSize
+from outsize.sizes import format_size
+
+
+@dataclass(frozen=True)
+class JobSizes:
+    """What a job is made of, whatever is decided. `hold`: gradients wait for the step's end."""
+
+    sizes: dict[str, WeightSize]
+    rows: dict[str, int]
+    blocked: bool
+    always: set[str]
+    hold: bool
+
+    @cached_property
+    def everything(self) -> int:
+        """Bytes of all weights and states that need not be near, and of their gradients if these wait."""
+        held = gradient_bytes(self.sizes) if self.hold else 0
+        return held + sum(s.bytes + s.state_bytes for name, s in self.sizes.items() if name not in self.always)
+
+    def plan(self, request: Request, recompute: frozenset[str]) -> Plan:
+        """All that is settled before anything is placed."""
+        return Plan(
+            precision=request.precision,
+            arena_bytes=0,
+            recompute=recompute,
+            table_rows=tuple(self.rows.items()),
+            blocked_loss=self.blocked,
+            accumulate=request.accumulate,
+            hold=self.hold,
+            clip=request.clip,
+            moments=request.moments,
+            memory_bytes=request.memory_bytes,
+        )
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What is near, and how much is left for what is not; `filled` says what the rest was filled with first."""
+
+    near_weights: frozenset[str]
+    near_states: frozenset[str]
+    arena_bytes: int
+    gradient_home: str
+    filled: str
+
+
+@dataclass(frozen=True)
+class Choice:
+    placement: Placement
+    forecast: Forecast
+
+
+class Search:
+    def __init__(
+        self, bare: Plan, job: JobSizes, needs: Needs, request: Request, rates: Rates, rehearsed: Rehearsed
+    ) -> None:
+        self.bare, self.job, self.needs, self.request = bare, job, needs, request
+        self.rates, self.rehearsed = rates, rehearsed
+        self.tried: list[Choice] = []
+
+    @property
+    def room(self) -> int:
+        """Bytes for the arena and for what may stay near."""
+        return self.request.memory_bytes - self.needs.fixed
+
+    def candidates(self) -> Iterator[Placement]:
+        """Placements that fit, no two alike."""
+        sizes, everything = self.job.sizes, self.job.everything
+        gradients = gradient_bytes(sizes) if self.request.accumulate > 1 and not self.job.hold else 0
+        if everything + gradients <= self.room:
+            yield Placement(frozenset(sizes), frozenset(sizes), pages(1), "host", "everything")
+            return
+        seen = set()
+        for arena in (self.needs.good_arena, 2 * self.needs.good_arena, self.needs.least_arena, self.room):
+            for order in ("weights", "states"):
+                found = self.filled(min(arena, self.room) // PAGE * PAGE, order)
+                key = replace(found, filled="")
+                if key not in seen:
+                    seen.add(key)
+                    yield found
+
+    def filled(self, arena: int, order: str) -> Placement:
+        """An arena of this size, and the rest filled with the last units' weights or states first: those are needed
+        again soonest."""
+        room = self.room - arena
+        weights, states = set(self.job.always), set(self.job.always)
+        fills = [(weights, "bytes"), (states, "state_bytes")]
+        for chosen, what in fills if order == "weights" else fills[::-1]:
+            for name, size in reversed(self.job.sizes.items()):
+                if name not in self.job.always and getattr(size, what) <= room:
+                    chosen.add(name)
+                    room -= getattr(size, what)
+        return Placement(frozenset(weights), frozenset(states), arena, "disk", order)
+
+    def best(self) -> Choice:
+        """The fastest candidate. Raises BudgetError when every arena is too small for what is leased at once."""
+        problem: BudgetError | None = None
+        for placement in self.candidates():
+            try:
+                self.tried.append(Choice(placement, self.foretell(placement)))
+            except BudgetError as error:
+                problem = error
+        if not self.tried:
+            raise problem or BudgetError("No placement fits; give more memory.")
+        return min(self.tried, key=lambda choice: choice.forecast.seconds)
+
+    def plan(self, placement: Placement) -> Plan:
+        return replace(
+            self.bare,
+            arena_bytes=placement.arena_bytes,
+            near_weights=placement.near_weights,
+            near_states=placement.near_states,
+            gradient_home=placement.gradient_home,
+            commit_every=self.request.commit_every or (1 if placement.near_states <= self.job.always else 50),
+            recycle_bytes=self.needs.recycle,
+        )
+
+    def foretell(self, placement: Placement) -> Forecast:
+        plan = self.plan(placement)
+        return forecast(self.rehearsed, plan.arena_bytes, homes(plan, self.job.always), self.rates, plan.commit_every)
+
+    # -- the plan ---------------------------------------------------------------------------------------------------
+
+    def finished(self, choice: Choice) -> Plan:
+        plan = self.plan(choice.placement)
+        predicted = self._predicted(choice)
+        return replace(plan, predicted=predicted, reasons=self._reasons(choice, predicted))
+
+    def near_bytes(self, placement: Placement) -> int:
+        sizes = self.job.sizes
+        near = sum(sizes[n].bytes for n in placement.near_weights) + sum(
+            sizes[n].state_bytes for n in placement.near_states
+        )
+        waiting = self.job.hold or self.request.accumulate > 1
+        return near + (gradient_bytes(sizes) if waiting and placement.gradient_home == "host" else 0)
+
+    def _memory(self, placement: Placement) -> tuple[tuple[str, int], ...]:
+        return (
+            ("Python, libraries and the process as it stands", self.needs.baseline),
+            ("weights, state and gradients that stay near", self.near_bytes(placement)),
+            ("the arena for what streams", placement.arena_bytes),
+            ("tensors of a step", self.needs.tensors),
+            ("buffers of update and transfers", self.needs.scratch),
+        )
+
+    def _predicted(self, choice: Choice) -> Predicted:
+        found, memory = choice.forecast, self._memory(choice.placement)
+        tokens = self.request.batch_size * self.request.sequence_length * self.request.accumulate
+        read = sum(nbytes for (source, _, _), nbytes in found.moved.items() if source == "disk")
+        written = sum(nbytes for (_, target, _), nbytes in found.moved.items() if target == "disk")
+        sizes = self.job.sizes
+        disk = sum(2 * (size.bytes + size.state_bytes) for size in sizes.values())
+        disk += 0 if choice.placement.gradient_home == "host" else gradient_bytes(sizes)
+        return Predicted(
+            host_peak_bytes=sum(nbytes for _, nbytes in memory),
+            device_peak_bytes=0,
+            bytes_read=read,
+            bytes_written=written,
+            disk_bytes=disk,
+            seconds_per_step=found.seconds,
+            tokens_per_second=tokens / found.seconds,
+            compute_seconds=found.lanes.get("compute", 0.0),
+            update_seconds=found.lanes.get("update", 0.0),
+            read_wait_seconds=found.waiting["read"],
+            write_wait_seconds=found.waiting["write"],
+            floating_operations=found.floating_operations,
+            moved=tuple((*ways, nbytes) for ways, nbytes in sorted(found.moved.items())),
+            memory=memory,
+            timeline=tuple((span.lane, span.start, span.end) for span in found.played.spans),
+            tensors=thinned(found.played.live),
+        )
+
+    def _reasons(self, choice: Choice, predicted: Predicted) -> tuple[str, ...]:
+        placement, needs = choice.placement, self.needs
+        work = choice.forecast.lanes.get("compute", 0.0) + choice.forecast.lanes.get("update", 0.0)
+        slowest = max(self.tried, key=lambda tried: tried.forecast.seconds)
+        why = f"the fastest of {len(self.tried)} placements played; the slowest takes {slowest.forecast.seconds:.2f} s"
+        return (
+            f"baseline: {format_size(needs.baseline)} are held by Python and its libraries already",
+            f"near: {format_size(self.near_bytes(placement))} stay in memory, {placement.filled} first: {why}",
+            f"arena: {format_size(placement.arena_bytes)} for what streams; {format_size(needs.least_arena)} is the least",
+            "activations: "
+            + ("recomputed layer by layer" if self.bare.recompute else "all kept, as everything fits beside them")
+            + f"; a step's tensors take {format_size(needs.tensors)}",
+            "loss: over blocks of the vocabulary (rounding)" if self.job.blocked else "loss: the module's own",
+            f"update: second pass, gradients wait in {placement.gradient_home}"
+            if self.job.hold
+            else "update: in backward, no gradient waits",
+            f"time: {choice.forecast.seconds:.2f} s a step, {work:.2f} s of them compute and update, which no placement "
+            f"makes shorter: at most {choice.forecast.seconds / max(work, 1e-9) - 1:.0%} above the best there can be",
+            f"commit: every {self.plan(placement).commit_every} steps",
+        )
+
+
+def thinned(live: tuple[tuple[float, int], ...], points: int = 500) -> tuple[tuple[float, int], ...]:
+    """The highest of each of so many runs of (time, bytes)."""
+    width = max(1, len(live) // points)
+    return tuple(max(live[start : start + width], key=lambda point: point[1]) for start in range(0, len(live), width))
