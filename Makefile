@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint docs bench clean
+.PHONY: help demo test soak lint docs bench clean
 
 help: ## say what can be made
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' Makefile
@@ -22,6 +22,9 @@ demo: $(READY) build/smollm2.gguf build/python-docs.txt ## fine-tune SmolLM2-135
 
 test: $(READY) ## run the tests
 	OMP_NUM_THREADS=1 $(VENV)/pytest -n 2
+
+soak: $(READY) ## kill a run 300 times and flip 10,000 bits; writes docs/reliability.md
+	OMP_NUM_THREADS=1 $(VENV)/python tests/soak.py --kills 300 --flips 10000 --page docs/reliability.md
 
 lint: $(READY) ## check style and types
 	$(VENV)/ruff check

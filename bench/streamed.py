@@ -29,7 +29,7 @@ def train(
     memory: int,
     steps: int,
     accumulate: int = 1,
-    recompute: str = "auto",
+    activations: str = "auto",
     throttled: bool = False,
     sequence_length: int = SEQUENCE_LENGTH,
 ) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def train(
                 steps=steps,
                 sequence_length=sequence_length,
                 accumulate=accumulate,
-                recompute=recompute,
+                activations=activations,
                 json=True,
             )
         )

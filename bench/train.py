@@ -78,8 +78,8 @@ def smollm2(bench: Bench, plain_large: bool) -> None:
         options = {"shape": SMOLLM2.name, "steps": bench.steps, "recompute": recompute}
         bench.measure(f"{SMOLLM2.name}: plain{note}", "plain", "train", **options)
         bench.measure(f"{SMOLLM2.name}: compute alone{note}", "floors", "compute", STREAMED, **options)
-    bench.streamed(SMOLLM2, place, 4, ", all near", recompute="none")
-    bench.streamed(SMOLLM2, place, 4, ", all near, checkpointing", recompute="all")
+    bench.streamed(SMOLLM2, place, 4, ", all near", activations="keep")
+    bench.streamed(SMOLLM2, place, 4, ", all near, checkpointing", activations="recompute")
     bench.streamed(SMOLLM2, place, 1)
     least = bench.streamed(SMOLLM2, place, 0.8)
     bench.disk(SMOLLM2, least)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from outsize.errors import OptionError, RunError, StorageError
+from outsize.errors import DamageError, OptionError
 from outsize.machine.allocator import give_back
 from outsize.machine.describe import describe, process_memory
 from outsize.machine.find import find_machine, this_machine
@@ -21,6 +20,7 @@ from outsize.memory.disk import DiskTier
 from outsize.memory.host import HostTier, allocate_slab
 from outsize.memory.store import Store
 from outsize.memory.transfer import Transfers
+from outsize.model.fingerprint import fingerprint_model, fingerprint_tokenizer
 from outsize.model.load import ModelSource, open_model
 from outsize.model.units import Unit, describe_units, find_units
 from outsize.plan import Plan, Request
@@ -42,8 +42,10 @@ from outsize.train.optimizers import (
 from outsize.train.precision import find_precision
 from outsize.train.progress import Progress
 from outsize.train.report import each_line, held_by_tier, measured, moved_a_step, write_report
+from outsize.train.retention import Retention
 from outsize.train.run import Run, Schedule, export
 from outsize.train.schedules import schedule
+from outsize.train.settings import TrainSettings, continues, record
 from outsize.train.state import StateFolder, open_store
 
 CPU = torch.device("cpu")
@@ -60,7 +62,7 @@ def attach(
     clip: float | None = None,
     sequence_length: int = 512,
     batch_size: int = 1,
-    recompute: str = "auto",
+    activations: str = "auto",
     block_class: str | None = None,
 ) -> Job:
     """Bind `model`, as it is, to a store of at most `memory` with its state under `directory`. `job.model` is `model`:
@@ -68,7 +70,8 @@ def attach(
 
     `optimizer` is a class with `options`, or a rule (name, parameter) -> (class, options). `precision` "fp32" trains the
     numbers a plain loop would; "mixed" computes in bf16 with an fp32 master. `sequence_length` and `batch_size` are the
-    largest a call will see; they size what activations need. Raises BudgetError when it does not fit, OptionError for
+    largest a call will see; they size what activations need. `activations` are kept, recomputed or moved to disk ("keep",
+    "recompute", "move"), or as the planner finds best. Raises BudgetError when it does not fit, OptionError for
     bad options, ModelError when no repeated block is found: then name its class in `block_class`."""
     rule = uniform_rule(optimizer, options or {}) if isinstance(optimizer, type) else optimizer
     find_precision(precision)
@@ -84,9 +87,9 @@ def attach(
         clip=clip,
         hold=True,
         loss="module",
-        recompute=recompute,
+        activations=activations,
     )
-    folder = StateFolder(directory)
+    folder = StateFolder(directory).lock()
     baseline = max(process_memory().resident_bytes - in_memory, 0)
     plan = plan_training(model, units, rule, request, baseline, describe(directory).disk_free_bytes)
     store = open_store(plan, folder)
@@ -101,64 +104,26 @@ def attach(
     return bind(model, units, plan, rule, store, read, CPU, progress=forget)
 
 
-@dataclass(frozen=True)
-class TrainSettings:
-    """Everything `outsize train` was told. Sizes in bytes, counts in steps, sequences and tokens."""
-
-    model: str
-    data: Path
-    out: Path
-    memory: int | None = None
-    steps: int = 100
-    sequence_length: int = 512
-    batch_size: int = 1
-    accumulate: int = 1
-    precision: str = "mixed"
-    moments: str = "fp32"
-    optimizer: str = "adamw"
-    optimizer_options: dict[str, Any] = field(default_factory=dict)
-    learning_rate: float = 2e-5
-    schedule: str = "cosine"
-    warmup_steps: int = 0
-    clip: float | None = None
-    loss: str = "auto"
-    recompute: str = "auto"
-    commit_every: int | None = None
-    eval_data: Path | None = None
-    eval_every: int = 50
-    sample_prompt: str | None = None
-    sample_every: int = 50
-    seed: int = 0
-    block_class: str | None = None
-    plan: Path | None = None
-    json: bool = False
-
-    def identity(self) -> dict[str, Any]:
-        """What must stay the same when a run is continued; the rest (memory, commits, reporting) may change."""
-        free = {
-            "memory",
-            "out",
-            "recompute",
-            "commit_every",
-            "eval_data",
-            "eval_every",
-            "sample_prompt",
-            "sample_every",
-            "plan",
-            "json",
-        }
-        return {key: str(value) for key, value in asdict(self).items() if key not in free}
-
-
 def train(settings: TrainSettings) -> dict[str, Any]:
     """Fine-tune as `outsize train` does. Returns the report. Raises OutsizeError subclasses; nothing half-written stays."""
     rule = _rule(settings)
     find_precision(settings.precision)
+    source = open_model(settings.model)
+    continuing = continues(settings)
+    state = StateFolder(settings.out / "state").lock()
+    try:
+        report = _train(settings, rule, source, state, continuing)
+    except DamageError as problem:
+        raise DamageError(f"{problem} {state.remedy()}") from problem
+    state.close()  # after a failure it stays locked: transfers may be under way until the process ends
+    return report
+
+
+def _train(
+    settings: TrainSettings, rule: OptimizerRule, source: ModelSource, state: StateFolder, continuing: bool
+) -> dict[str, Any]:
     memory = settings.memory or _free_memory()
     torch.manual_seed(settings.seed)
-    source = open_model(settings.model)
-    continuing = _check_folder(settings)
-    state = StateFolder(settings.out / "state")
     progress = Progress(memory, settings.json)
     tokenizer = source.tokenizer()
     if tokenizer is None:
@@ -180,12 +145,14 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     progress.message("bringing the weights into the store")
     job = bind(model, units, plan, rule, store, source.read, CPU)
     give_back()
-    if plan.blocked_loss:
+    if plan.blocked_loss and not continuing:
         _check_loss(job, data)
     scheduler = _scheduler(settings, job)
-    run = Run(job, state, settings.out / "metrics.jsonl", progress, tokenizer)
+    about = {"model": fingerprint_model(source.config), "tokenizer": fingerprint_tokenizer(tokenizer)}
+    retention = Retention(settings.keep_last, settings.keep_every)
+    run = Run(job, state, settings.out / "metrics.jsonl", progress, tokenizer, retention, about)
     first = run.recover()
-    _record(settings)
+    record(settings)
     for _ in range(first):
         scheduler.step()
     progress.start(settings.steps, first)
@@ -257,7 +224,7 @@ def plan(
     """What `task` with `model` would do within `memory`, without doing it. The plan prints itself as a table.
 
     `request` takes the fields of `outsize.plan.Request` (sequence_length, batch_size, accumulate, precision, moments,
-    clip, loss, recompute, commit_every). `machine` is the name or file of one described, None this one, whose disk is
+    clip, loss, activations, commit_every). `machine` is the name or file of one described, None this one, whose disk is
     that of `directory`. Raises OptionError, ModelError, or BudgetError with the smallest memory that works."""
     if task != "train":
         raise OptionError(f"task {task!r} cannot be planned; there is train.")
@@ -296,41 +263,6 @@ def _free_memory() -> int:
     return machine.memory_available_bytes + process_memory().resident_bytes
 
 
-BEGUN = {"train.npy", "eval.npy", "state"}  # what a run that never reached its first commit may leave
-
-
-def _check_folder(settings: TrainSettings) -> bool:
-    """True if this very run was begun in its folder and is to be continued. Raises RunError if another one was."""
-    record = settings.out / "run.json"
-    if record.exists():
-        known = json.loads(record.read_text())
-        changed = [f"{k} was {known.get(k)}, is {v}" for k, v in settings.identity().items() if known.get(k) != str(v)]
-        if changed:
-            raise RunError(
-                f"{settings.out} holds another run: {'; '.join(changed)}. Give the same settings to continue it, "
-                "or another --out."
-            )
-        return True
-    try:
-        settings.out.mkdir(parents=True, exist_ok=True)
-        strange = {path.name for path in settings.out.iterdir()} - BEGUN
-    except OSError as problem:
-        raise StorageError(f"{settings.out} cannot be used: {problem.strerror}. Choose another --out.") from problem
-    if strange:
-        raise RunError(
-            f"{settings.out} holds {sorted(strange)[0]} and no run of Outsize. Choose another --out, or empty it."
-        )
-    return False
-
-
-def _record(settings: TrainSettings) -> None:
-    """Say whose folder this is, once there is something in it to continue."""
-    record = settings.out / "run.json"
-    partial = record.with_suffix(".partial")
-    partial.write_text(json.dumps(settings.identity(), indent=2))
-    partial.replace(record)
-
-
 def _prepared(
     path: Path, tokenizer: Any, settings: TrainSettings, name: str, progress: Progress, continuing: bool
 ) -> PackedDataset:
@@ -351,7 +283,7 @@ def _request(settings: TrainSettings, memory: int) -> Request:
         settings.moments,
         settings.clip,
         loss=settings.loss,
-        recompute=settings.recompute,
+        activations=settings.activations,
         commit_every=settings.commit_every,
     )
 

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from outsize.commands import checkpoint
 from outsize.commands.generate import generate
 from outsize.commands.plan import plan
 from outsize.commands.probe import probe
@@ -34,6 +35,7 @@ app.command()(train)
 app.command()(generate)
 app.command()(plan)
 app.command()(probe)
+app.add_typer(checkpoint.app)
 
 
 def main() -> None:

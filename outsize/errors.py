@@ -25,5 +25,9 @@ class StorageError(OutsizeError):
     """A disk that is full, not writable, or gave back fewer or other bytes than were stored."""
 
 
+class DamageError(StorageError):
+    """Stored bytes that are not those that were written; the message names block, tensor and place."""
+
+
 class RunError(OutsizeError):
     """A run's folder or state that cannot be continued, or numbers that stopped being finite."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -37,23 +37,47 @@ class Predicted:
     tensors: tuple[tuple[float, int], ...] = field(default=(), repr=False)
 
 
+NEAR = "near"  # as the home of activations: they stay where they came into being
+
+
+@dataclass(frozen=True)
+class Activations:
+    """What a unit leaves behind in forward for its backward, and where that waits. Every choice is exact.
+
+    `saved`: `all` that autograd saves; only the unit's `input`, and forward runs again; or the input and the results of
+    matrix `products` and attention, and forward runs again without computing these. `home` is a tier, or `near`."""
+
+    saved: str = "all"
+    home: str = NEAR
+
+    def __post_init__(self) -> None:
+        if self.saved not in ("all", "products", "input"):
+            raise OptionError(f"Activations {self.saved!r} cannot be saved; there are all, products and input.")
+
+
+KEEP, RECOMPUTE, MOVE = Activations(), Activations("input"), Activations("all", "disk")
+
+
 @dataclass(frozen=True)
 class Plan:
     """Where every kind of byte lives, and how each unit runs.
 
     `near_weights` and `near_states` name the weights whose bytes, or whose optimizer state, stay near compute; all others
-    live on disk. `arena_bytes` is the near memory through which those stream. `recompute` names the units that discard
-    their activations. `table_rows` says how many rows of a vocabulary's table make a block; a weight that is not in it
-    is one block. `hold`: gradients wait in `gradient_home` until the step's end, and the update is a second pass that
-    overlaps the next forward. `recycle_bytes`: the C library keeps freed memory of tensors up to
-    this size. `blocked_loss`: the head and its loss are computed over blocks of the vocabulary."""
+    live on disk. `arena_bytes` is the near memory through which those stream. `activations` says what is done with those
+    of each unit it names, the others keep theirs; of what moves, tensors smaller than `moved_tensor_bytes` stay.
+    `table_rows` says how many rows of a vocabulary's table make a block; a weight that is not in it is one block. `hold`:
+    gradients wait in `gradient_home` until the step's end, and the update is a second pass that overlaps the next
+    forward. `recycle_bytes`: the C library keeps freed memory of tensors up to this size; at
+    `machine.allocator.LARGEST_RECYCLED` also from step to step. `blocked_loss`: the head and its loss are computed over
+    blocks of the vocabulary."""
 
     precision: str
     arena_bytes: int
     near_weights: frozenset[str] = frozenset()
     near_states: frozenset[str] = frozenset()
     gradient_home: str = "disk"
-    recompute: frozenset[str] = frozenset()
+    activations: tuple[tuple[str, Activations], ...] = ()
+    moved_tensor_bytes: int = 256 << 10
     table_rows: tuple[tuple[str, int], ...] = ()
     blocked_loss: bool = False
     accumulate: int = 1
@@ -75,9 +99,7 @@ class Plan:
 
     def to_json(self) -> str:
         """The plan as a file that people can read and change."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        plain = {name: sorted(value) if isinstance(value, frozenset) else value for name, value in values.items()}
-        plain["predicted"] = None if self.predicted is None else asdict(self.predicted)
+        plain = {name: sorted(v) if isinstance(v, frozenset) else v for name, v in asdict(self).items()}
         return json.dumps(plain, indent=1)
 
     @classmethod
@@ -87,13 +109,7 @@ class Plan:
             values = json.loads(text)
         except ValueError as problem:
             raise OptionError(f"{place} is no JSON: {problem}. Write it with `outsize plan --save`.") from problem
-        if not isinstance(values, dict):
-            raise OptionError(f"{place} holds a {type(values).__name__}, not a plan's keys and values.")
-        predicted = values.pop("predicted", None)
-        plan = cls(**_read_fields(cls, values, place))
-        if predicted is None:
-            return plan
-        return replace(plan, predicted=Predicted(**_read_fields(Predicted, predicted, f"{place}, predicted")))
+        return cls(**_read_fields(cls, values, place))
 
     def __str__(self) -> str:
         """The table that `outsize plan` prints."""
@@ -145,6 +161,8 @@ def _read_value(value: Any, wanted: Any, place: str) -> Any:
     origin, inside = get_origin(wanted) or wanted, get_args(wanted)
     if origin in (Union, UnionType):
         return None if value is None else _read_value(value, next(i for i in inside if i is not NoneType), place)
+    if is_dataclass(wanted):
+        return origin(**_read_fields(origin, value, place))
     if origin in (frozenset, tuple) and isinstance(value, list):
         if origin is frozenset or inside[-1] is Ellipsis:
             return origin(_read_value(item, inside[0], place) for item in value)
@@ -172,5 +190,5 @@ class Request:
     clip: float | None = None
     hold: bool = False
     loss: str = "auto"
-    recompute: str = "auto"
+    activations: str = "auto"
     commit_every: int | None = None

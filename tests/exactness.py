@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import cycle
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,11 +26,25 @@ from outsize.memory.store import Store
 from outsize.memory.tier import pages
 from outsize.memory.transfer import Transfers
 from outsize.model.units import find_units
-from outsize.plan import Plan
+from outsize.plan import KEEP, MOVE, RECOMPUTE, Activations, Plan
 from outsize.train.job import Job, bind
 from outsize.train.optimizers import OptimizerRule
 
 VOCABULARY = 256
+ACTIVATIONS = 256 << 10  # bytes near for those of a unit that are on their way; less than a step's
+ACTIVATIONS_OF = {
+    "keep": KEEP,
+    "recompute": RECOMPUTE,
+    "move": MOVE,
+    "mixed": (
+        Activations("products", "disk"),
+        Activations("input", "disk"),
+        MOVE,
+        Activations("products"),
+        KEEP,
+        RECOMPUTE,
+    ),
+}
 Batch = dict[str, torch.Tensor]
 
 
@@ -207,7 +222,8 @@ class Setting:
     accumulate: int = 1
     hold: bool = False
     clip: float | None = None
-    recompute: bool = True
+    activations: Activations | tuple[Activations, ...] = RECOMPUTE
+    """Several: the units take them in turn."""
     gradient_home: str = "disk"
     table_rows: int | None = None
     moments: str = "fp32"
@@ -228,7 +244,8 @@ def make_plan(model: nn.Module, setting: Setting) -> Plan:
         near_weights=frozenset(weights),
         near_states=frozenset(states),
         gradient_home=setting.gradient_home,
-        recompute=frozenset(unit.name for unit in find_units(model)) if setting.recompute else frozenset(),
+        activations=choose(model, setting.activations),
+        moved_tensor_bytes=1,
         table_rows=tuple((name, setting.table_rows) for name in tables if setting.table_rows),
         blocked_loss=bool(tables),
         accumulate=setting.accumulate,
@@ -236,6 +253,15 @@ def make_plan(model: nn.Module, setting: Setting) -> Plan:
         clip=setting.clip,
         moments=setting.moments,
     )
+
+
+def choose(model: nn.Module, wanted: Activations | tuple[Activations, ...]) -> tuple[tuple[str, Activations], ...]:
+    repeated = [unit.name for unit in find_units(model) if unit.repeated]
+    return tuple(zip(repeated, cycle(in_turn(wanted)), strict=False))
+
+
+def in_turn(wanted: Activations | tuple[Activations, ...]) -> tuple[Activations, ...]:
+    return wanted if isinstance(wanted, tuple) else (wanted,)
 
 
 def table_names(model: nn.Module) -> list[str]:
@@ -257,7 +283,12 @@ def small_arena(model: nn.Module, near_weights: list[str], near_states: list[str
     weights = dict(model.named_parameters()).items()
     gradient = max(4 * p.numel() for _, p in weights)
     state = max((12 * p.numel() for name, p in weights if name not in near_states), default=0)
-    return pages(int(1.5 * unit) + 3 * max(gradient, state))
+    return pages(int(1.5 * unit) + 3 * max(gradient, state)) + (ACTIVATIONS if moves(setting) else 0)
+
+
+def moves(setting: Setting) -> bool:
+    """Activations of some unit wait on disk."""
+    return any(activations.home == "disk" for activations in in_turn(setting.activations))
 
 
 def make_job(model: nn.Module, rule: OptimizerRule, setting: Setting, directory: Path) -> Job:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from exactness import (
+    ACTIVATIONS_OF,
     VOCABULARY,
     Batch,
     Pair,
@@ -179,7 +180,7 @@ CASES = [
     ("gemma3", True, Setting("mixed", "disk")),
     ("gemma3", False, Setting("fp32", "near", 3, clip=0.05, gradient_home="host")),
     ("qwen3", True, Setting("mixed", "disk", 3, hold=True)),
-    ("gpt2", True, Setting("fp32", "disk", recompute=False)),
+    ("gpt2", True, Setting("fp32", "disk", activations=ACTIVATIONS_OF["mixed"])),
     ("mixtral", False, Setting("mixed", "near", 3)),
 ]
 

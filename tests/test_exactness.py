@@ -14,6 +14,7 @@ import pytorch_optimizer
 import schedulefree
 import torch
 from exactness import (
+    ACTIVATIONS_OF,
     KINDS_OF_MODEL,
     HandWritten,
     Pair,
@@ -26,6 +27,7 @@ from exactness import (
     read_gradients,
 )
 
+from outsize.memory.block import KINDS
 from outsize.train.optimizers import OptimizerRule, default_rule, uniform_rule
 
 CHOICES = {
@@ -36,7 +38,7 @@ CHOICES = {
     "optimizer": ("adamw", "fused adamw", "sgd", "adafactor", "muon"),
     "accumulate": (1, 4),
     "norm": ("not known", "held", "clipped"),
-    "recompute": (True, False),
+    "activations": tuple(ACTIVATIONS_OF),
 }
 OPTIMIZERS: dict[str, OptimizerRule] = {
     "adamw": default_rule("adamw", {"lr": 1e-3, "weight_decay": 0.1}),
@@ -63,7 +65,7 @@ def covering(choices: dict[str, tuple], seed: int = 0) -> list[dict]:
 
 
 def name_case(case: dict) -> str:
-    words = {"tied": ("untied", "tied"), "recompute": ("keep", "recompute")}
+    words = {"tied": ("untied", "tied")}
     parts = (words[key][value] if key in words else str(value) for key, value in case.items())
     return "-".join(part.replace(" ", "_") for part in parts)
 
@@ -81,7 +83,7 @@ def setting_of(case: dict) -> Setting:
         accumulate=case["accumulate"],
         hold=case["norm"] != "not known",
         clip=CLIP if case["norm"] == "clipped" else None,
-        recompute=case["recompute"],
+        activations=ACTIVATIONS_OF[case["activations"]],
         gradient_home="host" if case["placement"] == "near" else "disk",
     )
 
@@ -91,10 +93,11 @@ def test_streamed_training_equals_a_plain_loop(case: dict, tmp_path: Path) -> No
     pair = make_pair(case["family"], case["tied"], OPTIMIZERS[case["optimizer"]], setting_of(case), tmp_path)
     first, *others = make_batches(STEPS, case["accumulate"])
     pair.step(first)  # gradients and state are new: only weights could have come from disk
-    before = pair.job.store.ledger.total_moved(source="disk")
+    before = pair.job.store.ledger.moved.copy()
     for micro_batches in others:
         pair.step(micro_batches)
-    read = pair.job.store.ledger.total_moved(source="disk") - before
+    moved = pair.job.store.ledger.moved - before
+    read = sum(moved["disk", "host", kind] for kind in KINDS if kind != "activation")
     assert (read == 0) == (case["placement"] == "near"), f"{read} bytes were read from disk"
     pair.assert_equal()
     assert_idle(pair.job)
@@ -143,9 +146,9 @@ def test_an_encoder_decoder_learns_its_first_label(accumulate: int, tmp_path: Pa
     assert_idle(pair.job)
 
 
-@pytest.mark.parametrize("recompute", [True, False])
-def test_dropout_draws_the_numbers_it_draws_in_a_plain_loop(recompute: bool, tmp_path: Path) -> None:
-    pair = dropout_pair(Setting("fp32", "disk", recompute=recompute), tmp_path)
+@pytest.mark.parametrize("activations", ACTIVATIONS_OF)
+def test_dropout_draws_the_numbers_it_draws_in_a_plain_loop(activations: str, tmp_path: Path) -> None:
+    pair = dropout_pair(Setting("fp32", "disk", activations=ACTIVATIONS_OF[activations]), tmp_path)
     for step, micro_batches in enumerate(make_batches(STEPS, 1)):
         torch.manual_seed(step)
         plain, after = pair.plain.step(micro_batches), torch.get_rng_state()
@@ -156,13 +159,13 @@ def test_dropout_draws_the_numbers_it_draws_in_a_plain_loop(recompute: bool, tmp
     assert_idle(pair.job)
 
 
-def test_dropout_is_the_same_recomputed_or_kept_when_micro_batches_take_turns(tmp_path: Path) -> None:
+def test_dropout_is_the_same_whatever_is_kept_when_micro_batches_take_turns(tmp_path: Path) -> None:
     """Micro-batches that take turns draw their masks in another order than one after the other would; but the backward
     pass must see the masks of the forward pass, and must leave the random state as forward left it."""
     weights, states = [], []
-    for recompute in (True, False):
+    for name, activations in ACTIVATIONS_OF.items():
         torch.manual_seed(0)
-        pair = dropout_pair(Setting("fp32", "disk", 3, recompute=recompute), tmp_path / str(recompute))
+        pair = dropout_pair(Setting("fp32", "disk", 3, activations=activations), tmp_path / name)
         for micro_batches in make_batches(2, 3):
             pair.job.train_step(micro_batches)
         pair.job.flush()
@@ -171,8 +174,9 @@ def test_dropout_is_the_same_recomputed_or_kept_when_micro_batches_take_turns(tm
         )
         states.append(torch.get_rng_state())
         assert_idle(pair.job)
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-    assert torch.equal(*states)
+    for others, state in zip(weights[1:], states[1:], strict=True):
+        assert all(torch.equal(weights[0][name], others[name]) for name in weights[0])
+        assert torch.equal(states[0], state)
 
 
 def dropout_pair(setting: Setting, directory: Path) -> Pair:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from exactness import (
+    ACTIVATIONS_OF,
     PlainLoop,
     Setting,
     assert_idle,
@@ -29,19 +30,19 @@ ADAMW = default_rule("adamw", {"lr": 1e-3, "weight_decay": 0.1})
 
 
 @pytest.mark.parametrize(
-    ("family", "recompute", "placement", "precision"),
+    ("family", "activations", "placement", "precision"),
     [
-        ("llama", True, "disk", "mixed"),
-        ("llama", True, "near", "fp32"),
-        ("llama", False, "mixed", "fp32"),
-        ("handwritten", True, "disk", "fp32"),
-        ("handwritten", False, "near", "mixed"),
-        ("handwritten", False, "mixed", "mixed"),
+        ("llama", "recompute", "disk", "mixed"),
+        ("llama", "move", "near", "fp32"),
+        ("llama", "keep", "mixed", "fp32"),
+        ("handwritten", "mixed", "disk", "fp32"),
+        ("handwritten", "keep", "near", "mixed"),
+        ("handwritten", "move", "mixed", "mixed"),
     ],
 )
-def test_a_loop_of_ones_own(family: str, recompute: bool, placement: str, precision: str, tmp_path: Path) -> None:
+def test_a_loop_of_ones_own(family: str, activations: str, placement: str, precision: str, tmp_path: Path) -> None:
     """Two calls of backward a step, a schedule of torch's own on the job's optimizer, clipping."""
-    setting = Setting(precision, placement, hold=True, clip=0.05, recompute=recompute)
+    setting = Setting(precision, placement, hold=True, clip=0.05, activations=ACTIVATIONS_OF[activations])
     pair = make_pair(family, True, ADAMW, setting, tmp_path)
     job, plain = pair.job, pair.plain
     schedules = [
@@ -65,9 +66,11 @@ def test_a_loop_of_ones_own(family: str, recompute: bool, placement: str, precis
     assert_idle(job)
 
 
-@pytest.mark.parametrize("recompute", [True, False])
-def test_one_backward_through_several_forwards(recompute: bool, tmp_path: Path) -> None:
-    pair = make_pair("qwen3", False, ADAMW, Setting("fp32", "disk", hold=True, recompute=recompute), tmp_path)
+@pytest.mark.parametrize("activations", ACTIVATIONS_OF)
+def test_one_backward_through_several_forwards(activations: str, tmp_path: Path) -> None:
+    pair = make_pair(
+        "qwen3", False, ADAMW, Setting("fp32", "disk", hold=True, activations=ACTIVATIONS_OF[activations]), tmp_path
+    )
     for first, second in make_batches(3, 2):
         for model in (pair.job.model, pair.plain.model):
             (model(**first).loss + 0.5 * model(**second).loss).backward()
@@ -185,8 +188,8 @@ def run_trainer(model: nn.Module, optimizer: torch.optim.Optimizer, directory: P
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-@pytest.mark.parametrize(("precision", "recompute"), [("fp32", True), ("mixed", False), ("mixed", True)])
-def test_peft_trains_adapters_over_a_frozen_base(recompute: bool, precision: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("precision", "activations"), [("fp32", "move"), ("mixed", "keep"), ("mixed", "mixed")])
+def test_peft_trains_adapters_over_a_frozen_base(activations: str, precision: str, tmp_path: Path) -> None:
     import peft
 
     with torch.random.fork_rng(devices=[]):
@@ -196,7 +199,9 @@ def test_peft_trains_adapters_over_a_frozen_base(recompute: bool, precision: str
     if precision == "mixed":
         model.to(torch.bfloat16)  # the base is frozen: it computes in the dtype it has
     plain = PlainLoop(as_masters(copy.deepcopy(model)), ADAMW, precision)
-    job = make_job(model, ADAMW, Setting(precision, "disk", hold=True, recompute=recompute), tmp_path)
+    job = make_job(
+        model, ADAMW, Setting(precision, "disk", hold=True, activations=ACTIVATIONS_OF[activations]), tmp_path
+    )
     written = job.store.ledger.moved["host", "disk", "weight"]
     for micro_batches in make_batches(3, 2):
         for batch in micro_batches:

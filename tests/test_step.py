@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from exactness import (
+    ACTIVATIONS_OF,
     PlainLoop,
     Setting,
     assert_idle,
@@ -41,20 +42,22 @@ ADAMW = default_rule("adamw", {"lr": 1e-3, "weight_decay": 0.1})
 
 @pytest.mark.parametrize("accumulate", [1, 8])
 @pytest.mark.parametrize("precision", ["fp32", "mixed"])
-@pytest.mark.parametrize("recompute", [True, False])
+@pytest.mark.parametrize("activations", ACTIVATIONS_OF)
 def test_traffic_does_not_grow_with_micro_batches(
-    recompute: bool, precision: str, accumulate: int, tmp_path: Path
+    activations: str, precision: str, accumulate: int, tmp_path: Path
 ) -> None:
     """However many there are, a step brings a unit's weights near once in forward and once in backward, and steps its
     state once; a gradient that is added up is never on disk. (What is found near by luck makes it less.)"""
     model = make_model("llama")
-    job = make_job(model, ADAMW, Setting(precision, "disk", accumulate, recompute=recompute), tmp_path)
+    job = make_job(
+        model, ADAMW, Setting(precision, "disk", accumulate, activations=ACTIVATIONS_OF[activations]), tmp_path
+    )
     *others, last = make_batches(3, accumulate)
     for micro_batches in others:
         job.train_step(micro_batches)
     job.store.flush()
     before = job.store.ledger.moved.copy()
-    job.train_step(last)
+    job.train_step(last, again=False)
     job.store.flush()
     moved = job.store.ledger.moved - before
     most_read, most_written = Counter(), Counter()
@@ -62,10 +65,10 @@ def test_traffic_does_not_grow_with_micro_batches(
         for name, _ in unit.parameters:
             most_read["weight"] += 2 * job.store.entries[f"weight:{name}"].block.nbytes
     for name, entry in job.store.entries.items():
-        if name.startswith("state:"):
-            most_read += Counter(entry.block.bytes_by_kind())
+        if name.startswith(("state:", "activation:")):
+            most_read += Counter(entry.block.bytes_by_kind)
         if not name.startswith("gradient:"):
-            most_written += Counter(entry.block.bytes_by_kind())
+            most_written += Counter(entry.block.bytes_by_kind)
     assert moved["disk", "host", "weight"] > 0 and moved["disk", "host", "moment"] > 0
     for (source, _, kind), nbytes in moved.items():
         assert nbytes <= (most_read if source == "disk" else most_written)[kind], kind
@@ -125,11 +128,11 @@ class Interrupted(Exception):
     pass
 
 
-@pytest.mark.parametrize("recompute", [True, False])
+@pytest.mark.parametrize("activations", ACTIVATIONS_OF)
 @pytest.mark.parametrize("accumulate", [1, 4])
-def test_a_failure_inside_the_model_stops_every_lane(accumulate: int, recompute: bool, tmp_path: Path) -> None:
+def test_a_failure_inside_the_model_stops_every_lane(accumulate: int, activations: str, tmp_path: Path) -> None:
     """In forward nothing has changed yet: the next step is as if there had been no failure."""
-    setting = Setting("fp32", "disk", accumulate, recompute=recompute)
+    setting = Setting("fp32", "disk", accumulate, activations=ACTIVATIONS_OF[activations])
     pair = make_pair("handwritten", True, ADAMW, setting, tmp_path, prepare=set_traps)
     first, second, third = make_batches(3, accumulate)
     pair.step(first)
@@ -154,9 +157,9 @@ def test_a_failure_inside_the_model_stops_every_lane(accumulate: int, recompute:
 
 
 @pytest.mark.parametrize("accumulate", [1, 4])
-@pytest.mark.parametrize("recompute", [True, False])
-def test_a_failure_in_backward_surfaces_too(recompute: bool, accumulate: int, tmp_path: Path) -> None:
-    setting = Setting("fp32", "disk", accumulate, recompute=recompute)
+@pytest.mark.parametrize("activations", ACTIVATIONS_OF)
+def test_a_failure_in_backward_surfaces_too(activations: str, accumulate: int, tmp_path: Path) -> None:
+    setting = Setting("fp32", "disk", accumulate, activations=ACTIVATIONS_OF[activations])
     pair = make_pair("handwritten", True, ADAMW, setting, tmp_path, prepare=set_traps)
 
     def fail(gradient: torch.Tensor) -> torch.Tensor:
@@ -179,7 +182,7 @@ class Committed:
     """A job whose steps are committed in a state folder, as `outsize train` does it."""
 
     def __init__(self, directory: Path, setting: Setting) -> None:
-        self.folder = StateFolder(directory)
+        self.folder = StateFolder(directory).lock()
         model = make_model("handwritten")
         set_traps(model)
         plan = make_plan(model, setting)
@@ -200,7 +203,7 @@ class Committed:
 
     def commit(self, step: int) -> None:
         facts = {"optimizer": self.job.updater.facts()}
-        self.store.commit(lambda slots: self.folder.write_manifest(step, slots, facts), wait=True)
+        self.store.commit(lambda places: self.folder.write_manifest(step, places, facts), wait=True)
 
     def close(self) -> None:
         self.store.close()

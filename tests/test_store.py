@@ -13,6 +13,7 @@ from outsize.errors import BudgetError
 from outsize.memory.block import make_block
 from outsize.memory.disk import DiskTier
 from outsize.memory.foresight import Policy, evict_farthest, evict_oldest
+from outsize.memory.homes import Committed
 from outsize.memory.host import HostTier, allocate_slab
 from outsize.memory.store import Store
 from outsize.memory.tier import PAGE
@@ -69,7 +70,7 @@ def test_store_equals_a_dict(tmp_path_factory: pytest.TempPathFactory, steps, re
 
 def apply(store: Store, expected: dict[str, int], verb: str, name: str, value: int) -> None:
     if verb == "commit":
-        store.commit(lambda slots: None)
+        store.commit(lambda places: None)
     elif verb == "fresh":
         put(store, name, value)
         expected[name] = value
@@ -124,9 +125,9 @@ def test_a_commit_keeps_its_bytes_while_the_next_step_writes(tmp_path: Path) -> 
     store = make_store(tmp_path)
     add(store, "a", 2)
     put(store, "a", 1)
-    committed: list[dict[str, int]] = []
+    committed: list[dict[str, Committed]] = []
     store.commit(committed.append, wait=True)
-    extent = store.entries["a"].slots[committed[0]["a"]]
+    extent = committed[0]["a"].extent
     assert extent is not None
     for value in (2, 3):
         put(store, "a", value)

@@ -32,7 +32,9 @@ def plan(
     optimizer: Annotated[str, typer.Option(help="As in `outsize train`.")] = "adamw",
     clip: Annotated[float | None, typer.Option(min=0.0, help="Largest global gradient norm.")] = None,
     loss: Annotated[str, typer.Option(help="auto, blocked or module.")] = "auto",
-    recompute: Annotated[str, typer.Option(help="auto, all or none: activations recomputed in backward.")] = "auto",
+    activations: Annotated[
+        str, typer.Option(help="keep, recompute or move (to disk) what forward leaves for backward; or auto.")
+    ] = "auto",
     commit_every: Annotated[int | None, typer.Option(min=1, help="Steps between commits.")] = None,
     block_class: Annotated[str | None, typer.Option(help="Class of the repeated block, if it is not found.")] = None,
     compare: Annotated[str | None, typer.Option(help="Other memory sizes, as 2GiB,4GiB,8GiB, in one table.")] = None,
@@ -67,7 +69,7 @@ def plan(
             moments=moments,
             clip=clip,
             loss=loss,
-            recompute=recompute,
+            activations=activations,
             commit_every=commit_every,
         )
 

@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from outsize.commands.common import Json, Memory, Model, interruptible
+from outsize.commands.common import Json, Memory, interruptible
 from outsize.errors import OptionError
 from outsize.sizes import parse_size
 
+if TYPE_CHECKING:
+    from outsize.train.settings import TrainSettings
+
 
 def train(
-    model: Model,
-    data: Annotated[Path, typer.Option(help="A .txt, .md, .jsonl or .parquet file, or a folder of such.")],
-    out: Annotated[Path, typer.Option(help="Folder of the run. The same command on it continues where it stopped.")],
+    context: typer.Context,
+    model: Annotated[str | None, typer.Option(help="A Hugging Face folder, a .gguf file, or a hub id.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="A .txt, .md, .jsonl or .parquet file, or a folder of such.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the run. The same command on it continues where it stopped.")
+    ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(help="Continue the run in this folder with its own settings; others given here replace them."),
+    ] = None,
     memory: Memory = None,
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps in all.")] = 100,
     sequence_length: Annotated[int, typer.Option(min=2, help="Tokens in a sequence.")] = 512,
@@ -45,10 +58,16 @@ def train(
     loss: Annotated[
         str, typer.Option(help="auto, blocked (over blocks of the vocabulary) or module (its own).")
     ] = "auto",
-    recompute: Annotated[str, typer.Option(help="auto, all or none: activations recomputed in backward.")] = "auto",
+    activations: Annotated[
+        str, typer.Option(help="keep, recompute or move (to disk) what forward leaves for backward; or auto.")
+    ] = "auto",
     commit_every: Annotated[
         int | None, typer.Option(min=1, help="Steps between commits. State on disk is committed every step for free.")
     ] = None,
+    keep_last: Annotated[int, typer.Option(min=0, help="Keep the newest commits, to roll back to.")] = 0,
+    keep_every: Annotated[
+        int, typer.Option(min=0, help="Keep every k-th step. Each kept step costs as much disk as training rewrites.")
+    ] = 0,
     eval_data: Annotated[Path | None, typer.Option(help="Text to evaluate on, read like --data.")] = None,
     eval_every: Annotated[int, typer.Option(min=0, help="Steps between evaluations; also after the last one.")] = 50,
     sample_prompt: Annotated[
@@ -65,47 +84,76 @@ def train(
     """Fine-tune a model within a memory budget. State lives on disk where it does not fit.
 
     Example: outsize train --model my-model --data notes.txt --memory 4GiB --out runs/first
+
+    Continue it: outsize train --resume runs/first --memory 2GiB
     """
     limit = parse_size(memory) if memory else None
     options = _options(optimizer_option or [])
-    from outsize.api import TrainSettings
     from outsize.api import train as run
 
-    settings = TrainSettings(
-        model=model,
-        data=data,
-        out=out,
-        memory=limit,
-        steps=steps,
-        sequence_length=sequence_length,
-        batch_size=batch_size,
-        accumulate=accumulate,
-        precision=precision,
-        moments=moments,
-        optimizer=optimizer,
-        optimizer_options=options,
-        learning_rate=learning_rate,
-        schedule=schedule,
-        warmup_steps=warmup_steps,
-        clip=clip,
-        loss=loss,
-        recompute=recompute,
-        commit_every=commit_every,
-        eval_data=eval_data,
-        eval_every=eval_every,
-        sample_prompt=sample_prompt,
-        sample_every=sample_every,
-        seed=seed,
-        block_class=block_class,
-        plan=plan,
-        json=json_lines,
-    )
+    told = {
+        "model": model,
+        "data": data,
+        "out": out,
+        "memory": limit,
+        "steps": steps,
+        "sequence_length": sequence_length,
+        "batch_size": batch_size,
+        "accumulate": accumulate,
+        "precision": precision,
+        "moments": moments,
+        "optimizer": optimizer,
+        "optimizer_options": options,
+        "learning_rate": learning_rate,
+        "schedule": schedule,
+        "warmup_steps": warmup_steps,
+        "clip": clip,
+        "loss": loss,
+        "activations": activations,
+        "commit_every": commit_every,
+        "keep_last": keep_last,
+        "keep_every": keep_every,
+        "eval_data": eval_data,
+        "eval_every": eval_every,
+        "sample_prompt": sample_prompt,
+        "sample_every": sample_every,
+        "seed": seed,
+        "block_class": block_class,
+        "plan": plan,
+        "json": json_lines,
+    }
+    settings = _settings(context, told, resume)
     with interruptible("The same command continues at the last committed step."):
         report = run(settings)
     if json_lines:
         print(json.dumps({"report": report}))
     else:
-        print(f"Done. {out}/report.md says how it went; the model is in {out}/model.")
+        print(f"Done. {settings.out}/report.md says how it went; the model is in {settings.out}/model.")
+
+
+OTHER_NAMES = {"json": "json_lines", "optimizer_options": "optimizer_option"}
+
+
+def _settings(context: typer.Context, told: dict[str, Any], resume: Path | None) -> TrainSettings:
+    """What was told; with `resume`, what that run was told before, and only what the command line itself says now.
+
+    Raises OptionError when something is missing, RunError when `resume` is no run."""
+    from outsize.train.settings import TrainSettings, read_settings
+
+    if resume is not None:
+        given = {name for name in told if _was_given(context, OTHER_NAMES.get(name, name))}
+        if "out" in given:
+            raise OptionError("--resume names the run's folder; --out would name another. Give one of them.")
+        return replace(read_settings(resume), **{name: told[name] for name in given})
+    missing = [f"--{name}" for name in ("model", "data", "out") if told[name] is None]
+    if missing:
+        raise OptionError(f"{', '.join(missing)} is missing. To continue a run, --resume RUN is enough.")
+    return TrainSettings(**told)
+
+
+def _was_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"  # typer has its own copy of click's enumeration
 
 
 def _options(pairs: list[str]) -> dict[str, Any]:

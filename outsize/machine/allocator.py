@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import ctypes
 import platform
+from functools import cache
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # malloc.h
-MALLINFO = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
 LARGEST_RECYCLED = 32 << 20  # bytes; glibc refuses a higher mmap threshold
 
 
@@ -23,11 +23,30 @@ def recycle_up_to(nbytes: int) -> None:
     _set(M_TRIM_THRESHOLD, 2 * LARGEST_RECYCLED)
 
 
-def give_back() -> None:
-    """Return what the heap holds unused. About 10 ms for 100 MiB."""
+def give_back(beyond: int = 0) -> bool:
+    """Return what the heap holds unused to the system, if that is more than `beyond` bytes; True if so. About 10 ms for
+    100 MiB, and as much again for the page faults when it is wanted back; asking alone takes microseconds."""
     library = _glibc()
-    if library is not None:
-        library.malloc_trim(0)
+    if library is None or (beyond and _unused(library) <= beyond):
+        return False
+    library.malloc_trim(0)
+    return True
+
+
+def _unused(library: ctypes.CDLL) -> int:
+    return library.mallinfo2().fordblks if hasattr(library, "mallinfo2") else 0
+
+
+class _Usage(ctypes.Structure):
+    """`struct mallinfo2` of malloc.h."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in (
+            *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
+            *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
+        )
+    )
 
 
 def _set(parameter: int, value: int) -> None:
@@ -36,14 +55,14 @@ def _set(parameter: int, value: int) -> None:
         library.mallopt(parameter, value)
 
 
+@cache
 def _glibc() -> ctypes.CDLL | None:
-    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
-
-
-class _Mallinfo2(ctypes.Structure):
-    """mallinfo(3), glibc 2.33 and later."""
-
-    _fields_ = [(name, ctypes.c_size_t) for name in MALLINFO]
+    if platform.libc_ver()[0] != "glibc":
+        return None
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallinfo2"):  # since glibc 2.33
+        library.mallinfo2.restype = _Usage
+    return library
 
 
 class Heap:
@@ -51,7 +70,6 @@ class Heap:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
-        library.mallinfo2.restype = _Mallinfo2
         library.posix_memalign.argtypes = [ctypes.POINTER(ctypes.c_void_p), ctypes.c_size_t, ctypes.c_size_t]
         library.free.argtypes = [ctypes.c_void_p]
 
@@ -60,21 +78,17 @@ class Heap:
         library = _glibc()
         return cls(library) if library is not None and hasattr(library, "mallinfo2") else None
 
-    def taken(self) -> int:
-        """Bytes that it has from the system now, in its heap and in maps of single allocations."""
-        information = self._library.mallinfo2()
-        return information.arena + information.hblkhd
-
-    def allocate(self, nbytes: int, alignment: int) -> ctypes.c_void_p:
+    def allocate(self, nbytes: int, alignment: int) -> int:
+        """Returns the address."""
         pointer = ctypes.c_void_p()
         if self._library.posix_memalign(ctypes.byref(pointer), alignment, nbytes) != 0:
             raise MemoryError(nbytes)
-        return pointer
+        return pointer.value or 0
 
-    def is_mapped(self, pointer: ctypes.c_void_p) -> bool:
+    def is_mapped(self, address: int) -> bool:
         """The allocation has a map of its own, which goes back to the system as soon as it is freed (bit 1 of the size
         before each allocation: malloc/malloc.c of glibc)."""
-        return bool(ctypes.c_size_t.from_address((pointer.value or 0) - ctypes.sizeof(ctypes.c_size_t)).value & 2)
+        return bool(ctypes.c_size_t.from_address(address - ctypes.sizeof(ctypes.c_size_t)).value & 2)
 
-    def free(self, pointer: ctypes.c_void_p) -> None:
-        self._library.free(pointer)
+    def free(self, address: int) -> None:
+        self._library.free(address)

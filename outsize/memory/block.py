@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 
 import torch
@@ -47,6 +48,7 @@ class Block:
     def part(self, name: str) -> Part:
         return next(part for part in self.parts if part.name == name)
 
+    @cached_property
     def bytes_by_kind(self) -> dict[str, int]:
         """Every byte of the block under its kind; padding goes to the last part's kind."""
         found: dict[str, int] = {}

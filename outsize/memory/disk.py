@@ -8,6 +8,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -23,7 +24,8 @@ UNSUPPORTED = (errno.EINVAL, errno.EOPNOTSUPP)  # what file systems say of O_DIR
 
 
 class DiskTier(Tier):
-    """One file at `path`, made if missing, kept on close. `capacity` None means what the disk has free.
+    """One file at `path`, made if missing, kept on close. `capacity` None means what the disk has free. Without
+    `writable` the file must be there, and is only read.
 
     `direct` tells whether O_DIRECT is in use. Where the file system refuses it the page cache is used, and
     dropped again behind each read and each flush; a warning says so once.
@@ -32,15 +34,17 @@ class DiskTier(Tier):
     numbers. Spans that do not begin and end on a page share it with their neighbours: only one thread may
     write such spans of one extent at a time."""
 
-    def __init__(self, path: Path, capacity: int | None = None) -> None:
-        self.path = path
+    def __init__(self, path: Path, capacity: int | None = None, writable: bool = True) -> None:
+        self.path, self._writable = path, writable
         self._local = threading.local()
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file, self.direct = _open(path)
+            if writable:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            self._file, self.direct = _open(path, os.O_RDWR | os.O_CREAT if writable else os.O_RDONLY)
         except OSError as problem:
             raise StorageError(
-                f"{path} cannot be written: {problem.strerror}. Choose a directory you may write to."
+                f"{path} cannot be {'written' if writable else 'read'}: {problem.strerror}. Choose a directory you may "
+                "use."
             ) from problem
         super().__init__("disk", self._size() + _free_bytes(self._file) if capacity is None else capacity)
 
@@ -56,6 +60,12 @@ class DiskTier(Tier):
             raise self._failed("flush", self.used, problem) from problem
         self._drop_cache(0, 0)  # written pages could not go before
 
+    def __enter__(self) -> DiskTier:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
     def close(self) -> None:
         if self._file >= 0:
             os.close(self._file)
@@ -63,6 +73,8 @@ class DiskTier(Tier):
 
     def _provide(self, extent: Extent) -> None:
         """Take the space from the file system at once, so that a full disk shows before the work begins."""
+        if not self._writable:
+            return
         size = self._size()
         growth = extent.end - size
         try:
@@ -71,7 +83,8 @@ class DiskTier(Tier):
             _reserve(self._file, extent)
         except OSError as problem:
             if growth > 0:
-                os.ftruncate(self._file, size)
+                with suppress(OSError):
+                    os.ftruncate(self._file, size)
             raise self._failed("reserve", extent.nbytes, problem) from problem
 
     def _withdraw(self, extent: Extent) -> None:
@@ -175,9 +188,9 @@ class DiskTier(Tier):
         )
 
 
-def _open(path: Path) -> tuple[int, bool]:
-    """Open for reading and writing; return the descriptor and whether it goes past the page cache."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+def _open(path: Path, flags: int) -> tuple[int, bool]:
+    """Open; return the descriptor and whether it goes past the page cache."""
+    flags |= os.O_CLOEXEC
     if hasattr(os, "O_DIRECT"):
         try:
             return os.open(path, flags | os.O_DIRECT, 0o600), True

@@ -9,7 +9,7 @@ time, whatever the disk does; only *when* a decision can be carried out depends 
 
 from __future__ import annotations
 
-from bisect import bisect_right, insort
+from bisect import bisect_left, bisect_right, insort
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -43,20 +43,20 @@ class Resident:
         return self.offset + self.nbytes
 
 
-Policy = Callable[[Resident, int], float]
-"""How much a resident is worth keeping: (resident, its next use as an index into the trace) -> value; the lowest goes."""
+Policy = Callable[[Resident, Callable[[str], int]], float]
+"""How much a resident is worth keeping: (resident, what tells how far a block's next use is) -> value; the lowest goes."""
 
 
-def evict_oldest(resident: Resident, next_use: int) -> float:
+def evict_oldest(resident: Resident, next_use: Callable[[str], int]) -> float:
     """Least recently used. In a trace that runs forward and then backward it keeps just what the turn needs, and the
     space it frees was used longest ago, so that reading ahead never waits for a write that has just begun."""
     return resident.last_use
 
 
-def evict_farthest(resident: Resident, next_use: int) -> float:
+def evict_farthest(resident: Resident, next_use: Callable[[str], int]) -> float:
     """Needed last (Belady 1966): the fewest bytes read, but what is freed was often touched a moment ago and may still
     be on its way out, so little can be read ahead of need."""
-    return -next_use
+    return -next_use(resident.name)
 
 
 class Layout:
@@ -72,7 +72,7 @@ class Layout:
         self.by_name[resident.name] = resident
 
     def remove(self, name: str) -> None:
-        self.by_offset.remove(self.by_name.pop(name))
+        del self.by_offset[bisect_left(self.by_offset, self.by_name.pop(name))]
 
     def place(self, nbytes: int, worth: Callable[[Resident], float]) -> tuple[int, list[str]] | None:
         """The window of `nbytes` whose most valuable victim is worth least: (offset, victims), or None if pins leave none.
@@ -236,7 +236,7 @@ class Foresight:
 
     def _place(self, name: str, fresh: bool) -> Placement | None:
         nbytes = self._size_of(name)
-        found = self.layout.place(nbytes, lambda resident: self._policy(resident, self._next_use(resident.name)))
+        found = self.layout.place(nbytes, lambda resident: self._policy(resident, self._next_use))
         if found is None:
             self.stuck = True
             return None

@@ -11,57 +11,24 @@ Near memory is one arena of fixed size. Blocks whose home *is* the near tier liv
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from enum import Enum
 from functools import cached_property
 from typing import Any
 
 import torch
 
-from outsize.errors import BudgetError, RunError
+from outsize.errors import BudgetError
+from outsize.memory.arena import Arena
 from outsize.memory.block import Block, Part
 from outsize.memory.clock import Clock
-from outsize.memory.foresight import Foresight, Placement, Policy, Resident, Touch, evict_oldest
+from outsize.memory.entry import Entry, Residency
+from outsize.memory.foresight import Policy, Touch, evict_oldest
+from outsize.memory.homes import Committed, Homes
 from outsize.memory.ledger import Ledger
 from outsize.memory.tier import Extent, Tier
 from outsize.memory.transfer import Ticket, Transfers
 from outsize.sizes import format_size
-
-
-class Residency(Enum):
-    """Where a block's current bytes are. Each docstring line says what occupies memory."""
-
-    EMPTY = "empty"  # nowhere: created, never written; at most an extent is reserved at home
-    FAR = "far"  # at home only; nothing near
-    RESERVED = "reserved"  # as EMPTY or FAR, and a place near that a fresh lease will fill
-    COMING = "coming"  # at home, and a place near that is being filled
-    NEAR = "near"  # at home and near, both the same
-    CHANGED = "changed"  # near only: a lease has written, home is stale
-    LEAVING = "leaving"  # near, and on its way home
-    STAYING = "staying"  # near is its home
-
-
-@dataclass
-class Entry:
-    """A block and where it is. `slots` are its extents at home; a durable block alternates between two of them, so that
-    a committed copy is never overwritten."""
-
-    block: Block
-    home: Tier
-    durable: bool
-    residency: Residency
-    slots: list[Extent | None] = field(default_factory=lambda: [None, None])
-    current: int = 0
-    committed: int | None = None
-    written: bool = False  # home holds the block's bytes, of some step, or will when its write is through
-    offset: int = -1  # in the near arena; -1 when not there
-    storage: torch.Tensor | None = None  # the block's bytes near, 1-D uint8
-    pins: int = 0
-    ticket: Ticket | None = None
-    fence: Any = None  # a CUDA event: compute queued before it may still use the bytes
-    stale_on_disk: bool = False  # STAYING and durable: changed since it was last committed
 
 
 class Lease:
@@ -103,7 +70,7 @@ class Store:
     """Blocks over tiers. `near_bytes` is the arena for leases of blocks whose home is elsewhere.
 
     `allocate_near(nbytes)` returns 1-D uint8 tensors near compute (host slabs, or memory of the device).
-    `disk` is where durable blocks are committed; None for a store that will not outlive the process."""
+    The tier `disk` is where durable blocks are committed; `checked`: with checksums, which `commit` reports."""
 
     def __init__(
         self,
@@ -114,22 +81,21 @@ class Store:
         near: str = "host",
         policy: Policy = evict_oldest,
         clock: Clock | None = None,
+        checked: bool = False,
     ) -> None:
         self.tiers, self.near = tiers, near
         self.clock = clock or Clock()
         self.ledger = Ledger()
         self.transfers = transfers
         self.entries: dict[str, Entry] = {}
+        self.homes = Homes(tiers, near, self.entries, self.ledger, checked)
         self.waiting_seconds = {"read": 0.0, "write": 0.0}
         self._allocate_near = allocate_near
-        self._arena = allocate_near(near_bytes)
-        self._in_arena: dict[str, Entry] = {}
-        self._foresight = Foresight(near_bytes, lambda name: self.entries[name].block.nbytes, policy)
-        self._pending: Placement | None = None
+        self._arena = Arena(allocate_near(near_bytes), near, self.entries, self.ledger, policy, self._fetch)
         self._turn = threading.Condition(threading.RLock())
         self._in_phase = False
         self._failure: BaseException | None = None
-        self._recovered: dict[str, tuple[tuple[Extent, Extent], int]] = {}
+        self._last_commit: Ticket | None = None
 
     # -- blocks ---------------------------------------------------------------------------------------------------
 
@@ -140,56 +106,20 @@ class Store:
         Raises StorageError when the tier is full, RunError when what was committed under this name is another block."""
         if block.name in self.entries:
             raise ValueError(f"block {block.name} exists already")
-        staying = home == self.near
-        entry = self.entries[block.name] = Entry(block, self.tiers[home], durable, Residency.EMPTY)
-        if durable and block.name in self._recovered:
-            self._claim(entry, *self._recovered.pop(block.name))
-        else:
-            for slot in range(2 if durable else 0 if staying else 1):
-                self._reserve(entry, slot)
-        if staying:
+        with self._turn:
+            entry = self.entries[block.name] = Entry(block, self.tiers[home], durable, Residency.EMPTY)
+            self.homes.settle(entry)
+        if home == self.near:
             self._settle_near(entry)
-
-    def recover(self, committed: dict[str, tuple[tuple[Extent, Extent], int]]) -> None:
-        """Announce what a manifest says: for each durable block its two extents and the slot that holds the committed
-        bytes, or -1. The blocks are then created as usual."""
-        self._recovered = dict(committed)
-
-    def _claim(self, entry: Entry, extents: tuple[Extent, Extent], slot: int) -> None:
-        tier = self._far_tier(entry)
-        assert tier is not None
-        for index, extent in enumerate(extents):
-            if extent.nbytes != entry.block.nbytes:
-                raise RunError(
-                    f"Block {entry.block.name} has {entry.block.nbytes} bytes, but {extent.nbytes} were committed: this "
-                    "state belongs to another model, optimizer or precision. Use its own settings or another directory."
-                )
-            tier.claim(extent)
-            entry.slots[index] = extent
-            self.ledger.hold(tier.name, entry.block.bytes_by_kind())
-        if slot >= 0:
-            entry.current = entry.committed = slot
-            entry.written, entry.residency = True, Residency.FAR
 
     def _settle_near(self, entry: Entry) -> None:
         """Give a block whose home is near its memory, and the bytes committed for it, if any."""
         entry.storage = self._allocate_near(entry.block.nbytes)
-        self.ledger.hold(self.near, entry.block.bytes_by_kind())
+        self.ledger.hold(self.near, entry.block.bytes_by_kind)
         entry.residency = Residency.STAYING
-        tier, extent = self._far_tier(entry), entry.slots[entry.current]
-        if entry.written and tier is not None and extent is not None:
-            self.ledger.move(tier.name, self.near, entry.block.bytes_by_kind())
-            self.transfers.read(tier, extent, 0, entry.storage).wait()
-
-    def _reserve(self, entry: Entry, slot: int) -> None:
-        tier = self._far_tier(entry)
-        if tier is not None and entry.slots[slot] is None:
-            entry.slots[slot] = tier.allocate(entry.block.nbytes)
-            self.ledger.hold(tier.name, entry.block.bytes_by_kind())
-
-    def _far_tier(self, entry: Entry) -> Tier | None:
-        """Where the entry's extents are: its home, or the disk for a durable block that stays near."""
-        return self.tiers.get("disk") if entry.home.name == self.near else entry.home
+        if entry.written and entry.extent is not None:
+            self.ledger.move(self.homes.tier(entry).name, self.near, entry.block.bytes_by_kind)
+            self.transfers.read(self.homes.moves(entry), entry.extent, 0, entry.storage).wait()
 
     def remove(self, name: str) -> None:
         """Forget a block that nobody leases, and free what it occupied."""
@@ -198,16 +128,12 @@ class Store:
             self._wait(entry, "write")
             assert entry.pins == 0, f"{name} is leased"
             if entry.offset >= 0:
-                self._vacate(entry)
-                self._rebuild()
+                self._arena.vacate(entry)
+                self._arena.rebuild()
             del self.entries[name]
-            tier = self._far_tier(entry)
-            for extent in entry.slots:
-                if extent is not None and tier is not None:
-                    tier.free(extent)
-                    self.ledger.hold(tier.name, entry.block.bytes_by_kind(), -1)
+            self.homes.leave(entry)
             if entry.residency is Residency.STAYING:
-                self.ledger.hold(self.near, entry.block.bytes_by_kind(), -1)
+                self.ledger.hold(self.near, entry.block.bytes_by_kind, -1)
 
     # -- leases ---------------------------------------------------------------------------------------------------
 
@@ -227,31 +153,31 @@ class Store:
 
     def _take(self, entry: Entry, touch: Touch) -> None:
         assert touch is Touch.FRESH or entry.residency is not Residency.EMPTY, f"{entry.block.name} was never written"
-        if not self._foresight.expect((touch, entry.block.name)):
-            self._rebuild()
+        if not self._arena.foresight.expect((touch, entry.block.name)):
+            self._arena.rebuild()
         try:
-            while self._foresight.behind or entry.offset < 0:
-                self._look_ahead()
-                if self._foresight.behind or entry.offset < 0:
+            while self._arena.foresight.behind or entry.offset < 0:
+                self._arena.look_ahead()
+                if self._arena.foresight.behind or entry.offset < 0:
                     self._wait_for_room(entry)
         except BaseException:
-            self._foresight.withdraw()
-            self._rebuild()
+            self._arena.foresight.withdraw()
+            self._arena.rebuild()
             raise
         assert touch is Touch.FRESH or entry.residency is not Residency.RESERVED, f"{entry.block.name} was not read"
         entry.pins += 1  # before the trace moves on, so that nothing foreseen can take its place
-        self._foresight.passed()
+        self._arena.foresight.passed()
         if entry.residency is Residency.COMING:
             self._wait(entry, "read")
-        self._look_ahead()
+        self._arena.look_ahead()
 
     def _wait_for_room(self, entry: Entry) -> None:
-        in_flight = any(other.ticket is not None for other in self._in_arena.values())
-        if self._foresight.stuck or not in_flight:
-            pinned = sum(other.block.nbytes for other in self._in_arena.values() if other.pins)
+        in_flight = any(other.ticket is not None for other in self._arena.residents.values())
+        if self._arena.foresight.stuck or not in_flight:
+            pinned = sum(other.block.nbytes for other in self._arena.residents.values() if other.pins)
             raise BudgetError(
                 f"No room near compute for block {entry.block.name} ({format_size(entry.block.nbytes)}): of "
-                f"{format_size(self._arena.numel())} leases hold {format_size(pinned)}. Give more memory, "
+                f"{format_size(self._arena.memory.numel())} leases hold {format_size(pinned)}. Give more memory, "
                 "or a shorter sequence."
             )
         started = self.clock.now()
@@ -286,24 +212,24 @@ class Store:
                 entry.pins -= 1
                 entry.written = entry.written and touch is not Touch.DROP
                 return
-            if not self._foresight.expect((touch, entry.block.name)):
-                self._rebuild()
-            while self._foresight.behind:
-                self._look_ahead()
-                if self._foresight.behind:
+            if not self._arena.foresight.expect((touch, entry.block.name)):
+                self._arena.rebuild()
+            while self._arena.foresight.behind:
+                self._arena.look_ahead()
+                if self._arena.foresight.behind:
                     self._wait_for_room(entry)
-            self._foresight.passed()
+            self._arena.foresight.passed()
             if touch is Touch.DROP:
                 self._wait(entry, "write")
             entry.pins -= 1  # not before: until now nothing foreseen may take its place
             if entry.pins == 0:
                 self._left(entry, touch)
-            self._look_ahead()
+            self._arena.look_ahead()
 
     def _left(self, entry: Entry, touch: Touch) -> None:
         if touch is Touch.DROP:
             entry.written = False
-            self._vacate(entry)
+            self._arena.vacate(entry)
         elif entry.residency is Residency.CHANGED:
             self._send_home(entry)
 
@@ -316,7 +242,7 @@ class Store:
             if entry.storage is not None and entry.residency not in (Residency.COMING, Residency.RESERVED):
                 self._copy_rows(place, entry.storage, rows, out)
                 return
-            extent = entry.slots[entry.current]
+            extent = entry.extent
             assert extent is not None
         row_bytes = place.nbytes // place.shape[0]
         target = out.view(-1).view(torch.uint8)
@@ -324,7 +250,9 @@ class Store:
         tickets = []
         for first, last in _runs(rows):
             span = target[first * row_bytes : last * row_bytes]
-            tickets.append(self.transfers.read(entry.home, extent, place.offset + rows[first] * row_bytes, span))
+            tickets.append(
+                self.transfers.read(self.homes.moves(entry), extent, place.offset + rows[first] * row_bytes, span)
+            )
         started = self.clock.now()
         for ticket in tickets:
             ticket.wait()
@@ -338,76 +266,27 @@ class Store:
         entry = self.entries[name]
         return entry.written or entry.residency in (Residency.CHANGED, Residency.LEAVING)
 
-    # -- near memory ----------------------------------------------------------------------------------------------
+    # -- transfers ---------------------------------------------------------------------------------------------------
 
-    def _look_ahead(self) -> None:
-        """Carry out placements in trace order, as many as the real run has made possible."""
-        while True:
-            if self._pending is None:
-                self._pending = self._foresight.next_placement()
-            if self._pending is None or not self._make_way(self._pending):
-                return
-            placement, self._pending = self._pending, None
-            self._bring(placement)
-
-    def _make_way(self, placement: Placement) -> bool:
-        """Evict whatever lies where the placement goes, and the block's own older bytes, if they are elsewhere in the
-        arena; False while any of it is still needed."""
-        end = placement.offset + placement.nbytes
-        inside = [
-            entry
-            for entry in self._in_arena.values()
-            if (entry.offset < end and entry.offset + entry.block.nbytes > placement.offset)
-            or entry.block.name == placement.name
-        ]
-        for entry in inside:
-            wanted = self._foresight.ahead[entry.block.name] - (entry.block.name == placement.name)
-            settled = entry.residency in (Residency.NEAR, Residency.RESERVED)
-            if entry.pins or not settled or wanted > 0:
-                return False
-        for entry in inside:
-            self._vacate(entry)
-        return True
-
-    def _vacate(self, entry: Entry) -> None:
-        entry.offset, entry.storage = -1, None
-        entry.residency = Residency.FAR if entry.written else Residency.EMPTY
-        del self._in_arena[entry.block.name]
-        self.ledger.hold(self.near, entry.block.bytes_by_kind(), -1)
-
-    def _bring(self, placement: Placement) -> None:
-        entry = self.entries[placement.name]
-        entry.offset = placement.offset
-        entry.storage = self._arena[placement.offset : placement.offset + placement.nbytes]
-        self._in_arena[placement.name] = entry
-        self.ledger.hold(self.near, entry.block.bytes_by_kind())
-        if placement.fresh:
-            entry.residency = Residency.RESERVED
-            return
-        extent = entry.slots[entry.current]
-        assert extent is not None
+    def _fetch(self, entry: Entry) -> None:
+        """Begin to fill a block's place near from its home."""
+        assert entry.extent is not None and entry.storage is not None
         entry.residency = Residency.COMING
-        self.ledger.move(entry.home.name, self.near, entry.block.bytes_by_kind())
-        entry.ticket = self.transfers.read(
-            entry.home, extent, 0, entry.storage, then=lambda error: self._arrived(entry, error), fence=entry.fence
-        )
+        self.ledger.move(entry.home.name, self.near, entry.block.bytes_by_kind)
+        entry.ticket = self._begin(self.transfers.read, entry, entry.extent)
+
+    def _begin(self, move: Callable[..., Ticket], entry: Entry, extent: Extent) -> Ticket:
+        moves, then = self.homes.moves(entry), lambda error: self._arrived(entry, error)
+        return move(moves, extent, 0, entry.storage, then=then, fence=entry.fence)
 
     def _send_home(self, entry: Entry) -> None:
-        """Write a changed block to its home, to the slot that no commit needs."""
-        assert entry.storage is not None
-        if entry.durable and entry.current == entry.committed:
-            entry.current = 1 - entry.current
-        extent = entry.slots[entry.current]
-        assert extent is not None
+        """Write a changed block to its home, where no commit needs what is there."""
+        extent = self.homes.place(entry)
         if entry.residency is not Residency.STAYING:
             entry.residency = Residency.LEAVING
         entry.written = True
-        tier = self._far_tier(entry)
-        assert tier is not None
-        self.ledger.move(self.near, tier.name, entry.block.bytes_by_kind())
-        entry.ticket = self.transfers.write(
-            tier, extent, 0, entry.storage, then=lambda error: self._arrived(entry, error), fence=entry.fence
-        )
+        self.ledger.move(self.near, self.homes.tier(entry).name, entry.block.bytes_by_kind)
+        entry.ticket = self._begin(self.transfers.write, entry, extent)
 
     def _arrived(self, entry: Entry, error: BaseException | None) -> None:
         """A transfer thread reports: the block is the same at home and near."""
@@ -418,36 +297,26 @@ class Store:
             elif entry.residency is not Residency.STAYING:
                 entry.residency = Residency.NEAR
             try:
-                self._look_ahead()
+                self._arena.look_ahead()
             except BaseException as failure:
                 self._failure = self._failure or failure
             self._turn.notify_all()
 
     def _fence(self) -> Any:
-        return torch.cuda.current_stream().record_event() if self._arena.is_cuda else None
-
-    def _rebuild(self) -> None:
-        """The trace did not foretell what happens: start foreseeing from what is really near."""
-        self._pending = None
-        for entry in [e for e in self._in_arena.values() if e.residency is Residency.RESERVED]:
-            self._vacate(entry)
-        residents = [
-            Resident(entry.offset, entry.block.nbytes, name, entry.pins) for name, entry in self._in_arena.items()
-        ]
-        self._foresight.rebuild(residents)
+        return torch.cuda.current_stream().record_event() if self._arena.memory.is_cuda else None
 
     @contextmanager
     def phase(self, name: str, again: bool = False) -> Iterator[None]:
         """Leases inside follow one order every time; `again`: the same phase comes next."""
         with self._turn:
-            if not self._foresight.begin(name, again):
-                self._rebuild()
+            if not self._arena.foresight.begin(name, again):
+                self._arena.rebuild()
         try:
             yield
         finally:
             with self._turn:
-                if not self._foresight.end():
-                    self._rebuild()
+                if not self._arena.foresight.end():
+                    self._arena.rebuild()
 
     # -- whole store ----------------------------------------------------------------------------------------------
 
@@ -457,28 +326,33 @@ class Store:
             for entry in self.entries.values():
                 self._wait(entry, "write")
 
-    def commit(self, write_manifest: Callable[[dict[str, int]], None], wait: bool = False) -> Ticket:
-        """What is at home now becomes the committed state, once `write_manifest(slot by block)` has returned.
+    def commit(
+        self,
+        write_manifest: Callable[[dict[str, Committed]], None],
+        wait: bool = False,
+        keep: str | None = None,
+        drop: Iterable[str] = (),
+    ) -> Ticket:
+        """What is at home now becomes the committed state, once `write_manifest(places by block)` has returned. `keep`
+        also keeps it under a name, and kept states in `drop` are let go: `write_manifest` makes that durable too.
 
         The manifest is written by the transfer thread after every write before it is durable; nothing that the step
-        after this one writes can overtake it."""
+        after this one writes can overtake it. One commit at a time: waits for the one before, and raises its failure."""
+        if self._last_commit is not None:
+            self._last_commit.wait()
         with self._turn:
-            disk = self.tiers["disk"]
             for entry in self.entries.values():
                 if entry.durable and entry.residency is Residency.STAYING and entry.stale_on_disk:
                     self._wait(entry, "write")
                     self._send_home(entry)
                     entry.stale_on_disk = False
-            durable = {name: entry for name, entry in self.entries.items() if entry.durable}
-            slots = {name: entry.current if entry.written else -1 for name, entry in durable.items()}
-            for entry in durable.values():
-                entry.committed = entry.current
+            places = self.homes.commit(keep, drop)
 
         def finish() -> None:
-            disk.flush()
-            write_manifest(slots)
+            self.tiers["disk"].flush()
+            write_manifest(places())
 
-        ticket = self.transfers.after_writes(finish)
+        ticket = self._last_commit = self.transfers.after_writes(finish)
         if wait:
             ticket.wait()
         return ticket
@@ -487,13 +361,13 @@ class Store:
         """Integrity: call when nothing is leased. Raises AssertionError naming the block that is wrong."""
         with self._turn:
             self._raise_failure()
-            spans = sorted((e.offset, e.offset + e.block.nbytes, n) for n, e in self._in_arena.items())
-            for (_, end, name), (start, _, other) in zip(spans, spans[1:], strict=False):
-                assert end <= start, f"{name} and {other} overlap near compute"
+            self._arena.check()
             for name, entry in self.entries.items():
                 assert entry.pins == 0, f"{name} is still leased {entry.pins} times"
                 elsewhere = entry.residency in (Residency.EMPTY, Residency.FAR, Residency.STAYING)
-                assert elsewhere != (name in self._in_arena), f"{name} is {entry.residency.value} but not in its place"
+                assert elsewhere != (name in self._arena.residents), (
+                    f"{name} is {entry.residency.value} but not in its place"
+                )
             held = sum(entry.block.nbytes for entry in self.entries.values() if entry.storage is not None)
             assert held == self.ledger.held_in(self.near), "the ledger and the store disagree on what is near"
             for tier in self.tiers.values():

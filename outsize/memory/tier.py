@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -33,6 +34,14 @@ class Extent:
     @property
     def end(self) -> int:
         return self.start + self.nbytes
+
+
+class Moves(Protocol):
+    """What reads and writes extents: a tier, or something in front of it."""
+
+    def read(self, extent: Extent, offset: int, target: torch.Tensor) -> None: ...
+
+    def write(self, extent: Extent, offset: int, source: torch.Tensor) -> None: ...
 
 
 class ExtentAllocator:

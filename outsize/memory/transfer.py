@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from outsize.memory.tier import Extent, Tier
+from outsize.memory.tier import Extent, Moves
 
 PIECE = 16 << 20  # bytes; reads are cut so that the threads share them and the first asked for is there first
 Then = Callable[[BaseException | None], None]
@@ -72,7 +72,7 @@ class Transfers:
 
     def read(
         self,
-        tier: Tier,
+        tier: Moves,
         extent: Extent,
         offset: int,
         target: torch.Tensor,
@@ -92,7 +92,7 @@ class Transfers:
 
     def write(
         self,
-        tier: Tier,
+        tier: Moves,
         extent: Extent,
         offset: int,
         source: torch.Tensor,
@@ -100,7 +100,7 @@ class Transfers:
         fence: Any = None,
     ) -> Ticket:
         """Store `source`, which nobody may change until the ticket is done. Writes happen in the order
-        submitted.
+        submitted, and none after one that failed: it might be in the place of what a commit that failed still needs.
 
         `then` and `fence` as for `read`."""
         ticket = Ticket(1, then)
@@ -114,8 +114,7 @@ class Transfers:
         If any write ever failed the function does not run, and the ticket raises that failure."""
 
         def run() -> None:
-            if self._failure is not None:
-                raise self._failure
+            self._raise_failure()
             function()
 
         ticket = Ticket()
@@ -145,11 +144,17 @@ class Transfers:
         ticket: Ticket,
     ) -> None:
         def job() -> None:
+            if direction == "write":
+                self._raise_failure()
             if fence is not None:
                 fence.synchronize()
             move(*what)
 
         self._queue(direction, job, what[2].numel(), ticket)
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
 
     def _queue(self, direction: str, job: Callable[[], None], nbytes: int, ticket: Ticket) -> None:
         with self._lock:

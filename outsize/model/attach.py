@@ -2,8 +2,8 @@
 
 Vocabulary of this file: a unit is *entered* when a lane arrives at it, forward or backward, and *left* when the lane
 arrives at the next one. While any lane is inside, the unit's parameters point into leased bytes; otherwise they are
-placeholders of their true shape. In a unit that recomputes, autograd keeps only the unit's input; in one that keeps its
-activations, a saved tensor that lies in a leased weight is replaced by a `Ticket` and leased again in backward.
+placeholders of their true shape. What autograd keeps of a unit is for the plan to say (`outsize.model.activations`); a
+saved tensor that lies in a leased weight is always replaced by a `Ticket` and leased again in backward.
 """
 
 from __future__ import annotations
@@ -16,21 +16,22 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.checkpoint import checkpoint
 
-from outsize.errors import ModelError
+from outsize.errors import ModelError, OptionError
+from outsize.machine.allocator import give_back
 from outsize.memory.store import Lease, Store
+from outsize.model.activations import Mover, Parcel, run_unit, without_graph
 from outsize.model.lanes import Lanes
 from outsize.model.units import Unit
 from outsize.model.weights import WEIGHT, Weight, placeholder
+from outsize.plan import KEEP, NEAR, Activations, Plan
 
 GradientTaker = Callable[[Weight, torch.Tensor], None]
 STATE_IS_ELSEWHERE = (
     "{} is attached to Outsize: its weights are in the store, and what the module holds between uses is empty. Call "
     "job.detach() for an ordinary module, or outsize.train.run.export(job, folder) to write the weights to files."
 )
-CACHES = ("past_key_values", "past_key_value", "layer_past")
+HOARD = 128 << 20  # bytes that the C library may hold unused when a unit is entered
 BeforeUse = Callable[[Weight, Lease], None]
 
 
@@ -47,11 +48,11 @@ class Ticket:
 
 @dataclass(eq=False)
 class AttachedUnit:
-    """A unit and the weights it leases while it runs; `recompute` discards its activations in forward."""
+    """A unit, the weights it leases while it runs, and what is done with its activations."""
 
     unit: Unit
     weights: tuple[Weight, ...]
-    recompute: bool
+    activations: Activations
     forward: Callable[..., Any]
     leases: dict[str, Lease] = field(default_factory=dict)
     entered: bool = False
@@ -71,7 +72,7 @@ class Attachment:
         units: list[Unit],
         weights: dict[str, Weight],
         resident: set[str],
-        recompute: Callable[[Unit], bool],
+        plan: Plan,
         device: torch.device,
     ) -> None:
         self.model, self.store, self.weights, self.device = model, store, weights, device
@@ -85,7 +86,11 @@ class Attachment:
             self._rest(weight)
             if weight.trainable:
                 self._handles.append(weight.parameter.register_post_accumulate_grad_hook(self._taker(weight)))
-        self.units = [self._bind(unit, recompute(unit)) for unit in units if not unit.encloses]
+        self._mover = Mover(store, plan.moved_tensor_bytes, self._held_anyway())
+        activations = dict(plan.activations)
+        self.units = [self._bind(u, activations.pop(u.name, KEEP)) for u in units if not u.encloses]
+        if activations:
+            raise OptionError(f"The plan names {next(iter(activations))!r}, which is not a unit of this model.")
         for module in {id(module): module for module in (model, *(unit.module for unit in units))}.values():
             self._handles.append(module.register_state_dict_pre_hook(_refuse_state))
             self._handles.append(module.register_load_state_dict_pre_hook(_refuse_state))
@@ -100,12 +105,23 @@ class Attachment:
         else:
             weight.parameter.data = placeholder(weight, self.device)
 
-    def _bind(self, unit: Unit, recompute: bool) -> AttachedUnit:
+    def _held_anyway(self) -> set[int]:
+        """Storages of which a saved tensor costs nothing: those of resident weights, and the module's buffers."""
+        tensors = [*(lease.bytes for lease in self._resident.values()), *self.model.buffers()]
+        return {tensor.untyped_storage()._cdata for tensor in tensors}
+
+    def _bind(self, unit: Unit, activations: Activations) -> AttachedUnit:
+        if activations.home not in (NEAR, *self.store.tiers):
+            raise OptionError(
+                f"Activations of {unit.name} are to wait in {activations.home!r}, which is not a tier here."
+            )
         moving = [self.weights[name] for name, _ in unit.parameters if name not in self._resident]
         whole = tuple(weight for weight in dict.fromkeys(moving) if weight.whole)
-        attached = AttachedUnit(unit, whole, recompute and unit.repeated, unit.module.forward)
+        attached = AttachedUnit(unit, whole, activations, unit.module.forward)
         if whole:
             unit.module.forward = functools.wraps(attached.forward)(functools.partial(self._run, attached))
+        elif activations != KEEP:
+            raise OptionError(f"Unit {unit.name} leases no weights, so that it can only keep its activations.")
         return attached
 
     def _taker(self, weight: Weight) -> Callable[[torch.Tensor], None]:
@@ -122,27 +138,22 @@ class Attachment:
         self.arrive(attached)
         if not torch.is_grad_enabled():
             return attached.forward(*args, **kwargs)
-        if attached.recompute:
-            # A cache would be appended to twice; transformers' own checkpointed layers leave it out too.
-            kwargs = {name: None if name in CACHES else value for name, value in kwargs.items()}
-            return checkpoint(functools.partial(self._compute, attached), *args, use_reentrant=False, **kwargs)
-        with saved_tensors_hooks(self._pack, self._unpack):
-            return attached.forward(*args, **kwargs)
+        pack = functools.partial(self._pack, attached.activations)
+        return_to = functools.partial(self._return_to, attached)
+        return run_unit(attached.activations, attached.forward, return_to, pack, self._unpack, args, kwargs)
 
-    def _compute(self, attached: AttachedUnit, *args: Any, **kwargs: Any) -> Any:
-        """The body of a unit that recomputes: runs once in forward and again when backward reaches the unit.
-
-        Then `checkpoint` has set the random state to what it was in forward, and other lanes, whose turn comes within
-        `arrive`, set it to theirs."""
+    def _return_to(self, attached: AttachedUnit) -> None:
+        """Backward has a unit run again. `checkpoint` has set the random state to what it was in forward, and other lanes,
+        whose turn comes within `arrive`, set it to theirs."""
         random_state = torch.get_rng_state()
         self.arrive(attached)
         torch.set_rng_state(random_state)
-        return attached.forward(*args, **kwargs)
 
-    def _pack(self, tensor: torch.Tensor) -> torch.Tensor | Ticket:
+    def _pack(self, activations: Activations, tensor: torch.Tensor) -> torch.Tensor | Ticket | Parcel:
         found = self._owner(tensor)
         if found is None:
-            return tensor
+            stays = activations.home in (NEAR, self.store.near)
+            return without_graph(tensor) if stays else self._mover.pack(tensor, activations.home)
         attached, weight = found
         base = attached.leases[weight.name].tensors[WEIGHT]
         offset = (place_of(tensor)[1] - place_of(base)[1]) // base.element_size()
@@ -160,9 +171,11 @@ class Attachment:
                         return attached, weight
         return None
 
-    def _unpack(self, saved: torch.Tensor | Ticket) -> torch.Tensor:
+    def _unpack(self, saved: torch.Tensor | Ticket | Parcel) -> torch.Tensor:
         if isinstance(saved, torch.Tensor):
             return saved
+        if isinstance(saved, Parcel):
+            return self._mover.unpack(saved)
         self.arrive(saved.unit)
         lease = saved.unit.leases.get(saved.weight.name)
         if lease is None:
@@ -188,6 +201,7 @@ class Attachment:
             self._enter(attached)
 
     def _enter(self, attached: AttachedUnit) -> None:
+        give_back(beyond=HOARD)
         attached.entered, attached.left_by = True, 0
         for weight in attached.weights:
             lease = attached.leases[weight.name] = self.store.lease(weight.blocks[0].name)
@@ -259,6 +273,7 @@ class Attachment:
         for attached in self.units:
             if attached.entered:
                 self._release(attached)
+        self._mover.settle()
 
     def detach(self) -> None:
         """Take all hooks off. The parameters keep pointing where they do: read them from the store first."""
@@ -275,7 +290,7 @@ class Attachment:
 
 def place_of(tensor: torch.Tensor) -> tuple[int, int]:
     """Where a tensor begins: its storage and the byte in it. Tensors of a rehearsal have no address."""
-    return tensor.untyped_storage()._cdata, tensor.storage_offset() * tensor.element_size()
+    return tensor.untyped_storage()._cdata, int(tensor.storage_offset()) * tensor.element_size()
 
 
 def _refuse_state(module: nn.Module, *args: Any) -> None:

@@ -36,6 +36,7 @@ class Lanes:
             return self._take_turns(bodies)
         finally:
             self.count, self.current = 1, 0  # whoever runs the model now does so alone
+            self._failure = None  # its traceback holds the graph
 
     def _take_turns(self, bodies: Sequence[Callable[[], Result]]) -> list[Result]:
         results: list[Result | None] = [None] * len(bodies)

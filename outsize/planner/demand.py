@@ -15,9 +15,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
 
+from outsize.memory.block import Block
+from outsize.model.activations import Mover, run_unit
 from outsize.model.units import find_units
+from outsize.plan import NEAR, Activations, Plan
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,10 @@ class Demand:
     kept: int
     largest: int
     """Bytes of the largest single tensor among them."""
+    moved: int = 0
+    """Bytes that go to another tier and come back."""
+    leased: int = 0
+    """Bytes that leases of what was moved pin near compute, at most."""
 
 
 class LiveBytes(TorchDispatchMode):
@@ -62,32 +68,36 @@ def measure_demand(
     model: nn.Module,
     dtype: torch.dtype,
     run: Callable[[nn.Module], torch.Tensor],
-    recompute: bool,
+    activations: Activations,
     gradients: bool = True,
     block_class: str | None = None,
+    moved_tensor_bytes: int = Plan.moved_tensor_bytes,
 ) -> Demand:
     """Run `run(model)`, which gives a loss or an output to start backward from, on fake tensors of `model`'s shapes.
 
-    Weights are taken to be in `dtype`, repeated units to be recomputed in backward if `recompute`, and each gradient to
-    be taken away as soon as it exists."""
+    Weights are taken to be in `dtype`, `activations` to be what is done with those of each repeated unit, and each
+    gradient to be taken away as soon as it exists. What waits in another tier, and the copy of it that is leased, is not
+    part of the peak."""
     fake = _on_meta(model)
     with FakeTensorMode(allow_non_fake_inputs=True):
         _materialise(fake, dtype)
         known = {t.untyped_storage()._cdata for t in (*fake.parameters(), *fake.buffers())}
-        if recompute and gradients:
+        away = _Away()
+        if gradients:
+            mover = Mover(away, moved_tensor_bytes, known)  # pyright: ignore[reportArgumentType]
             for unit in find_units(fake, block_class):
                 if unit.repeated:
-                    unit.module.forward = _recomputed(unit.module.forward)
+                    unit.module.forward = _saving(activations, unit.module.forward, mover)
         for parameter in fake.parameters():
             if parameter.requires_grad and gradients:
                 parameter.register_post_accumulate_grad_hook(_forget)
-        live = LiveBytes(known)
+        live = LiveBytes(known | {away.near.untyped_storage()._cdata})
         with live, torch.set_grad_enabled(gradients):
             output = run(fake)
             kept, largest = live.now(), live.largest  # gradients of weights are larger, but few
             if gradients:
                 output.backward(torch.ones_like(output))
-    return Demand(live.peak, kept, largest)
+    return Demand(live.peak, kept, largest, away.moved, away.peak)
 
 
 def _on_meta(model: nn.Module) -> nn.Module:
@@ -116,12 +126,49 @@ def _materialise(model: nn.Module, dtype: torch.dtype) -> None:
                 module._parameters[name] = done[id(parameter)]
 
 
-def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+def _saving(activations: Activations, forward: Callable[..., Any], mover: Mover) -> Callable[..., Any]:
+    def pack(tensor: torch.Tensor) -> Any:
+        return tensor if activations.home == NEAR else mover.pack(tensor, activations.home)
+
+    def unpack(saved: Any) -> torch.Tensor:
+        return saved if isinstance(saved, torch.Tensor) else mover.unpack(saved)
+
     def run(*args: Any, **kwargs: Any) -> Any:
-        kwargs.pop("past_key_values", None)
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+        return run_unit(activations, forward, lambda: None, pack, unpack, args, kwargs)
 
     return run
+
+
+class _Away:
+    """Stands in for the store: counts what is moved, and what is leased at once."""
+
+    def __init__(self) -> None:
+        self.near = torch.empty(1 << 40, dtype=torch.uint8)  # a fake tensor
+        self.moved = self.leased = self.peak = 0
+        self._sizes: dict[str, int] = {}
+
+    def create(self, block: Block, home: str, durable: bool) -> None:
+        self._sizes[block.name] = block.nbytes
+
+    def lease(self, name: str, fresh: bool = False) -> _Leased:
+        return _Leased(self, self._sizes[name])
+
+
+class _Leased:
+    def __init__(self, away: _Away, nbytes: int) -> None:
+        self.bytes, self._away, self._nbytes = away.near[:nbytes], away, nbytes
+        away.leased += nbytes
+        away.peak = max(away.peak, away.leased)
+
+    def __enter__(self) -> _Leased:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._away.leased -= self._nbytes
+        self._away.moved += self._nbytes
+
+    def drop(self) -> None:
+        self._away.leased -= self._nbytes
 
 
 def _forget(parameter: torch.Tensor) -> None:

@@ -9,7 +9,7 @@ from outsize.errors import BudgetError
 from outsize.memory.tier import pages
 from outsize.model.units import Unit
 from outsize.model.vocabulary import Table
-from outsize.plan import Plan, Predicted
+from outsize.plan import KEEP, Plan, Predicted
 from outsize.planner.demand import measure_demand
 from outsize.planner.training import SMALL, TABLE_BLOCK, table_rows
 from outsize.sizes import format_size
@@ -32,7 +32,7 @@ def plan_inference(
         return fake(input_ids=torch.zeros((1, tokens), dtype=torch.long), logits_to_keep=1)
 
     dtype = next(iter(parameters.values())).dtype
-    demand = measure_demand(model, dtype, run, recompute=False, gradients=False)
+    demand = measure_demand(model, dtype, run, KEEP, gradients=False)
     fixed = baseline_bytes + int(ALLOCATOR * demand.peak) + FIXED
     if fixed + sum(sizes.values()) <= memory_bytes:
         predicted = Predicted(fixed + sum(sizes.values()), 0, 0, 0, 0)

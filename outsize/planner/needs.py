@@ -5,18 +5,21 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 
+from outsize.machine.allocator import LARGEST_RECYCLED
 from outsize.memory.disk import BOUNCE
 from outsize.memory.tier import PAGE, pages
 from outsize.model.units import Unit
-from outsize.plan import Request
+from outsize.plan import Plan
 from outsize.planner.heap import heap_peak
-from outsize.planner.rehearsal import Rehearsed
-from outsize.planner.script import Event, Live
+from outsize.planner.rehearsal import Rehearsed, homes
+from outsize.planner.script import Create, Event, HomeOf, Live, Script, Touched
 from outsize.planner.sizes_of import WeightSize
 from outsize.train.update import CHUNK
 
 READ_AHEAD = 8  # chunks of state that may be on their way while one is stepped
+LOOSE = 1.1  # leases end in another order than they begin, so that free room is in pieces
 MANY = 48  # units that the C library is asked about
 RECYCLE = 4 << 20  # bytes; tensors up to this size are always kept by the C library for the next one
 THREADS = 4 << 20  # bytes: stacks of the transfer threads and of lanes, and what python keeps for each
@@ -28,10 +31,12 @@ class Needs:
     """Bytes of host memory by cause.
 
     `baseline` is what the process holds before it begins, `tensors` what the C library holds at most for the step's
-    tensors, `scratch` the buffers of the update and of transfers, `always` the weights and states that never leave."""
+    tensors, `hoarding` the same when it keeps freed memory from step to step, `scratch` the buffers of the update and of
+    transfers, `always` the weights and states that never leave."""
 
     baseline: int
     tensors: int
+    hoarding: int
     scratch: int
     least_arena: int
     good_arena: int
@@ -49,27 +54,48 @@ class Needs:
 
 def find_needs(
     units: list[Unit],
-    request: Request,
     sizes: dict[str, WeightSize],
     rows: dict[str, int],
     always: set[str],
-    hold: bool,
     baseline: int,
     rehearsed: Rehearsed,
+    bare: Plan,
 ) -> Needs:
+    """`bare` is the rehearsed plan, with nothing near."""
     recycle = max(RECYCLE, _largest_recurring(rehearsed.script.steps[-1], sizes) + PAGE)
-    tensors = _tensors(rehearsed, recycle)
     largest_chunk = max((size.largest_state for size in sizes.values()), default=0)
     uncut = max((size.largest_gradient for size in sizes.values() if not _chunked(size)), default=0)
     scratch = len(SCRATCH) * max(4 * CHUNK, uncut) + THREADS + (3 * BOUNCE if rows else 0)
-    lanes = request.accumulate
-    pinned = [_pinned(unit, sizes, rows, always, lanes, hold) for unit in units]
-    pinned += [sizes[name].largest_block + sizes[name].largest_gradient for name in rows]
-    least = pages(int(1.1 * (max(pinned, default=0) + 2 * largest_chunk)))
+    least = pages(int(LOOSE * (pinned_peak(rehearsed.script, homes(bare, always)) + 2 * largest_chunk)))
     largest_unit = max((_unit_bytes(unit, sizes, rows, always) for unit in units), default=0)
-    good = pages(least + int(1.2 * largest_unit) + READ_AHEAD * largest_chunk)
-    always_bytes = sum(sizes[name].bytes + sizes[name].state_bytes for name in always)
-    return Needs(baseline, tensors, scratch, least, good, always_bytes, recycle)
+    return Needs(
+        baseline=baseline,
+        tensors=_tensors(rehearsed, recycle),
+        hoarding=_tensors(rehearsed, LARGEST_RECYCLED),
+        scratch=scratch,
+        least_arena=least,
+        good_arena=pages(least + int(1.2 * largest_unit) + READ_AHEAD * largest_chunk),
+        always=sum(sizes[name].bytes + sizes[name].state_bytes for name in always),
+        recycle=recycle,
+    )
+
+
+def pinned_peak(script: Script, home_of: HomeOf) -> int:
+    """Near memory that the leases of blocks with another home pin at once, at most."""
+    sizes: dict[str, int] = {}
+    pins: Counter[str] = Counter()
+    now = peak = 0
+    for event in chain(script.setup, *script.steps):
+        if isinstance(event, Create):
+            away = home_of(event.block.name) != "host"
+            sizes[event.block.name] = event.block.nbytes if away else 0
+        elif isinstance(event, Touched) and event.what != "change":
+            before = pins[event.name]
+            pins[event.name] += 1 if event.what in ("take", "fresh") else -1
+            if not before or not pins[event.name]:
+                now += sizes[event.name] if not before else -sizes[event.name]
+                peak = max(peak, now)
+    return peak
 
 
 def _tensors(rehearsed: Rehearsed, recycle: int) -> int:
@@ -104,13 +130,3 @@ def _chunked(size: WeightSize) -> bool:
 
 def _unit_bytes(unit: Unit, sizes: dict[str, WeightSize], rows: dict[str, int], always: set[str]) -> int:
     return sum(sizes[name].bytes for name, _ in unit.parameters if name not in always and name not in rows)
-
-
-def _pinned(
-    unit: Unit, sizes: dict[str, WeightSize], rows: dict[str, int], always: set[str], lanes: int, hold: bool
-) -> int:
-    """Near memory that a unit's leases pin at one moment of its backward."""
-    streamed = [sizes[name] for name, _ in unit.parameters if name not in always and name not in rows]
-    gradients = [size.largest_gradient for size in streamed if size.weight.trainable]
-    adding = sum(gradients) if lanes > 1 else max(gradients, default=0) if hold else 0
-    return sum(size.bytes for size in streamed) + adding

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from outsize.memory.null import NullTier
 from outsize.memory.tier import pages
 from outsize.model.units import find_units
-from outsize.plan import Plan
+from outsize.plan import KEEP, NEAR, Plan
 from outsize.planner.clock import Rates, SimulatedClock, SimulatedTransfers
 from outsize.planner.prices import Prices, is_view
 from outsize.planner.script import Event, HomeOf, Live, Mark, Scribe, Script, spread
@@ -255,16 +255,18 @@ def rehearse(
 
 
 def _alike(model: nn.Module, units: Sequence[str], plan: Plan) -> bool:
-    """All of them are of one class and shape in one list, recompute alike, and none shares a weight."""
+    """All of them are of one class and shape in one list, leave the same behind near compute, and none shares a weight."""
+    activations = dict(plan.activations)
 
     def shape(name: str) -> Any:
         module = model.get_submodule(name)
         parameters = [(n, p.shape, p.dtype, p.requires_grad) for n, p in module.named_parameters()]
-        return type(module), name.rpartition(".")[0], parameters, name in plan.recompute
+        return type(module), name.rpartition(".")[0], parameters, activations.get(name, KEEP)
 
     owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     shared = any(owners[id(p)] > 1 for name in units for p in model.get_submodule(name).parameters())
-    return not shared and all(shape(name) == shape(units[0]) for name in units)
+    moved = any(choice.home != NEAR for choice in activations.values())
+    return not shared and not moved and all(shape(name) == shape(units[0]) for name in units)
 
 
 def shortened(model: nn.Module, units: Sequence[str]) -> nn.Module:

@@ -7,19 +7,30 @@ costs nothing, and only playing tells what is hidden."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from outsize.errors import BudgetError
+from outsize.machine.allocator import LARGEST_RECYCLED
 from outsize.memory.tier import PAGE, pages
-from outsize.plan import Plan, Predicted, Request
+from outsize.plan import KEEP, MOVE, NEAR, RECOMPUTE, Activations, Plan, Predicted, Request
 from outsize.planner.clock import Rates
 from outsize.planner.forecast import Forecast, forecast
 from outsize.planner.needs import Needs, gradient_bytes
 from outsize.planner.rehearsal import Rehearsed, homes
 from outsize.planner.sizes_of import WeightSize
 from outsize.sizes import format_size
+
+SAID = {
+    KEEP: "all kept",
+    RECOMPUTE: "recomputed from the input",
+    MOVE: "moved to disk",
+    Activations("products"): "all but products recomputed",
+    Activations("products", "disk"): "products moved to disk and the rest recomputed",
+}
+TENSORS = "tensors of a step"
 
 
 @dataclass(frozen=True)
@@ -38,12 +49,12 @@ class JobSizes:
         held = gradient_bytes(self.sizes) if self.hold else 0
         return held + sum(s.bytes + s.state_bytes for name, s in self.sizes.items() if name not in self.always)
 
-    def plan(self, request: Request, recompute: frozenset[str]) -> Plan:
+    def plan(self, request: Request, activations: tuple[tuple[str, Activations], ...]) -> Plan:
         """All that is settled before anything is placed."""
         return Plan(
             precision=request.precision,
             arena_bytes=0,
-            recompute=recompute,
+            activations=activations,
             table_rows=tuple(self.rows.items()),
             blocked_loss=self.blocked,
             accumulate=request.accumulate,
@@ -63,6 +74,8 @@ class Placement:
     arena_bytes: int
     gradient_home: str
     filled: str
+    generous: bool = False
+    """The C library keeps freed memory from step to step."""
 
 
 @dataclass(frozen=True)
@@ -84,12 +97,20 @@ class Search:
         """Bytes for the arena and for what may stay near."""
         return self.request.memory_bytes - self.needs.fixed
 
+    @property
+    def moves(self) -> bool:
+        """Activations pass through the arena."""
+        return any(choice.home != NEAR for _, choice in self.bare.activations)
+
     def candidates(self) -> Iterator[Placement]:
         """Placements that fit, no two alike."""
         sizes, everything = self.job.sizes, self.job.everything
         gradients = gradient_bytes(sizes) if self.request.accumulate > 1 and not self.job.hold else 0
-        if everything + gradients <= self.room:
-            yield Placement(frozenset(sizes), frozenset(sizes), pages(1), "host", "everything")
+        arena = self.needs.least_arena if self.moves else pages(1)
+        if everything + gradients + arena <= self.room:
+            hoard = max(self.needs.hoarding - self.needs.tensors, 0)
+            generous = everything + gradients + arena + hoard <= self.room
+            yield Placement(frozenset(sizes), frozenset(sizes), arena, "host", "everything", generous)
             return
         seen = set()
         for arena in (self.needs.good_arena, 2 * self.needs.good_arena, self.needs.least_arena, self.room):
@@ -133,7 +154,7 @@ class Search:
             near_states=placement.near_states,
             gradient_home=placement.gradient_home,
             commit_every=self.request.commit_every or (1 if placement.near_states <= self.job.always else 50),
-            recycle_bytes=self.needs.recycle,
+            recycle_bytes=LARGEST_RECYCLED if placement.generous else self.needs.recycle,
         )
 
     def foretell(self, placement: Placement) -> Forecast:
@@ -160,7 +181,7 @@ class Search:
             ("Python, libraries and the process as it stands", self.needs.baseline),
             ("weights, state and gradients that stay near", self.near_bytes(placement)),
             ("the arena for what streams", placement.arena_bytes),
-            ("tensors of a step", self.needs.tensors),
+            (TENSORS, self.needs.hoarding if placement.generous else self.needs.tensors),
             ("buffers of update and transfers", self.needs.scratch),
         )
 
@@ -172,6 +193,9 @@ class Search:
         sizes = self.job.sizes
         disk = sum(2 * (size.bytes + size.state_bytes) for size in sizes.values())
         disk += 0 if choice.placement.gradient_home == "host" else gradient_bytes(sizes)
+        disk += sum(
+            nbytes for (_, target, kind), nbytes in found.moved.items() if (target, kind) == ("disk", "activation")
+        )
         return Predicted(
             host_peak_bytes=sum(nbytes for _, nbytes in memory),
             device_peak_bytes=0,
@@ -200,9 +224,8 @@ class Search:
             f"baseline: {format_size(needs.baseline)} are held by Python and its libraries already",
             f"near: {format_size(self.near_bytes(placement))} stay in memory, {placement.filled} first: {why}",
             f"arena: {format_size(placement.arena_bytes)} for what streams; {format_size(needs.least_arena)} is the least",
-            "activations: "
-            + ("recomputed layer by layer" if self.bare.recompute else "all kept, as everything fits beside them")
-            + f"; a step's tensors take {format_size(needs.tensors)}",
+            f"activations: {told(self.bare.activations)}; a step's tensors take "
+            + format_size(dict(predicted.memory)[TENSORS]),
             "loss: over blocks of the vocabulary (rounding)" if self.job.blocked else "loss: the module's own",
             f"update: second pass, gradients wait in {placement.gradient_home}"
             if self.job.hold
@@ -211,6 +234,12 @@ class Search:
             f"makes shorter: at most {choice.forecast.seconds / max(work, 1e-9) - 1:.0%} above the best there can be",
             f"commit: every {self.plan(placement).commit_every} steps",
         )
+
+
+def told(activations: tuple[tuple[str, Activations], ...]) -> str:
+    """What is done with those of how many units."""
+    counts = Counter(SAID.get(choice, f"{choice.saved} saved in {choice.home}") for _, choice in activations)
+    return ", ".join(f"of {count} units {what}" for what, count in counts.items()) or "all kept"
 
 
 def thinned(live: tuple[tuple[float, int], ...], points: int = 500) -> tuple[tuple[float, int], ...]:

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from outsize.errors import BudgetError, OptionError
-from outsize.machine.allocator import give_back
+from outsize.machine.allocator import LARGEST_RECYCLED, give_back
 from outsize.machine.describe import process_memory
 from outsize.machine.find import this_machine
 from outsize.machine.machine import Machine
 from outsize.model.units import Unit
 from outsize.model.vocabulary import Table
-from outsize.plan import Plan, Request
+from outsize.plan import KEEP, MOVE, RECOMPUTE, Activations, Plan, Request
 from outsize.planner.clock import Rates
 from outsize.planner.needs import Needs, find_needs
 from outsize.planner.prices import RatedPrices
-from outsize.planner.rehearsal import Batch, Rehearsed, rehearse
+from outsize.planner.rehearsal import Batch, rehearse
 from outsize.planner.search import Choice, JobSizes, Placement, Search
 from outsize.planner.sizes_of import WeightSize, sizes_of
 from outsize.sizes import format_size
@@ -49,31 +49,20 @@ def plan_training(
     `baseline_bytes` is what the process holds already. `machine` is where it will run; None: this one. `micro_batches`
     are like those that will come (which rows of the vocabulary they use is a matter of the text); None: made up.
     Raises BudgetError, with the smallest budget that works, when the job does not fit memory or disk."""
-    machine = machine or this_machine(Path.cwd())
-    resident = process_memory().resident_bytes
     job = _describe(model, units, rule, request)
-    if request.recompute not in ("auto", "all", "none"):
-        raise OptionError(f"recompute {request.recompute!r} is unknown; there are auto, all and none.")
+    place = Place(machine or this_machine(Path.cwd()), baseline_bytes, source_dtype, block_class)
     micro_batches = micro_batches or sample_batches(model, request)
-
-    def rehearsed(recompute: bool) -> tuple[Plan, Rehearsed, Needs]:
-        bare = job.plan(request, frozenset(unit.name for unit in units if unit.repeated) if recompute else frozenset())
-        found = rehearse(model, bare, rule, RatedPrices(machine), micro_batches, source_dtype, block_class)
-        give_back()
-        baseline = baseline_bytes + max(process_memory().resident_bytes - resident, 0)
-        needs = find_needs(units, request, job.sizes, job.rows, job.always, job.hold, baseline, found)
-        return bare, found, needs
-
-    bare, script, needs = rehearsed(request.recompute != "none")
-    if request.recompute == "auto" and needs.fixed + job.everything <= request.memory_bytes:
-        keeping = rehearsed(False)
-        if keeping[2].fixed + job.everything <= request.memory_bytes:
-            bare, script, needs = keeping
-    if needs.least > request.memory_bytes:
-        raise BudgetError(_too_small(request, needs))
-    search = Search(bare, job, needs, request, Rates.of(machine), script)
-    chosen = search.best()
-    plan = search.finished(chosen)
+    searches = []
+    for activations in _considered(request):
+        bare = job.plan(request, tuple((unit.name, activations) for unit in units if unit.repeated))
+        searches.append(_search(model, units, rule, request, bare, job, place, micro_batches))
+    fitting = [search for search in searches if search.needs.least <= request.memory_bytes]
+    if not fitting:
+        raise BudgetError(
+            _too_small(request, min((search.needs for search in searches), key=lambda needs: needs.least))
+        )
+    found = min(((search.best(), search) for search in fitting), key=lambda pair: pair[0].forecast.seconds)
+    plan = found[1].finished(found[0])
     assert plan.predicted is not None
     if plan.predicted.disk_bytes > disk_free_bytes:
         raise BudgetError(
@@ -82,6 +71,43 @@ def plan_training(
             "choose another --out."
         )
     return plan
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a job will run, and what is known of it there."""
+
+    machine: Machine
+    baseline_bytes: int
+    source_dtype: torch.dtype
+    block_class: str | None
+
+
+def _search(
+    model: nn.Module,
+    units: list[Unit],
+    rule: OptimizerRule,
+    request: Request,
+    bare: Plan,
+    job: JobSizes,
+    place: Place,
+    micro_batches: list[Batch],
+) -> Search:
+    """Rehearse a plan that places nothing yet, and find what it needs. What rehearsing leaves in memory counts."""
+    resident = process_memory().resident_bytes
+    prices = RatedPrices(place.machine)
+    found = rehearse(model, bare, rule, prices, micro_batches, place.source_dtype, place.block_class)
+    give_back()
+    baseline = place.baseline_bytes + max(process_memory().resident_bytes - resident, 0)
+    needs = find_needs(units, job.sizes, job.rows, job.always, baseline, found, bare)
+    return Search(bare, job, needs, request, Rates.of(place.machine), found)
+
+
+def _considered(request: Request) -> list[Activations]:
+    choices = {"keep": KEEP, "recompute": RECOMPUTE, "move": MOVE}
+    if request.activations not in ("auto", *choices):
+        raise OptionError(f"activations {request.activations!r} is unknown; there are auto, {', '.join(choices)}.")
+    return [KEEP, RECOMPUTE] if request.activations == "auto" else [choices[request.activations]]
 
 
 def check_plan(
@@ -100,12 +126,11 @@ def check_plan(
     """A plan that somebody else made, with what is predicted for it here and now; its decisions stay as they are.
 
     Raises OptionError when it is of another job, BudgetError when it does not fit, each with what is wrong."""
-    machine = machine or this_machine(Path.cwd())
     _compare_with_request(plan, request)
     job = _describe(model, units, rule, request)
     _refuse_unknown("near_weights", plan.near_weights, job.sizes)
     _refuse_unknown("near_states", plan.near_states, job.sizes)
-    _refuse_unknown("recompute", plan.recompute, [unit.name for unit in units if unit.repeated])
+    _refuse_unknown("activations", [name for name, _ in plan.activations], [unit.name for unit in units])
     _refuse_unknown("table_rows", [name for name, _ in plan.table_rows], job.rows)
     if plan.blocked_loss != bool(plan.table_rows):
         raise OptionError(
@@ -114,19 +139,15 @@ def check_plan(
     rows = dict(plan.table_rows)
     sizes = sizes_of(model, rule, plan.precision, plan.moments, rows)
     job = JobSizes(sizes, rows, plan.blocked_loss, _always(units, sizes, rows), plan.hold)
-    found = rehearse(
-        model,
-        plan,
-        rule,
-        RatedPrices(machine),
-        micro_batches or sample_batches(model, request),
-        source_dtype,
-        block_class,
-    )
-    needs = find_needs(units, request, sizes, rows, job.always, plan.hold, baseline_bytes, found)
-    search = Search(plan, job, needs, request, Rates.of(machine), found)
+    place = Place(machine or this_machine(Path.cwd()), baseline_bytes, source_dtype, block_class)
+    search = _search(model, units, rule, request, plan, job, place, micro_batches or sample_batches(model, request))
     near = Placement(
-        plan.near_weights | job.always, plan.near_states | job.always, plan.arena_bytes, plan.gradient_home, "as told"
+        plan.near_weights | job.always,
+        plan.near_states | job.always,
+        plan.arena_bytes,
+        plan.gradient_home,
+        "as told",
+        plan.recycle_bytes >= LARGEST_RECYCLED,
     )
     search.tried.append(Choice(near, search.foretell(near)))
     checked = search.finished(search.tried[0])

@@ -41,7 +41,7 @@ def bind_for_inference(
     store.flush()
     enclosed = {name for unit in units if unit.encloses for name, _ in unit.parameters}
     near = {name for unit in units if not unit.repeated for name, _ in unit.parameters if name in plan.near_weights}
-    attachment = Attachment(model, store, units, weights, (enclosed | near) - rows.keys(), lambda unit: False, device)
+    attachment = Attachment(model, store, units, weights, (enclosed | near) - rows.keys(), plan, device)
     for name in rows:
         Table(weights[name], store, users_of(weights[name].parameter), device)
     return attachment

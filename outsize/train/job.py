@@ -76,9 +76,7 @@ class Job:
         resident = always_near(units) | {
             name for unit in units if not unit.repeated for name, _ in unit.parameters if name in plan.near_weights
         }
-        self.attachment = Attachment(
-            model, store, units, weights, resident - split.keys(), lambda unit: unit.name in plan.recompute, device
-        )
+        self.attachment = Attachment(model, store, units, weights, resident - split.keys(), plan, device)
         self.tables = [Table(weights[name], store, users_of(model, weights[name].parameter), device) for name in split]
         self.gradients = Gradients(store, self.attachment, updater, plan.gradient_home, plan.hold)
         for table in self.tables:

@@ -113,6 +113,17 @@ class Metrics:
             self._file.truncate(end)
             raise _unwritable(self.path, problem) from problem
 
+    def has_evaluation(self, step: int) -> bool:
+        """The evaluation after `step` is in the file."""
+        return any(line["step"] == step and "eval_loss" in line for line in each_line(self.path))
+
+    def sync(self) -> None:
+        """Make every line so far durable. Raises StorageError."""
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as problem:
+            raise _unwritable(self.path, problem) from problem
+
     def close(self) -> None:
         self._file.close()
 

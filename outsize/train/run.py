@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -13,8 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from outsize.machine.allocator import give_back, recycle_up_to
+from outsize.errors import RunError
+from outsize.machine.allocator import LARGEST_RECYCLED, give_back, recycle_up_to
 from outsize.machine.describe import process_memory
+from outsize.memory.homes import Committed
 from outsize.memory.ledger import Ledger
 from outsize.memory.transfer import Ticket
 from outsize.model.export import write_safetensors
@@ -22,6 +23,7 @@ from outsize.train.data import PackedDataset, batches, in_order
 from outsize.train.job import Job
 from outsize.train.progress import Progress
 from outsize.train.report import Metrics, StepLine
+from outsize.train.retention import Retention
 from outsize.train.state import StateFolder
 
 
@@ -42,22 +44,45 @@ class Schedule:
 class Run:
     """A job under way in a folder. `state` is committed every `commit_every` steps of the plan, and at the end."""
 
-    def __init__(self, job: Job, state: StateFolder, metrics: Path, progress: Progress, tokenizer: Any) -> None:
+    def __init__(
+        self,
+        job: Job,
+        state: StateFolder,
+        metrics: Path,
+        progress: Progress,
+        tokenizer: Any = None,
+        retention: Retention = Retention(),  # noqa: B008 - frozen
+        about: dict[str, Any] | None = None,
+    ) -> None:
+        """`about` says in plain JSON what the run is; it stands in each manifest, and a state of another is refused."""
         self.job, self.state, self.progress, self.tokenizer = job, state, progress, tokenizer
+        self.retention, self.about = retention, about or {}
         self.metrics_path = metrics
+        self.metrics: Metrics | None = None
         self.moved: Counter[tuple[str, str, str]] = Counter()
+        self.commit_seconds = 0.0  # that steps have waited for
         self._committed: Ticket | None = None
         self._last_commit = -1
         self._warm = False
-        job.on_complete = self._maybe_commit
+        job.on_complete = self._completed
 
     def recover(self) -> int:
-        """Continue at the last committed step, if there is one. Returns the number of steps done."""
+        """Continue at the last committed step, if there is one. Returns the number of steps done.
+
+        Raises RunError when the state is not that of this run."""
         manifest = self.state.read()
         if manifest is None:
             self.state.write_layout(self.job.store)
             self.commit(0, wait=True)
             return 0
+        self.state.check_layout(self.job.store)
+        known = manifest.facts["about"]
+        for what, value in self.about.items():
+            if known.get(what) != value:
+                raise RunError(
+                    f"{self.state.directory} holds the state of another {what}. Use the one that the run began with, "
+                    "or another --out."
+                )
         self.job.updater.restore(manifest.facts["optimizer"])
         self.job.step_number = self._last_commit = manifest.step
         torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(manifest.facts["random"])), dtype=torch.uint8))
@@ -67,38 +92,57 @@ class Run:
         """Make `step` durable while the next one begins; a failure shows at the next commit at the latest."""
         if step == self._last_commit:
             return
-        if self._committed is not None:
-            self._committed.wait()
+        started = perf_counter()
         facts = {
+            "about": self.about,
             "optimizer": self.job.updater.facts(),
             "random": base64.b64encode(bytes(self.job.random_state.tolist())).decode(),
         }
-        self._committed = self.job.store.commit(lambda slots: self.state.write_manifest(step, slots, facts), wait)
+        asked = self.state.keep_asked()
+        keep, drop = self.retention.choose(step, self.state.kept_names(), asked)
+
+        def write(places: dict[str, Committed]) -> None:
+            if self.metrics is not None:
+                self.metrics.sync()  # a committed step's line must not be lost: nobody writes it again
+            self.state.write_manifest(step, places, facts, keep, drop)
+            if asked:
+                self.state.keep_answered()
+
+        self._committed = self.job.store.commit(write, wait, keep, drop)
         self._last_commit = step
+        self.commit_seconds += perf_counter() - started
+
+    def _completed(self, step: int) -> None:
+        """A held update is complete in the middle of the next step; otherwise the step's line is written first."""
+        if self.job.plan.hold:
+            self._maybe_commit(step)
 
     def _maybe_commit(self, step: int) -> None:
-        if step % self.job.plan.commit_every == 0:
+        if step % self.job.plan.commit_every == 0 or self.retention.is_kept(step) or self.state.keep_asked():
             self.commit(step)
 
     def train(self, data: PackedDataset, schedule: Schedule, scheduler: Any, evaluation: PackedDataset | None) -> None:
         """Steps from where the state stands to `schedule.steps`."""
         first = self.job.step_number
-        self.metrics = Metrics(self.metrics_path, first)
+        metrics = self.metrics = Metrics(self.metrics_path, first)
         source = batches(data, schedule.batch_size, schedule.seed, first, schedule.accumulate)
         before = Counter(self.job.store.ledger.moved)
+        if first and not metrics.has_evaluation(first - 1):  # killed between that step's commit and its evaluation
+            self._evaluate_if_due(metrics, first - 1, schedule, evaluation)
         for step in range(first, schedule.steps):
             last = step + 1 == schedule.steps
             line = self._step(step, next(source), scheduler, again=not last)
-            self.metrics.append(line)
+            metrics.append(line)
+            if not self.job.plan.hold:
+                self._maybe_commit(step + 1)
             self.progress.step(line)
-            if evaluation is not None and schedule.eval_every and ((step + 1) % schedule.eval_every == 0 or last):
-                self._evaluate(step, in_order(evaluation, schedule.batch_size))
+            self._evaluate_if_due(metrics, step, schedule, evaluation)
             if schedule.sample_prompt and schedule.sample_every and ((step + 1) % schedule.sample_every == 0 or last):
                 self.progress.message(f"sample: {self._sample(schedule)}")
         self.finish()
-
         self.moved = self.job.store.ledger.moved - before
-        self.metrics.close()
+        metrics.close()
+        self.metrics = None
 
     def finish(self) -> None:
         """Apply and commit whatever is still due, and wait for it."""
@@ -115,7 +159,8 @@ class Run:
         recycle_up_to(job.plan.recycle_bytes if self._warm else 0)
         self._warm = True
         result = job.train_step(micro_batches, again)
-        give_back()
+        if job.plan.recycle_bytes < LARGEST_RECYCLED:
+            give_back()
         seconds, after = perf_counter() - started, _counts(job)
         scheduler.step()
         spent = {name: after[name] - before[name] for name in after}
@@ -135,9 +180,14 @@ class Run:
             update_seconds=spent["update"],
         )
 
-    def _evaluate(self, step: int, source: Iterator[dict[str, torch.Tensor]]) -> None:
-        loss = self.job.evaluate(source)
-        self.metrics.append_evaluation(step, loss)
+    def _evaluate_if_due(
+        self, metrics: Metrics, step: int, schedule: Schedule, evaluation: PackedDataset | None
+    ) -> None:
+        every = schedule.eval_every
+        if evaluation is None or not every or ((step + 1) % every and step + 1 != schedule.steps):
+            return
+        loss = self.job.evaluate(in_order(evaluation, schedule.batch_size))
+        metrics.append_evaluation(step, loss)
         self.progress.evaluation(step, loss)
 
     def _sample(self, schedule: Schedule) -> str:

@@ -1,122 +1,255 @@
-"""A run's state on disk: the blocks' file, the layout that says which extents are whose, and the manifest that says
-which of them make up the last committed step. The state *is* the checkpoint; docs/byte.md walks through it."""
+"""A run's state on disk: the blocks' file, the layout that says what the blocks are, and manifests that say where those
+of the last committed step, and of each kept one, lie. The state *is* the checkpoint; docs/commit.md is its
+specification, docs/byte.md walks through it."""
 
 from __future__ import annotations
 
 import fcntl
-import json
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from outsize.errors import RunError, StorageError
 from outsize.memory.disk import DiskTier
+from outsize.memory.homes import Committed
 from outsize.memory.host import HostTier, allocate_slab
 from outsize.memory.store import Store
-from outsize.memory.tier import Extent, Tier
+from outsize.memory.tier import Tier
 from outsize.memory.transfer import Transfers
 from outsize.plan import Plan
-
-VERSION = 1
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a commit made durable: the step, the current slot of every durable block (-1: never written), and facts."""
-
-    step: int
-    slots: dict[str, int]
-    extents: dict[str, tuple[Extent, Extent]]
-    facts: dict[str, Any]
+from outsize.train.manifest import Layout, Manifest
 
 
 class StateFolder:
-    """`directory`/blocks, layout.json, manifest.json, lock. Opened by one process at a time.
+    """`directory` with the files blocks, layout, manifest, lock and the folder kept.
 
-    Raises RunError when another process has it or it is not readable as a state."""
+    `lock()` makes this process the only one that writes; reading needs no lock."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        self.blocks, self.kept = directory / "blocks", directory / "kept"
+        self._layout: Layout | None = None
+        self._lock = -1
+
+    # -- who may write ----------------------------------------------------------------------------------------------
+
+    def lock(self) -> StateFolder:
+        """Make the folder if missing and take its lock, which dies with the process.
+
+        Raises RunError when another process has it, StorageError when the folder cannot be written."""
         try:
-            directory.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            _make_durable_folder(self.kept)
+            self._lock = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as problem:
             raise StorageError(
-                f"{directory} cannot be written: {problem.strerror}. Choose another directory."
+                f"{self.directory} cannot be written: {problem.strerror}. Choose another directory."
             ) from problem
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as problem:
-            os.close(self._lock)
+            self.close()
             raise RunError(
-                f"{directory} is in use by another process. Wait for it, or choose another --out."
+                f"{self.directory} is in use by another process. Wait for it, or choose another --out."
             ) from problem
+        return self
 
-    @property
-    def blocks(self) -> Path:
-        return self.directory / "blocks"
+    def __enter__(self) -> StateFolder:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
     def close(self) -> None:
-        os.close(self._lock)
+        """Let go of the lock, if it was taken."""
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    # -- reading ------------------------------------------------------------------------------------------------------
 
     def read(self) -> Manifest | None:
-        """The last committed step, or None when nothing was ever committed here."""
-        manifest = self.directory / "manifest.json"
-        if not manifest.exists():
+        """The last committed step, or None when nothing was ever committed here. Raises RunError."""
+        path = self.directory / "manifest"
+        if not path.exists():
             return None
-        try:
-            said = json.loads(manifest.read_text())
-            layout = json.loads((self.directory / "layout.json").read_text())
-            version = said["version"]
-        except (OSError, ValueError, KeyError) as problem:
-            raise RunError(
-                f"{manifest} is damaged: {problem}. Restore it, or start anew in an empty directory."
-            ) from problem
-        if version != VERSION:
-            raise RunError(f"{manifest} has format version {version}; this Outsize reads version {VERSION}.")
         if not self.blocks.exists():
-            raise RunError(f"{self.blocks} is missing: the state was moved without it. Restore it beside {manifest}.")
-        names = list(layout["blocks"])
-        extents = {name: (Extent(*pair[0]), Extent(*pair[1])) for name, pair in layout["blocks"].items()}
-        slots = {name: int(slot) - 1 for name, slot in zip(names, said["slots"], strict=True)}
-        return Manifest(said["step"], slots, extents, said["facts"])
+            raise RunError(f"{self.blocks} is missing: the state was moved without it. Restore it beside {path}.")
+        try:
+            return Manifest.read(path, self.layout())
+        except RunError as problem:
+            raise RunError(f"{problem} {self.remedy()}") from problem
+
+    def remedy(self) -> str:
+        """What can be done about a damaged committed step."""
+        steps = ", ".join(str(kept_step(name)) for name in self.kept_names())
+        if not steps:
+            return "No step was kept (outsize train --keep-every, outsize checkpoint keep)."
+        return (
+            f"Kept steps: {steps}. outsize checkpoint verify says which are whole, outsize checkpoint rollback goes back "
+            "to one."
+        )
+
+    def layout(self) -> Layout:
+        """Raises RunError when there is none, or it is damaged."""
+        if self._layout is None:
+            self._layout = Layout.read(self.directory / "layout")
+        return self._layout
+
+    def kept_names(self) -> list[str]:
+        """Names of the kept steps' manifests, in the order of their steps."""
+        if not self.kept.exists():
+            return []
+        names = [name for name in os.listdir(self.kept) if not name.endswith(PARTIAL)]
+        return sorted(names, key=kept_step)
+
+    def read_kept(self, name: str) -> Manifest:
+        try:
+            return Manifest.read(self.kept / name, self.layout())
+        except RunError as problem:
+            raise RunError(f"{problem} Removing that file gives up the kept step, and nothing else.") from problem
+
+    # -- writing ------------------------------------------------------------------------------------------------------
 
     def write_layout(self, store: Store) -> None:
-        """Where every durable block's two extents are; written once, before the first manifest."""
-        blocks = {
-            name: [[extent.start, extent.nbytes] for extent in entry.slots if extent is not None]
-            for name, entry in store.entries.items()
-            if entry.durable
-        }
-        self._replace("layout.json", {"version": VERSION, "blocks": blocks})
+        """What every durable block is; written once, before the first manifest."""
+        self._layout = Layout(tuple(entry.block for entry in store.entries.values() if entry.durable))
+        replace_file(self.directory / "layout", self._layout.encode())
 
-    def write_manifest(self, step: int, slots: dict[str, int], facts: dict[str, Any]) -> None:
-        """Called when all data of the step is durable. Atomic: a reader sees this step or the one before."""
-        packed = "".join(str(slot + 1) for slot in slots.values())
-        self._replace("manifest.json", {"version": VERSION, "step": step, "slots": packed, "facts": facts})
+    def check_layout(self, store: Store) -> None:
+        """Raises RunError unless the store's durable blocks are those of the layout."""
+        known = {block.name: block for block in self.layout().blocks}
+        made = {name: entry.block for name, entry in store.entries.items() if entry.durable}
+        for name in [*known, *made]:
+            if known.get(name) != made.get(name):
+                raise RunError(
+                    f"{self.directory} holds the state of another model, optimizer or precision: block {name} is "
+                    f"{_describe(known.get(name))} there and {_describe(made.get(name))} here. Use its own settings "
+                    "or another directory."
+                )
 
-    def _replace(self, name: str, value: Any) -> None:
-        partial = self.directory / (name + ".partial")
-        with open(partial, "w") as file:
-            json.dump(value, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, self.directory / name)
-        folder = os.open(self.directory, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    def write_manifest(
+        self,
+        step: int,
+        places: dict[str, Committed],
+        facts: dict[str, Any],
+        keep: str | None = None,
+        drop: tuple[str, ...] = (),
+    ) -> None:
+        """Called when all data of the step is durable. Atomic: a reader sees this step or the one before. The kept copy
+        comes first, so that a committed step that should be kept is; what is let go goes last."""
+        content = Manifest(step, self.layout(), places, facts).encode()
+        if keep is not None:
+            replace_file(self.kept / keep, content)
+        replace_file(self.directory / "manifest", content)
+        if drop:
+            self.forget(drop)
+
+    def keep(self, name: str, kept: str | None = None) -> None:
+        """Keep the committed step, or one that is kept under another name. Only for a folder that no run is writing."""
+        source = self.directory / "manifest" if kept is None else self.kept / kept
+        replace_file(self.kept / name, source.read_bytes())
+
+    def keep_asked(self) -> bool:
+        """Somebody has asked the running process to keep the next step that it commits."""
+        return (self.directory / ASKED).exists()
+
+    def ask_to_keep(self) -> None:
+        (self.directory / ASKED).touch()
+
+    def keep_answered(self) -> None:
+        (self.directory / ASKED).unlink(missing_ok=True)
+
+    def forget(self, names: tuple[str, ...]) -> None:
+        """Let kept steps go. On return it is durable: their extents may be written."""
+        with _clear(self.kept):
+            for name in names:
+                (self.kept / name).unlink(missing_ok=True)
+            sync_folder(self.kept)
+
+    def roll_back(self, name: str) -> None:
+        """The kept step becomes the committed one."""
+        replace_file(self.directory / "manifest", (self.kept / name).read_bytes())
+
+
+PARTIAL = ".partial"
+ASKED = "keep-next"
+
+
+def kept_step(name: str) -> int:
+    """The step of a kept manifest's name, such as "step-12"."""
+    return int(name.rpartition("-")[2])
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Atomic and durable: afterwards `path` has `content` whatever happens, and never anything between.
+
+    Raises StorageError, for one when the disk is full."""
+    partial = path.with_name(path.name + PARTIAL)
+    with _clear(path):
+        _write_durably(partial, content)
+        os.replace(partial, path)
+        sync_folder(path.parent)
+
+
+@contextmanager
+def _clear(path: Path) -> Iterator[None]:
+    """What the operating system refuses, as a message for people."""
+    try:
+        yield
+    except OSError as problem:
+        raise StorageError(
+            f"{path} could not be written: {problem.strerror}. Free space or mend the disk, and start again: a run "
+            "continues at its last committed step."
+        ) from problem
+
+
+def _write_durably(path: Path, content: bytes) -> None:
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    try:
+        while content:
+            content = content[os.write(file, content) :]
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make names that were made, replaced or removed in `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _make_durable_folder(folder: Path) -> None:
+    """Make a folder and those above it; a commit in a folder whose own name is lost would be lost too."""
+    if not folder.exists():
+        _make_durable_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync_folder(folder.parent)
+
+
+def _describe(block: Any) -> str:
+    return (
+        "missing"
+        if block is None
+        else ", ".join(f"{part.name} {list(part.shape)} {part.dtype}" for part in block.parts)
+    )
 
 
 def open_store(plan: Plan, folder: StateFolder, wrap_disk: Callable[[Tier], Tier] = lambda tier: tier) -> Store:
     """The store of a training job: an arena and host memory near, the folder's blocks on disk; whatever was committed
     there is announced. `wrap_disk` puts a layer before the disk, such as one that throttles it."""
-    tiers = {"host": HostTier(plan.memory_bytes or 1 << 60), "disk": wrap_disk(DiskTier(folder.blocks))}
-    store = Store(tiers, plan.arena_bytes, allocate_slab, Transfers())
     manifest = folder.read()
+    tiers = {"host": HostTier(plan.memory_bytes or 1 << 60), "disk": wrap_disk(DiskTier(folder.blocks))}
+    store = Store(tiers, plan.arena_bytes, allocate_slab, Transfers(), checked=True)
     if manifest is not None:
-        store.recover({name: (manifest.extents[name], slot) for name, slot in manifest.slots.items()})
+        kept = {name: folder.read_kept(name).places for name in folder.kept_names()}
+        store.homes.recover(
+            manifest.places,
+            {name: {block: p.extent for block, p in places.items() if p.extent} for name, places in kept.items()},
+        )
     return store

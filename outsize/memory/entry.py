@@ -1,0 +1,46 @@
+"""A block of the store and where its bytes are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+
+from outsize.memory.block import Block
+from outsize.memory.tier import Extent, Tier
+from outsize.memory.transfer import Ticket
+
+
+class Residency(Enum):
+    """Where a block's current bytes are. Each docstring line says what occupies memory."""
+
+    EMPTY = "empty"  # nowhere: created, never written; at most an extent is reserved at home
+    FAR = "far"  # at home only; nothing near
+    RESERVED = "reserved"  # as EMPTY or FAR, and a place near that a fresh lease will fill
+    COMING = "coming"  # at home, and a place near that is being filled
+    NEAR = "near"  # at home and near, both the same
+    CHANGED = "changed"  # near only: a lease has written, home is stale
+    LEAVING = "leaving"  # near, and on its way home
+    STAYING = "staying"  # near is its home
+
+
+@dataclass
+class Entry:
+    """A block and where it is. A durable block has a second extent, so that a committed copy is never overwritten."""
+
+    block: Block
+    home: Tier
+    durable: bool
+    residency: Residency
+    extent: Extent | None = None  # where its bytes at home are, or will be
+    committed: Extent | None = None  # where the last commit has them; often the same
+    spare: Extent | None = None  # where they go next, when `extent` must stay as it is
+    written: bool = False  # home holds the block's bytes, of some step, or will when its write is through
+    offset: int = -1  # in the near arena; -1 when not there
+    storage: torch.Tensor | None = None  # the block's bytes near, 1-D uint8
+    pins: int = 0
+    ticket: Ticket | None = None
+    fence: Any = None  # a CUDA event: compute queued before it may still use the bytes
+    stale_on_disk: bool = False  # STAYING and durable: changed since it was last committed

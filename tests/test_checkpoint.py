@@ -1,0 +1,171 @@
+"""`outsize checkpoint` and `outsize train --resume` on a real run of a tiny model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from soak import losses, prepare
+from typer.testing import CliRunner
+
+from outsize import cli
+from outsize.errors import DamageError, OptionError, OutsizeError, RunError
+from outsize.train.state import StateFolder
+
+STEPS = 6
+
+
+def outsize(*arguments: object) -> str:
+    """Run a command in this process; returns what it printed. Raises what it raised."""
+    done = CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    if isinstance(done.exception, OutsizeError):
+        raise done.exception
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("inputs")
+    prepare(place)
+    return place
+
+
+def train(folder: Path, out: Path, *more: object) -> str:
+    inputs = ["--model", folder / "model", "--data", folder / "text.txt", "--out", out]
+    options = ["--memory", "4GiB", "--steps", STEPS, "--sequence-length", 32, "--json"]
+    return outsize("train", *inputs, *options, *more)
+
+
+@pytest.fixture(scope="module")
+def finished(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "finished"
+    train(folder, out, "--keep-every", 2, "--keep-last", 1)
+    return out
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Iterator[Path]:
+    """A copy of the run, in another place: nothing in it may depend on where it was."""
+    copy = tmp_path / "moved" / "run"
+    shutil.copytree(finished, copy)
+    yield copy
+
+
+def test_list_says_what_is_there(run: Path) -> None:
+    said = outsize("checkpoint", "list", run)
+    assert said.startswith("step 6: committed\nstep 2: kept\nstep 4: kept\nstep 6: kept\n")
+    found = json.loads(outsize("checkpoint", "list", run, "--json"))
+    assert [step["step"] for step in found["steps"]] == [6, 2, 4, 6]
+
+
+def test_a_copied_run_rolled_back_repeats_the_same_numbers(run: Path, finished: Path) -> None:
+    weights = (run / "model" / "model.safetensors").read_bytes()
+    outsize("checkpoint", "rollback", run, 2)
+    shutil.rmtree(run / "model")
+    outsize("train", "--resume", run, "--memory", "3GiB", "--commit-every", 3)
+    assert losses(run) == losses(finished) and len(losses(run)) == STEPS
+    assert (run / "model" / "model.safetensors").read_bytes() == weights
+    assert "whole" in outsize("checkpoint", "verify", run)
+
+
+def test_an_evaluation_that_a_kill_cut_off_is_made_up_for(run: Path, folder: Path) -> None:
+    """Step 3 was committed, and killed before the evaluation that follows it."""
+    evaluating = ["--eval-data", folder / "text.txt", "--eval-every", 4]
+    outsize("checkpoint", "rollback", run, 2)
+    outsize("train", "--resume", run, *evaluating)
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    assert "eval_loss" in lines[4] and json.loads(lines[4])["step"] == 3
+    (run / "metrics.jsonl").write_text("\n".join(line for line in lines if line != lines[4]) + "\n")
+    outsize("checkpoint", "rollback", run, 4)
+    outsize("train", "--resume", run)
+    again = (run / "metrics.jsonl").read_text().splitlines()
+    assert again[4] == lines[4] and again[-1] == lines[-1] and len(again) == len(lines)
+
+
+def test_resume_needs_no_data_and_finds_a_model_that_has_moved(run: Path, folder: Path, tmp_path: Path) -> None:
+    settings = json.loads((run / "run.json").read_text())
+    settings["settings"] |= {"model": str(tmp_path / "gone"), "data": str(tmp_path / "gone.txt")}
+    (run / "run.json").write_text(json.dumps(settings))
+    outsize("checkpoint", "rollback", run, 4)
+    outsize("train", "--resume", run, "--model", folder / "model")
+    assert len(losses(run)) == STEPS
+
+
+def test_resume_refuses_other_numbers(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="steps was 6, is 9"):
+        outsize("train", "--resume", run, "--steps", 9)
+    with pytest.raises(RunError, match="holds no run of Outsize"):
+        outsize("train", "--resume", tmp_path)
+    with pytest.raises(OptionError, match="--resume names the run's folder"):
+        outsize("train", "--resume", run, "--out", tmp_path / "other")
+    with pytest.raises(OptionError, match="--data, --out is missing"):
+        outsize("train", "--model", "m")
+
+
+@pytest.mark.parametrize("what", ["model", "tokenizer"])
+def test_another_model_or_tokenizer_is_refused_by_name(what: str, run: Path, folder: Path) -> None:
+    model = run.parent / "model"
+    shutil.copytree(folder / "model", model)
+    name, old, new = {
+        "model": ("config.json", '"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'),
+        "tokenizer": ("tokenizer.json", '"w7"', '"w7x"'),
+    }[what]
+    said = (model / name).read_text()
+    assert old in said
+    (model / name).write_text(said.replace(old, new))
+    settings = json.loads((run / "run.json").read_text())
+    settings["settings"]["model"] = str(model)
+    (run / "run.json").write_text(json.dumps(settings))
+    with pytest.raises(RunError, match=f"holds the state of another {what}"):
+        outsize("train", "--resume", run)
+
+
+def test_keep_pins_the_committed_step_or_the_next(run: Path) -> None:
+    outsize("checkpoint", "rollback", run, 4)
+    assert outsize("checkpoint", "keep", run) == "Step 4 is kept.\n"
+    with pytest.raises(RunError, match=r"Step 3 is not kept in .* Kept steps: 2, 4, 6"):
+        outsize("checkpoint", "keep", run, 3)
+    somebody = StateFolder(run / "state").lock()
+    assert "the next step that it commits" in outsize("checkpoint", "keep", run)
+    for refused in (("keep", run, 4), ("rollback", run, 4)):
+        with pytest.raises(RunError, match="in use by another process"):
+            outsize("checkpoint", *refused)
+    somebody.close()
+    (run / "state" / "kept" / "step-2").unlink()
+    outsize("train", "--resume", run, "--keep-every", 0, "--keep-last", 0)
+    assert [step["step"] for step in json.loads(outsize("checkpoint", "list", run, "--json"))["steps"]] == [6, 4, 5, 6]
+    assert not (run / "state" / "keep-next").exists()
+
+
+def test_damage_is_named_and_the_last_good_step_is_offered(run: Path) -> None:
+    folder = StateFolder(run / "state")
+    manifest = folder.read()
+    assert manifest is not None
+    name, place = max(manifest.places.items(), key=lambda item: item[1].sums.size)
+    assert place.extent is not None
+    with open(folder.blocks, "r+b") as file:
+        file.seek(place.extent.start + 100)
+        byte = file.read(1)[0]
+        file.seek(place.extent.start + 100)
+        file.write(bytes([byte ^ 16]))
+    done = CliRunner().invoke(cli.app, ["checkpoint", "verify", str(run)])
+    assert done.exit_code == 1
+    assert f"Block {name} is damaged: bytes 0 to" in done.stdout
+    assert "Step 4 is whole: outsize checkpoint rollback" in done.stderr
+    with pytest.raises(DamageError, match="Step 6 was not restored"):
+        outsize("checkpoint", "rollback", run, 6)
+    settings = json.loads((run / "run.json").read_text())
+    settings["settings"]["memory"] = 4 << 30
+    (run / "run.json").write_text(json.dumps(settings))
+    with pytest.raises(DamageError, match=r"is damaged.*Kept steps: 2, 4, 6"):
+        outsize("train", "--resume", run)
+
+
+def test_no_run_is_no_run(tmp_path: Path) -> None:
+    for command in (["list"], ["verify"], ["keep"], ["rollback", 3]):
+        with pytest.raises(RunError, match="holds no run of Outsize"):
+            outsize("checkpoint", command[0], tmp_path, *command[1:])
