@@ -12,6 +12,7 @@ from exactness import Setting, bind_job, make_batches, make_model, make_plan
 from outsize.machine.find import find_machine
 from outsize.memory.store import Store
 from outsize.model.units import find_units
+from outsize.plan import KEEP, MOVE, Activations
 from outsize.planner.clock import Rates
 from outsize.planner.prices import RatedPrices
 from outsize.planner.rehearsal import homes, rehearse
@@ -27,12 +28,14 @@ SETTINGS = {
     "all on disk": Setting(),
     "all near": Setting(placement="near"),
     "mixed placement and precision": Setting(placement="mixed", precision="mixed"),
-    "kept activations": Setting(recompute=False),
+    "kept activations": Setting(activations=KEEP),
     "clipped": Setting(clip=1.0, precision="mixed"),
     "clipped, gradients near": Setting(clip=1.0, gradient_home="host"),
     "three micro-batches": Setting(accumulate=3, arena=3 << 20),
     "blocks of the vocabulary": Setting(table_rows=64, precision="mixed"),
     "blocks of the vocabulary, two micro-batches, clipped": Setting(table_rows=64, accumulate=2, clip=1.0),
+    "moved activations": Setting(activations=MOVE),
+    "moved and recomputed in part": Setting(activations=(Activations("products", "disk"), KEEP), accumulate=2),
     "bf16 moments": Setting(precision="mixed", moments="bf16"),
 }
 

@@ -10,7 +10,7 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -241,13 +241,13 @@ def rehearse(
     Of units of one shape four are rehearsed and stand for all, where the module lets the others be left out."""
     units = tuple(unit.name for unit in find_units(model, block_class) if unit.repeated)
 
-    def run(model: nn.Module) -> Script:
+    def run(model: nn.Module, plan: Plan = plan) -> Script:
         return Rehearsal(model, plan, rule, prices, source_dtype, block_class).run(micro_batches)
 
     if len(units) < FEWEST or not _alike(model, units, plan):
         return Rehearsed(run(model), ())
     try:
-        found = Rehearsed(run(shortened(model, units)), units)
+        found = Rehearsed(run(shortened(model, units), without(plan, units[4:])), units)
         found.over(units[:FEWEST])
         return found
     except (ValueError, IndexError, KeyError, AttributeError):  # a module that counts on all of its units
@@ -276,6 +276,11 @@ def shortened(model: nn.Module, units: Sequence[str]) -> nn.Module:
     for name in units[4:]:
         del holder._modules[name.rpartition(".")[2]]
     return twin
+
+
+def without(plan: Plan, units: Sequence[str]) -> Plan:
+    """The plan for a module that lacks these units."""
+    return replace(plan, activations=tuple((name, how) for name, how in plan.activations if name not in units))
 
 
 def homes(plan: Plan, always: set[str]) -> HomeOf:
