@@ -6,11 +6,11 @@ from collections import Counter
 from dataclasses import dataclass
 
 from outsize.planner.clock import Rates
-from outsize.planner.rehearsal import Rehearsed
+from outsize.planner.rehearsal import FEWEST, Rehearsed
 from outsize.planner.script import HomeOf, Played, Script, play
 
 STEPS = 4  # played: the first ones make state and traces, the one before the last is what all others are like
-MOST_EVENTS = 40_000  # of a script; a longer one is played over fewer units, and what they add is carried on
+FEW_EVENTS, MOST_EVENTS = 8_000, 40_000  # of a script, when placements are compared, and for the one that is chosen
 
 
 @dataclass(frozen=True)
@@ -26,20 +26,24 @@ class Forecast:
     floating_operations: float
 
 
-def forecast(rehearsed: Rehearsed, arena_bytes: int, home_of: HomeOf, rates: Rates, commit_every: int) -> Forecast:
+def forecast(
+    rehearsed: Rehearsed, arena_bytes: int, home_of: HomeOf, rates: Rates, commit_every: int, closely: bool
+) -> Forecast:
     """Play the step under a placement. A script too long to be played is played over some of the units, evenly taken,
-    and over half as many; what those of the difference add is taken for what all others add.
+    and over half as many; what those of the difference add is taken for what all others add. `closely` is slower: more
+    units, and the memory of tensors over time.
 
     Raises BudgetError when leases leave no room in the arena."""
 
     def run(script: Script) -> Forecast:
-        return _forecast(script, play(script, arena_bytes, home_of, rates, STEPS, commit_every))
+        played = play(script if closely else script.timed, arena_bytes, home_of, rates, STEPS, commit_every)
+        return _forecast(script, played)
 
     units = rehearsed.units
     if not units:
         return run(rehearsed.script)
-    events = len(rehearsed.script.steps[-1])
-    count = max(8, MOST_EVENTS * 4 // events)
+    a_unit = len(rehearsed.script.timed.steps[-1]) / 4
+    count = max(2 * FEWEST, int((MOST_EVENTS if closely else FEW_EVENTS) / a_unit))
     if len(units) <= count:
         return run(rehearsed.whole)
     many, few = (run(rehearsed.over(_evenly(units, number))) for number in (count, count // 2))

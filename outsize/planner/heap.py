@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import numpy as np
+
 from outsize.machine.allocator import LARGEST_RECYCLED, Heap, give_back, recycle_up_to
 from outsize.memory.tier import PAGE
 from outsize.model.attach import HOARD
@@ -25,29 +27,31 @@ def heap_peak(steps: Iterable[Iterable[Event]], recycle_bytes: int) -> int:
     if heap is None:
         return int(1.5 * max(live_peak(events) for events in steps))
     recycle_up_to(recycle_bytes)
-    pages_kept = _Touched(heap)
+    heaped = _Heaped(heap)
     for events in steps:
-        pages_kept.run(events)
+        heaped.run(events)
         if recycle_bytes < LARGEST_RECYCLED:
-            pages_kept.give_back(0)
-    pages_kept.end()
-    return pages_kept.peak
+            heaped.give_back()
+    heaped.end()
+    give_back()
+    return heaped.peak
 
 
-class _Touched:
-    """Counts the pages, in bytes, that have held something and have not gone back to the system."""
+class _Heaped:
+    """Counts the bytes of pages that have held something and have not gone back to the system."""
 
     def __init__(self, heap: Heap) -> None:
         self.peak = 0
         self._heap = heap
-        self._held: dict[Key, tuple[int, int]] = {}  # address and bytes
-        self._pages: set[int] = set()  # of the heap
-        self._mapped = 0
+        self._held: dict[Key, tuple[int, int, bool]] = {}  # address, bytes, whether in a map of its own
+        self._kept, self._ever = _Pages(), _Pages()
+        self._mapped = self._in_heap = 0
 
     def run(self, events: Iterable[Event]) -> None:
         for event in events:
             if isinstance(event, Touched) and event.what == "take":
-                self.give_back(HOARD)
+                if self._ever.nbytes - self._in_heap > HOARD:
+                    self.give_back()
             elif isinstance(event, Live) and event.nbytes > 0:
                 self._allocate(event.key, event.nbytes)
             elif isinstance(event, Live) and event.key in self._held:
@@ -55,32 +59,55 @@ class _Touched:
 
     def _allocate(self, key: Key, nbytes: int) -> None:
         address = self._heap.allocate(nbytes, ALIGNMENT)
-        self._held[key] = address, nbytes
-        if self._heap.is_mapped(address):
+        mapped = self._heap.is_mapped(address)
+        self._held[key] = address, nbytes, mapped
+        if mapped:
             self._mapped += nbytes
         else:
-            self._pages.update(_pages(address, nbytes))
-        self.peak = max(self.peak, self._mapped + PAGE * len(self._pages))
+            self._in_heap += nbytes
+            self._kept.add(address, nbytes)
+            self._ever.add(address, nbytes)
+        self.peak = max(self.peak, self._mapped + self._kept.nbytes)
 
     def _free(self, key: Key) -> None:
-        address, nbytes = self._held.pop(key)
-        if self._heap.is_mapped(address):
-            self._mapped -= nbytes
+        address, nbytes, mapped = self._held.pop(key)
         self._heap.free(address)
+        if mapped:
+            self._mapped -= nbytes
+        else:
+            self._in_heap -= nbytes
 
-    def give_back(self, beyond: int) -> None:
-        if give_back(beyond):
-            heaped = [place for place in self._held.values() if not self._heap.is_mapped(place[0])]
-            self._pages = {page for address, nbytes in heaped for page in _pages(address, nbytes)}
+    def give_back(self) -> None:
+        """What `malloc_trim` does to pages that hold nothing. Where the next allocation goes does not depend on it."""
+        if self._kept.nbytes > self._in_heap:
+            self._kept = _Pages()
+            for address, nbytes, mapped in self._held.values():
+                if not mapped:
+                    self._kept.add(address, nbytes)
 
     def end(self) -> None:
         for key in list(self._held):
             self._free(key)
-        give_back()
 
 
-def _pages(address: int, nbytes: int) -> range:
-    return range(address // PAGE, (address + nbytes) // PAGE + 1)
+class _Pages:
+    """A set of pages, by the addresses of what lies in them."""
+
+    REGION = 1 << 14  # pages
+
+    def __init__(self) -> None:
+        self.nbytes = 0
+        self._regions: dict[int, np.ndarray] = {}
+
+    def add(self, address: int, nbytes: int) -> None:
+        first, end = address // PAGE, (address + nbytes - 1) // PAGE + 1
+        while first < end:
+            number, place = divmod(first, self.REGION)
+            stop = min(place + end - first, self.REGION)
+            region = self._regions.setdefault(number, np.zeros(self.REGION, bool))
+            self.nbytes += PAGE * (stop - place - int(np.count_nonzero(region[place:stop])))
+            region[place:stop] = True
+            first += stop - place
 
 
 def live_peak(events: Iterable[Event]) -> int:

@@ -10,7 +10,7 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -213,14 +213,15 @@ class Rehearsed:
 
     script: Script
     units: tuple[str, ...]
+    _spread: dict[tuple[str, ...], Script] = field(default_factory=dict, repr=False, compare=False)
 
     def over(self, units: Sequence[str]) -> Script:
         """The script as it would be with only these of the repeated units, in order, six or more."""
-        known = list(self.units[:4])
-        return Script(
-            spread(self.script.setup, known, list(units)),
-            tuple(spread(step, known, list(units)) for step in self.script.steps),
-        )
+        known, every = list(self.units[:4]), list(units)
+        if tuple(every) not in self._spread:
+            steps = tuple(spread(step, known, every) for step in self.script.steps)
+            self._spread[tuple(every)] = Script(spread(self.script.setup, known, every), steps)
+        return self._spread[tuple(every)]
 
     @property
     def whole(self) -> Script:

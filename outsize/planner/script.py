@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from functools import cached_property
 from typing import Any
 
 from outsize.memory.block import Block
@@ -56,6 +57,10 @@ class Spend:
     seconds: float
     floating_operations: float = 0.0
 
+    def __add__(self, other: Spend) -> Spend:
+        operations = self.floating_operations + other.floating_operations
+        return Spend(self.lane, self.seconds + other.seconds, operations)
+
 
 @dataclass(frozen=True)
 class Live:
@@ -92,6 +97,11 @@ class Script:
     def step(self, number: int) -> tuple[Event, ...]:
         return self.steps[min(number, len(self.steps) - 1)]
 
+    @cached_property
+    def timed(self) -> Script:
+        """Without tensors that come and go, and so with fewer and longer stretches of compute."""
+        return Script(_without_live(self.setup), tuple(_without_live(step) for step in self.steps))
+
     @property
     def floating_operations(self) -> float:
         """Of one step."""
@@ -101,6 +111,19 @@ class Script:
     def compute_seconds(self) -> float:
         """Compute and update of one step, if nothing were ever waited for."""
         return sum(event.seconds for event in self.steps[-1] if isinstance(event, Spend))
+
+
+def _without_live(events: Iterable[Event]) -> tuple[Event, ...]:
+    found: list[Event] = []
+    for event in events:
+        if isinstance(event, Live):
+            continue
+        last = found[-1] if found else None
+        if isinstance(event, Spend) and isinstance(last, Spend) and last.lane == event.lane:
+            found[-1] = last + event
+        else:
+            found.append(event)
+    return tuple(found)
 
 
 class Scribe(Store):
@@ -142,10 +165,10 @@ class Scribe(Store):
 
     def spent(self, lane: str, seconds: float, floating_operations: float = 0.0) -> None:
         last = self.events[-1] if self.events else None
+        spend = Spend(lane, seconds, floating_operations)
         if isinstance(last, Spend) and last.lane == lane:
-            self.events.pop()
-            seconds, floating_operations = seconds + last.seconds, floating_operations + last.floating_operations
-        self.events.append(Spend(lane, seconds, floating_operations))
+            spend = self.events.pop() + spend
+        self.events.append(spend)
 
 
 # -- units that stand for others --------------------------------------------------------------------------------------

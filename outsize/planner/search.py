@@ -157,14 +157,15 @@ class Search:
             recycle_bytes=LARGEST_RECYCLED if placement.generous else self.needs.recycle,
         )
 
-    def foretell(self, placement: Placement) -> Forecast:
-        plan = self.plan(placement)
-        return forecast(self.rehearsed, plan.arena_bytes, homes(plan, self.job.always), self.rates, plan.commit_every)
+    def foretell(self, placement: Placement, closely: bool = False) -> Forecast:
+        plan, home_of = self.plan(placement), homes(self.plan(placement), self.job.always)
+        return forecast(self.rehearsed, plan.arena_bytes, home_of, self.rates, plan.commit_every, closely)
 
     # -- the plan ---------------------------------------------------------------------------------------------------
 
     def finished(self, choice: Choice) -> Plan:
         plan = self.plan(choice.placement)
+        choice = replace(choice, forecast=self.foretell(choice.placement, closely=True))
         predicted = self._predicted(choice)
         return replace(plan, predicted=predicted, reasons=self._reasons(choice, predicted))
 
