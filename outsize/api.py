@@ -24,9 +24,9 @@ from outsize.model.fingerprint import fingerprint_model, fingerprint_tokenizer
 from outsize.model.load import ModelSource, open_model
 from outsize.model.units import Unit, describe_units, find_units
 from outsize.plan import Plan, Request
+from outsize.planner.check import check_plan
 from outsize.planner.inference import plan_inference
-from outsize.planner.rehearsal import Batch
-from outsize.planner.training import check_plan, plan_training
+from outsize.planner.training import Place, Task, plan_training
 from outsize.serve.generate import bind_for_inference
 from outsize.sizes import parse_size
 from outsize.train.data import PackedDataset, prepare
@@ -91,7 +91,8 @@ def attach(
     )
     folder = StateFolder(directory).lock()
     baseline = max(process_memory().resident_bytes - in_memory, 0)
-    plan = plan_training(model, units, rule, request, baseline, describe(directory).disk_free_bytes)
+    task = Task(model, units, rule, request, block_class=block_class)
+    plan = plan_training(task, Place(this_machine(directory), baseline, describe(directory).disk_free_bytes))
     store = open_store(plan, folder)
 
     def read(name: str, start: int, stop: int) -> torch.Tensor:
@@ -106,7 +107,7 @@ def attach(
 
 def train(settings: TrainSettings) -> dict[str, Any]:
     """Fine-tune as `outsize train` does. Returns the report. Raises OutsizeError subclasses; nothing half-written stays."""
-    rule = _rule(settings)
+    rule = _rule(settings.optimizer, {"lr": settings.learning_rate, **settings.optimizer_options})
     find_precision(settings.precision)
     source = open_model(settings.model)
     continuing = continues(settings)
@@ -136,11 +137,13 @@ def _train(
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     units = find_units(model, settings.block_class)
-    request = _request(settings, memory)
+    batches = [data.batch(list(range(min(data.count, settings.batch_size))))] * settings.accumulate
+    request, stored = _request(settings, memory), _stored_dtype(source)
+    task = Task(model, units, rule, request, batches, stored, settings.block_class)
     disk = describe(settings.out).disk_free_bytes + (state.blocks.stat().st_size if state.blocks.exists() else 0)
-    batches = data.batch(list(range(min(data.count, settings.batch_size))))
-    plan = make_plan(model, units, rule, request, disk, settings, [batches] * settings.accumulate, source)
-    _show(plan, units, progress, settings)
+    place = Place(this_machine(settings.out), process_memory().resident_bytes, disk)
+    plan = plan_training(task, place) if settings.plan is None else check_plan(read_plan(settings.plan), task, place)
+    _show(plan, settings)
     store = open_store(plan, state)
     progress.message("bringing the weights into the store")
     job = bind(model, units, plan, rule, store, source.read, CPU)
@@ -164,35 +167,6 @@ def _train(
     finally:
         progress.stop()
     return _report(settings, run, units, settings.steps - first)
-
-
-def make_plan(
-    model: nn.Module,
-    units: list[Unit],
-    rule: OptimizerRule,
-    request: Request,
-    disk_free_bytes: int,
-    settings: TrainSettings,
-    micro_batches: list[Batch],
-    source: ModelSource,
-) -> Plan:
-    """The plan of `outsize train`: one of its own, or the one in a file, obeyed or refused."""
-    given = None if settings.plan is None else read_plan(settings.plan)
-    baseline, machine = process_memory().resident_bytes, this_machine(settings.out)
-    stored = _stored_dtype(source)
-    rest = (
-        model,
-        units,
-        rule,
-        request,
-        baseline,
-        disk_free_bytes,
-        machine,
-        micro_batches,
-        stored,
-        settings.block_class,
-    )
-    return plan_training(*rest) if given is None else check_plan(given, *rest)
 
 
 def read_plan(path: Path) -> Plan:
@@ -231,18 +205,18 @@ def plan(
     known = {field.name for field in fields(Request)} - {"memory_bytes", "hold"}
     if unknown := sorted(request.keys() - known):
         raise OptionError(f"plan has no option {unknown[0]!r}; it has {', '.join(sorted(known))}.")
-    asked = Request(parse_size(memory), **request)
-    place = _machine(machine, Path(directory))
+    asked, place = Request(parse_size(memory), **request), _machine(machine, Path(directory))
     source = open_model(model)
+    tokenizer = source.tokenizer()  # a run will hold it
     module = source.build(find_precision(asked.precision).compute).train()
     for parameter in module.parameters():
         parameter.requires_grad_(True)
-    cls = find_optimizer(optimizer)
-    rule = default_rule(optimizer, optimizer_options or {})
-    rule = UniformRule(cls, {**fused_options(cls), **rule.options}) if isinstance(rule, UniformRule) else rule
-    baseline, free = process_memory().resident_bytes, place.capacity("disk")
+    rule = _rule(optimizer, optimizer_options or {})
     units = find_units(module, block_class)
-    return plan_training(module, units, rule, asked, baseline, free, place, None, _stored_dtype(source), block_class)
+    here = Place(place, process_memory().resident_bytes, place.capacity("disk"))
+    found = plan_training(Task(module, units, rule, asked, [], _stored_dtype(source), block_class), here)
+    del tokenizer
+    return found
 
 
 def _machine(machine: str | Path | Machine | None, directory: Path) -> Machine:
@@ -251,10 +225,8 @@ def _machine(machine: str | Path | Machine | None, directory: Path) -> Machine:
     return this_machine(directory) if machine is None else find_machine(str(machine))
 
 
-def _rule(settings: TrainSettings) -> OptimizerRule:
-    cls = find_optimizer(settings.optimizer)
-    options = {"lr": settings.learning_rate, **settings.optimizer_options}
-    rule = default_rule(settings.optimizer, options)
+def _rule(optimizer: str, options: dict[str, Any]) -> OptimizerRule:
+    cls, rule = find_optimizer(optimizer), default_rule(optimizer, options)
     return UniformRule(cls, {**fused_options(cls), **options}) if isinstance(rule, UniformRule) else rule
 
 
@@ -322,12 +294,11 @@ def _check_loss(job: Job, data: PackedDataset) -> None:
         )
 
 
-def _show(plan: Plan, units: list[Unit], progress: Progress, settings: TrainSettings) -> None:
+def _show(plan: Plan, settings: TrainSettings) -> None:
     from rich.console import Console
 
-    if settings.json:
-        return
-    Console(stderr=True).print(str(plan), markup=False, highlight=False)
+    if not settings.json:
+        Console(stderr=True).print(str(plan), markup=False, highlight=False)
 
 
 def _report(settings: TrainSettings, run: Run, units: list[Unit], steps_done: int) -> dict[str, Any]:

@@ -10,31 +10,35 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import tiny_model, tiny_words
+from models import tiny_model
 
 import outsize
 from outsize.errors import BudgetError, OptionError
 from outsize.machine.find import find_machine
 from outsize.model.units import find_units
 from outsize.plan import KEEP, MOVE, Activations, Plan, Predicted, Request
+from outsize.planner.check import check_plan
 from outsize.planner.search import Placement, Search
-from outsize.planner.training import check_plan, plan_training, searches
+from outsize.planner.training import Place, Task, plan_training, searches
 from outsize.train.optimizers import uniform_rule
 
 LAPTOP = find_machine("laptop")
 RULE = uniform_rule(torch.optim.AdamW, {"lr": 1e-3, "fused": True})
-BASELINE, DISK = 400 << 20, 1 << 40
+PLACE = Place(LAPTOP, baseline_bytes=400 << 20, disk_free_bytes=1 << 40)
 REQUEST = Request(600 << 20, sequence_length=32)
 
 
+def task(request: Request, layers: int) -> Task:
+    model = tiny_model("llama", tied=True, layers=layers, hidden=512)
+    return Task(model, find_units(model), RULE, request)
+
+
 def planned(request: Request = REQUEST, layers: int = 4) -> Plan:
-    model = tiny_model("llama", tied=True, layers=layers)
-    return plan_training(model, find_units(model), RULE, request, BASELINE, DISK, LAPTOP)
+    return plan_training(task(request, layers), PLACE)
 
 
 def checked(plan: Plan, request: Request = REQUEST, layers: int = 4) -> Plan:
-    model = tiny_model("llama", tied=True, layers=layers)
-    return check_plan(plan, model, find_units(model), RULE, request, BASELINE, DISK, LAPTOP)
+    return check_plan(plan, task(request, layers), PLACE)
 
 
 # -- a plan is a file ---------------------------------------------------------------------------------------------------
@@ -119,12 +123,10 @@ def test_what_cannot_fit_is_refused_with_what_would() -> None:
 
 def test_the_search_finds_what_trying_everything_finds() -> None:
     """One layer's weights and states, near or not, in every combination that fits beside the arena it leaves."""
-    model = tiny_model("llama", tied=True, layers=2)
-    units = find_units(model)
-    found = searches(model, units, RULE, replace(REQUEST, activations="recompute"), BASELINE, LAPTOP)[0]
-    streamed = found.job.everything
-    tight = replace(REQUEST, activations="recompute", memory_bytes=found.needs.least + streamed // 2)
-    search = searches(model, units, RULE, tight, BASELINE, LAPTOP)[0]
+    request = replace(REQUEST, activations="recompute")
+    found = searches(task(request, layers=2), PLACE)[0]
+    tight = replace(request, memory_bytes=found.needs.least + found.job.everything // 2)
+    search = searches(task(tight, layers=2), PLACE)[0]
     best = search.best().forecast.seconds
     tried = [search.foretell(placement).seconds for placement in every(search)]
     assert len(tried) > 50
@@ -170,4 +172,3 @@ def test_a_machine_that_is_not_here_can_be_planned_for(tmp_path: Path) -> None:
         outsize.plan(str(tmp_path), memory="1GiB", machine="abacus")
     with pytest.raises(OptionError, match="plan has no option 'sequence'"):
         outsize.plan(str(tmp_path), memory="1GiB", sequence=32)
-    assert tiny_words  # so that the vocabulary of both is the same

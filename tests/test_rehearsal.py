@@ -35,7 +35,9 @@ SETTINGS = {
     "blocks of the vocabulary": Setting(table_rows=64, precision="mixed"),
     "blocks of the vocabulary, two micro-batches, clipped": Setting(table_rows=64, accumulate=2, clip=1.0),
     "moved activations": Setting(activations=MOVE),
-    "moved and recomputed in part": Setting(activations=(Activations("products", "disk"), KEEP), accumulate=2, arena=4 << 20),
+    "moved and recomputed in part": Setting(
+        activations=(Activations("products", "disk"), KEEP), accumulate=2, arena=4 << 20
+    ),
     "bf16 moments": Setting(precision="mixed", moments="bf16"),
 }
 

@@ -30,6 +30,7 @@ SAID = {
     Activations("products"): "all but products recomputed",
     Activations("products", "disk"): "products moved to disk and the rest recomputed",
 }
+SPARE = 0.02  # of the memory allowed: as much as predictions are off, and a plan made elsewhere may find less
 TENSORS = "tensors of a step"
 
 
@@ -94,8 +95,9 @@ class Search:
 
     @property
     def room(self) -> int:
-        """Bytes for the arena and for what may stay near."""
-        return self.request.memory_bytes - self.needs.fixed
+        """Bytes for the arena and for what may stay near; some are left for what was not foreseen."""
+        spare = min(int(SPARE * self.request.memory_bytes), self.request.memory_bytes - self.needs.least)
+        return self.request.memory_bytes - self.needs.fixed - spare
 
     @property
     def moves(self) -> bool:

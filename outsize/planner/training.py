@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from outsize.errors import BudgetError, OptionError
-from outsize.machine.allocator import LARGEST_RECYCLED, give_back
+from outsize.machine.allocator import give_back
 from outsize.machine.describe import process_memory
-from outsize.machine.find import this_machine
 from outsize.machine.machine import Machine
 from outsize.model.units import Unit
 from outsize.model.vocabulary import Table
@@ -21,8 +18,8 @@ from outsize.planner.clock import Rates
 from outsize.planner.needs import Needs, find_needs
 from outsize.planner.prices import RatedPrices
 from outsize.planner.rehearsal import Batch, rehearse
-from outsize.planner.search import Choice, JobSizes, Placement, Search
-from outsize.planner.sizes_of import WeightSize, sizes_of
+from outsize.planner.search import JobSizes, Search
+from outsize.planner.sizes_of import sizes_of
 from outsize.sizes import format_size
 from outsize.train.job import always_near, users_of
 from outsize.train.optimizers import OptimizerRule
@@ -32,75 +29,74 @@ TABLE_BLOCK = 4 << 20  # elements of a vocabulary's table in one block, at most
 TABLE_ROWS = 2048  # and rows: the logits of 512 tokens against them are 4 MiB
 
 
-def plan_training(
-    model: nn.Module,
-    units: list[Unit],
-    rule: OptimizerRule,
-    request: Request,
-    baseline_bytes: int,
-    disk_free_bytes: int,
-    machine: Machine | None = None,
-    micro_batches: list[Batch] | None = None,
-    source_dtype: torch.dtype = torch.bfloat16,
-    block_class: str | None = None,
-) -> Plan:
-    """The plan for training `model` (its parameters may be on the meta device) within `request.memory_bytes`.
+@dataclass(frozen=True)
+class Task:
+    """What is to be trained, and how. The model's parameters may be on the meta device.
 
-    `baseline_bytes` is what the process holds already. `machine` is where it will run; None: this one. `micro_batches`
-    are like those that will come (which rows of the vocabulary they use is a matter of the text); None: made up.
-    Raises BudgetError, with the smallest budget that works, when the job does not fit memory or disk."""
-    job = _describe(model, units, rule, request)
-    place = Place(machine or this_machine(Path.cwd()), baseline_bytes, source_dtype, block_class)
-    micro_batches = micro_batches or sample_batches(model, request)
-    searches = []
-    for activations in _considered(request):
-        bare = job.plan(request, tuple((unit.name, activations) for unit in units if unit.repeated))
-        searches.append(_search(model, units, rule, request, bare, job, place, micro_batches))
-    fitting = [search for search in searches if search.needs.least <= request.memory_bytes]
-    if not fitting:
-        raise BudgetError(
-            _too_small(request, min((search.needs for search in searches), key=lambda needs: needs.least))
-        )
-    found = min(((search.best(), search) for search in fitting), key=lambda pair: pair[0].forecast.seconds)
-    plan = found[1].finished(found[0])
-    assert plan.predicted is not None
-    if plan.predicted.disk_bytes > disk_free_bytes:
-        raise BudgetError(
-            f"The state needs {format_size(plan.predicted.disk_bytes)} of disk (two extents of every block, so that no "
-            f"step overwrites the last committed one), and {format_size(disk_free_bytes)} are free. Free space, or "
-            "choose another --out."
-        )
-    return plan
+    `micro_batches` are like those that will come (which rows of the vocabulary they use is a matter of the text); none:
+    they are made up. `source_dtype` is that of the weights as they are brought in."""
+
+    model: nn.Module
+    units: list[Unit]
+    rule: OptimizerRule
+    request: Request
+    micro_batches: list[Batch] = field(default_factory=list)
+    source_dtype: torch.dtype = torch.bfloat16
+    block_class: str | None = None
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a job will run, and what is known of it there."""
+    """Where it will run: the machine, what the process holds there already, and what the disk has free."""
 
     machine: Machine
     baseline_bytes: int
-    source_dtype: torch.dtype
-    block_class: str | None
+    disk_free_bytes: int
 
 
-def _search(
-    model: nn.Module,
-    units: list[Unit],
-    rule: OptimizerRule,
-    request: Request,
-    bare: Plan,
-    job: JobSizes,
-    place: Place,
-    micro_batches: list[Batch],
-) -> Search:
+def plan_training(task: Task, place: Place) -> Plan:
+    """The fastest plan within `task.request.memory_bytes`.
+
+    Raises BudgetError, with the smallest budget that works, when the job does not fit memory or disk."""
+    request = task.request
+    found = searches(task, place)
+    fitting = [search for search in found if search.needs.least <= request.memory_bytes]
+    if not fitting:
+        raise BudgetError(_too_small(request, min((search.needs for search in found), key=lambda needs: needs.least)))
+    choice, search = min(((search.best(), search) for search in fitting), key=lambda pair: pair[0].forecast.seconds)
+    plan = search.finished(choice)
+    check_disk(plan, place)
+    return plan
+
+
+def searches(task: Task, place: Place) -> list[Search]:
+    """One for each way in which activations may wait, ready to search; not all of them need fit."""
+    job = describe_job(task)
+    names = [unit.name for unit in task.units if unit.repeated]
+    choices = _considered(task.request)
+    return [search_of(task, place, job, job.plan(task.request, tuple((n, how) for n in names))) for how in choices]
+
+
+def search_of(task: Task, place: Place, job: JobSizes, bare: Plan) -> Search:
     """Rehearse a plan that places nothing yet, and find what it needs. What rehearsing leaves in memory counts."""
     resident = process_memory().resident_bytes
-    prices = RatedPrices(place.machine)
-    found = rehearse(model, bare, rule, prices, micro_batches, place.source_dtype, place.block_class)
+    prices, batches = RatedPrices(place.machine), task.micro_batches or sample_batches(task.model, task.request)
+    found = rehearse(task.model, bare, task.rule, prices, batches, task.source_dtype, task.block_class)
     give_back()
     baseline = place.baseline_bytes + max(process_memory().resident_bytes - resident, 0)
-    needs = find_needs(units, job.sizes, job.rows, job.always, baseline, found, bare)
-    return Search(bare, job, needs, request, Rates.of(place.machine), found)
+    needs = find_needs(task.units, job.sizes, job.rows, job.always, baseline, found, bare)
+    return Search(bare, job, needs, task.request, Rates.of(place.machine), found)
+
+
+def check_disk(plan: Plan, place: Place) -> None:
+    """Raises BudgetError when the plan's state does not fit the disk."""
+    assert plan.predicted is not None
+    if plan.predicted.disk_bytes > place.disk_free_bytes:
+        raise BudgetError(
+            f"The state needs {format_size(plan.predicted.disk_bytes)} of disk (two extents of every block, so that no "
+            f"step overwrites the last committed one), and {format_size(place.disk_free_bytes)} are free. Free space, or "
+            "choose another --out."
+        )
 
 
 def _considered(request: Request) -> list[Activations]:
@@ -110,93 +106,16 @@ def _considered(request: Request) -> list[Activations]:
     return [KEEP, RECOMPUTE] if request.activations == "auto" else [choices[request.activations]]
 
 
-def check_plan(
-    plan: Plan,
-    model: nn.Module,
-    units: list[Unit],
-    rule: OptimizerRule,
-    request: Request,
-    baseline_bytes: int,
-    disk_free_bytes: int,
-    machine: Machine | None = None,
-    micro_batches: list[Batch] | None = None,
-    source_dtype: torch.dtype = torch.bfloat16,
-    block_class: str | None = None,
-) -> Plan:
-    """A plan that somebody else made, with what is predicted for it here and now; its decisions stay as they are.
-
-    Raises OptionError when it is of another job, BudgetError when it does not fit, each with what is wrong."""
-    _compare_with_request(plan, request)
-    job = _describe(model, units, rule, request)
-    _refuse_unknown("near_weights", plan.near_weights, job.sizes)
-    _refuse_unknown("near_states", plan.near_states, job.sizes)
-    _refuse_unknown("activations", [name for name, _ in plan.activations], [unit.name for unit in units])
-    _refuse_unknown("table_rows", [name for name, _ in plan.table_rows], job.rows)
-    if plan.blocked_loss != bool(plan.table_rows):
-        raise OptionError(
-            "The plan's blocked_loss and table_rows contradict each other: blocks need tables, and only they."
-        )
-    rows = dict(plan.table_rows)
-    sizes = sizes_of(model, rule, plan.precision, plan.moments, rows)
-    job = JobSizes(sizes, rows, plan.blocked_loss, _always(units, sizes, rows), plan.hold)
-    place = Place(machine or this_machine(Path.cwd()), baseline_bytes, source_dtype, block_class)
-    search = _search(model, units, rule, request, plan, job, place, micro_batches or sample_batches(model, request))
-    near = Placement(
-        plan.near_weights | job.always,
-        plan.near_states | job.always,
-        plan.arena_bytes,
-        plan.gradient_home,
-        "as told",
-        plan.recycle_bytes >= LARGEST_RECYCLED,
-    )
-    search.tried.append(Choice(near, search.foretell(near)))
-    checked = search.finished(search.tried[0])
-    predicted = checked.predicted
-    assert predicted is not None
-    if predicted.host_peak_bytes > request.memory_bytes:
-        causes = ", ".join(f"{format_size(nbytes)} {cause}" for cause, nbytes in predicted.memory)
-        raise BudgetError(
-            f"The plan needs {format_size(predicted.host_peak_bytes)} here, more than the "
-            f"{format_size(request.memory_bytes)} allowed: {causes}. Keep less near, or allow more memory."
-        )
-    if predicted.disk_bytes > disk_free_bytes:
-        raise BudgetError(
-            f"The plan needs {format_size(predicted.disk_bytes)} of disk, and {format_size(disk_free_bytes)} are free."
-        )
-    return replace(plan, predicted=predicted, reasons=checked.reasons)
-
-
-def _compare_with_request(plan: Plan, request: Request) -> None:
-    """Raises OptionError when the plan and the command line do not say the same of what changes the numbers."""
-    hold = request.hold or request.clip is not None
-    for name, said in (
-        ("precision", request.precision),
-        ("moments", request.moments),
-        ("accumulate", request.accumulate),
-        ("clip", request.clip),
-        ("hold", hold),
-    ):
-        if getattr(plan, name) != said:
-            raise OptionError(
-                f"The plan says {name} {getattr(plan, name)}, the command says {said}. Make a plan for this command, or "
-                "give the command the plan's value."
-            )
-
-
-def _refuse_unknown(key: str, names: Iterable[str], known: Collection[str]) -> None:
-    strange = sorted(set(names) - set(known))
-    if strange:
-        raise OptionError(
-            f"The plan's {key} names {strange[0]!r}, which this model does not have there. It is a plan for another model, "
-            "or the name is misspelt."
-        )
-
-
-def _describe(model: nn.Module, units: list[Unit], rule: OptimizerRule, request: Request) -> JobSizes:
-    blocked, tables = _loss_choice(model, request)
+def describe_job(task: Task) -> JobSizes:
+    blocked, tables = _loss_choice(task.model, task.request)
     rows = {name: table_rows(parameter) for name, parameter in tables.items()}
-    sizes = sizes_of(model, rule, request.precision, request.moments, rows)
-    return JobSizes(sizes, rows, blocked, _always(units, sizes, rows), request.hold or request.clip is not None)
+    return sizes_of_job(task, rows, blocked, task.request.hold or task.request.clip is not None)
+
+
+def sizes_of_job(task: Task, rows: dict[str, int], blocked: bool, hold: bool) -> JobSizes:
+    sizes = sizes_of(task.model, task.rule, task.request.precision, task.request.moments, rows)
+    small = {name for name, size in sizes.items() if size.weight.numel <= SMALL and name not in rows}
+    return JobSizes(sizes, rows, blocked, small | always_near(task.units), hold)
 
 
 def sample_batches(model: nn.Module, request: Request) -> list[Batch]:
@@ -245,11 +164,6 @@ def _loss_choice(model: nn.Module, request: Request) -> tuple[bool, dict[str, nn
 def table_rows(parameter: nn.Parameter) -> int:
     """Rows of a vocabulary's table in one block."""
     return max(1, min(TABLE_ROWS, TABLE_BLOCK // parameter[0].numel()))
-
-
-def _always(units: list[Unit], sizes: dict[str, WeightSize], rows: dict[str, int]) -> set[str]:
-    small = {name for name, size in sizes.items() if size.weight.numel <= SMALL and name not in rows}
-    return small | always_near(units)
 
 
 def _too_small(request: Request, needs: Needs) -> str:
