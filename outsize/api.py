@@ -302,6 +302,7 @@ def _show(plan: Plan, settings: TrainSettings) -> None:
 
 
 def _report(settings: TrainSettings, run: Run, units: list[Unit], steps_done: int) -> dict[str, Any]:
+    from outsize.planner.pictures import draw_step, write_trace
     from outsize.train.pictures import draw
 
     job, plan = run.job, run.job.plan
@@ -312,6 +313,7 @@ def _report(settings: TrainSettings, run: Run, units: list[Unit], steps_done: in
         name: value for name, value in asdict(plan.predicted).items() if value is None or isinstance(value, int | float)
     }
     planned["mean_seconds_per_step"] = plan.predicted.seconds_per_step
+    steps = {"predicted": plan.predicted.timeline, "measured": run.timeline()}
     found = measured(each_line(settings.out / "metrics.jsonl")) | {"disk_bytes": job.store.tiers["disk"].used}
     job.close()
     facts = {
@@ -324,6 +326,8 @@ def _report(settings: TrainSettings, run: Run, units: list[Unit], steps_done: in
     }
     write_report(settings.out, planned, found, facts, memory_bytes=plan.memory_bytes, held=held, moved=moved)
     draw(settings.out)
+    draw_step(steps, plan, settings.out / "timeline.png")
+    write_trace(steps, settings.out / "trace.json")
     return {"planned": planned, "measured": found}
 
 

@@ -21,7 +21,6 @@ import torch
 from outsize.errors import BudgetError
 from outsize.memory.arena import Arena
 from outsize.memory.block import Block, Part
-from outsize.memory.clock import Clock
 from outsize.memory.entry import Entry, Residency
 from outsize.memory.foresight import Policy, Touch, evict_oldest
 from outsize.memory.homes import Committed, Homes
@@ -80,11 +79,10 @@ class Store:
         transfers: Transfers,
         near: str = "host",
         policy: Policy = evict_oldest,
-        clock: Clock | None = None,
         checked: bool = False,
     ) -> None:
         self.tiers, self.near = tiers, near
-        self.clock = clock or Clock()
+        self.clock = transfers.clock
         self.ledger = Ledger()
         self.transfers = transfers
         self.entries: dict[str, Entry] = {}
@@ -183,14 +181,16 @@ class Store:
         started = self.clock.now()
         self.clock.wait(self._turn)
         self._raise_failure()
-        self.waiting_seconds["write"] += self.clock.now() - started
+        self.waiting_seconds["write"] += self.clock.note("waiting", started)
 
     def _wait(self, entry: Entry, direction: str) -> None:
+        if entry.ticket is None:
+            return
         started = self.clock.now()
         while entry.ticket is not None:
             self.clock.wait(self._turn)
             self._raise_failure()
-        self.waiting_seconds[direction] += self.clock.now() - started
+        self.waiting_seconds[direction] += self.clock.note("waiting", started)
 
     def _raise_failure(self) -> None:
         if self._failure is not None:
@@ -256,7 +256,7 @@ class Store:
         started = self.clock.now()
         for ticket in tickets:
             ticket.wait()
-        self.waiting_seconds["read"] += self.clock.now() - started
+        self.waiting_seconds["read"] += self.clock.note("waiting", started)
 
     def _copy_rows(self, place: Part, storage: torch.Tensor, rows: list[int], out: torch.Tensor) -> None:
         torch.index_select(place.view(storage), 0, torch.tensor(rows), out=out)

@@ -14,18 +14,9 @@ from typing import Any
 import torch
 
 from outsize.machine.machine import Machine
-from outsize.memory.clock import Clock
+from outsize.memory.clock import Clock, Span
 from outsize.memory.tier import Extent, Tier
 from outsize.memory.transfer import PIECE, Then
-
-
-@dataclass(frozen=True)
-class Span:
-    """Something that took time: `lane` is compute, update, read, write or waiting. Seconds since the clock began."""
-
-    lane: str
-    start: float
-    end: float
 
 
 @dataclass(frozen=True)
@@ -66,6 +57,7 @@ class SimulatedClock(Clock):
     """Seconds since the beginning. `spend` lets time pass in compute, `wait` until the next transfer ends."""
 
     def __init__(self, rates: Rates, readers: int = 2) -> None:
+        super().__init__()
         self.rates, self.time = rates, 0.0
         self.spans: list[Span] = []
         self.seconds: dict[str, float] = {}
@@ -127,26 +119,34 @@ class SimulatedClock(Clock):
         self._progress(max(end - self.time, 0.0))
 
     def _progress(self, seconds: float) -> None:
+        if not self._moving:
+            self.time += seconds
+            return
         for transfer in self._moving:
             late = min(transfer.latency, seconds)
             transfer.latency -= late
             transfer.left = max(transfer.left - (seconds - late) * transfer.rate, 0.0)
         for direction in {transfer.direction for transfer in self._moving}:
-            self._append(Span(direction, self.time, self.time + seconds))
+            self._append((direction, self.time, self.time + seconds))
         self.time += seconds
 
     def _note(self, lane: str, started: float) -> None:
         if self.time > started:
-            self._append(Span(lane, started, self.time))
+            self._append((lane, started, self.time))
+
+    def note(self, what: str, started: float) -> float:
+        """The clock has seen for itself what took time."""
+        return self.time - started
 
     def _append(self, span: Span) -> None:
         """Keep a span, joined to the one before it in its lane when it goes on where that ended."""
-        self.seconds[span.lane] = self.seconds.get(span.lane, 0.0) + span.end - span.start
+        lane, start, end = span
+        self.seconds[lane] = self.seconds.get(lane, 0.0) + end - start
         for index in range(len(self.spans) - 1, max(len(self.spans) - 6, -1), -1):
-            last = self.spans[index]
-            if last.lane == span.lane:
-                if span.start - last.end < 1e-9:
-                    self.spans[index] = Span(span.lane, last.start, span.end)
+            last, first, until = self.spans[index]
+            if last == lane:
+                if start - until < 1e-9:
+                    self.spans[index] = (lane, first, end)
                     return
                 break
         self.spans.append(span)

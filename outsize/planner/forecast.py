@@ -7,10 +7,13 @@ from dataclasses import dataclass
 
 from outsize.planner.clock import Rates
 from outsize.planner.rehearsal import FEWEST, Rehearsed
-from outsize.planner.script import HomeOf, Played, Script, play
+from outsize.planner.script import HomeOf, Played, Script, Touched, play
 
 STEPS = 4  # played: the first ones make state and traces, the one before the last is what all others are like
-FEW_EVENTS, MOST_EVENTS = 8_000, 40_000  # of a script, when placements are compared, and for the one that is chosen
+FEW_EVENTS, MOST_EVENTS = (
+    2_000,
+    12_000,
+)  # that touch blocks, when placements are compared, and for the one that is chosen
 
 
 @dataclass(frozen=True)
@@ -30,19 +33,19 @@ def forecast(
     rehearsed: Rehearsed, arena_bytes: int, home_of: HomeOf, rates: Rates, commit_every: int, closely: bool
 ) -> Forecast:
     """Play the step under a placement. A script too long to be played is played over some of the units, evenly taken,
-    and over half as many; what those of the difference add is taken for what all others add. `closely` is slower: more
-    units, and the memory of tensors over time.
+    and over half as many; what those of the difference add is taken for what all others add. `closely` is slower: with more
+    units.
 
     Raises BudgetError when leases leave no room in the arena."""
 
     def run(script: Script) -> Forecast:
-        played = play(script if closely else script.timed, arena_bytes, home_of, rates, STEPS, commit_every)
+        played = play(script, arena_bytes, home_of, rates, STEPS, commit_every)
         return _forecast(script, played)
 
     units = rehearsed.units
     if not units:
         return run(rehearsed.script)
-    a_unit = len(rehearsed.script.timed.steps[-1]) / 4
+    a_unit = sum(isinstance(event, Touched) for event in rehearsed.script.steps[-1]) / 4
     count = max(2 * FEWEST, int((MOST_EVENTS if closely else FEW_EVENTS) / a_unit))
     if len(units) <= count:
         return run(rehearsed.whole)

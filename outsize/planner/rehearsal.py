@@ -148,7 +148,7 @@ class Rehearsal:
         clock = SimulatedClock(Rates(1.0, 1.0, 1.0, 0.0))
         tiers = {"host": NullTier("host", ENDLESS), "disk": NullTier("disk", ENDLESS)}
         transfers: Any = SimulatedTransfers(clock)
-        return Scribe(tiers, 0, self._allocate, transfers, clock=clock)
+        return Scribe(tiers, 0, self._allocate, transfers)
 
     def _allocate(self, nbytes: int) -> torch.Tensor:
         with self.mode:

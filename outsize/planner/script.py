@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from functools import cached_property
 from typing import Any
 
 from outsize.memory.block import Block
+from outsize.memory.clock import Span
 from outsize.memory.null import NullTier
 from outsize.memory.store import Lease, Store
 from outsize.memory.tier import Tier
-from outsize.planner.clock import Rates, SimulatedClock, SimulatedTransfers, Span
+from outsize.planner.clock import Rates, SimulatedClock, SimulatedTransfers
 
 ENDLESS = 1 << 60
 Key = tuple[int, int]
@@ -97,11 +97,6 @@ class Script:
     def step(self, number: int) -> tuple[Event, ...]:
         return self.steps[min(number, len(self.steps) - 1)]
 
-    @cached_property
-    def timed(self) -> Script:
-        """Without tensors that come and go, and so with fewer and longer stretches of compute."""
-        return Script(_without_live(self.setup), tuple(_without_live(step) for step in self.steps))
-
     @property
     def floating_operations(self) -> float:
         """Of one step."""
@@ -111,19 +106,6 @@ class Script:
     def compute_seconds(self) -> float:
         """Compute and update of one step, if nothing were ever waited for."""
         return sum(event.seconds for event in self.steps[-1] if isinstance(event, Spend))
-
-
-def _without_live(events: Iterable[Event]) -> tuple[Event, ...]:
-    found: list[Event] = []
-    for event in events:
-        if isinstance(event, Live):
-            continue
-        last = found[-1] if found else None
-        if isinstance(event, Spend) and isinstance(last, Spend) and last.lane == event.lane:
-            found[-1] = last + event
-        else:
-            found.append(event)
-    return tuple(found)
 
 
 class Scribe(Store):
@@ -167,7 +149,8 @@ class Scribe(Store):
         last = self.events[-1] if self.events else None
         spend = Spend(lane, seconds, floating_operations)
         if isinstance(last, Spend) and last.lane == lane:
-            spend = self.events.pop() + spend
+            self.events.pop()
+            spend = last + spend
         self.events.append(spend)
 
 
@@ -299,7 +282,7 @@ def play(
     tiers: dict[str, Tier] = {"host": NullTier("host", ENDLESS), "disk": NullTier("disk", ENDLESS)}
     empty: Any = Nothing
     transfers: Any = SimulatedTransfers(clock)
-    player = _Player(_Bare(tiers, arena_bytes, empty, transfers, clock=clock), clock, home_of, commit_every)
+    player = _Player(_Bare(tiers, arena_bytes, empty, transfers), clock, home_of, commit_every)
     player.run(script.setup)
     player.store.flush()
     moved, seconds = [], []
@@ -317,7 +300,7 @@ def play(
     return Played(
         tuple(moved),
         tuple(seconds),
-        tuple(Span(span.lane, max(span.start - started, 0.0), span.end - started) for span in clock.spans),
+        tuple((lane, max(start - started, 0.0), end - started) for lane, start, end in clock.spans),
         {lane: total - spent.get(lane, 0.0) for lane, total in clock.seconds.items()},
         {name: total - waited[name] for name, total in player.store.waiting_seconds.items()},
         tuple(player.accesses),
@@ -333,13 +316,13 @@ class _Player:
         self.accesses: list[tuple[str, str]] = []
         self.live: list[tuple[float, int]] = []
         self._live = self._steps = 0
+        self._lane, self._due = "compute", 0.0
         self._leases: dict[str, list[Lease]] = {}
         self._act: dict[type, Callable[[Any], None]] = {
             Create: self._create,
             Touched: self._touch,
             Rows: self._rows,
-            Spend: lambda event: self.clock.spend(event.lane, event.seconds),
-            Live: self._change_live,
+            Spend: self._spend,
             Begin: self._begin,
             Mark: self._mark,
         }
@@ -347,8 +330,25 @@ class _Player:
         self._phase: Any = None
 
     def run(self, events: Iterable[Event]) -> None:
+        """Stretches of one lane between two events of the store are one: time passes only where somebody may look."""
         for event in events:
-            self._act[type(event)](event)
+            if isinstance(event, Spend) and event.lane == self._lane:
+                self._due += event.seconds
+            elif isinstance(event, Live):
+                self._live += event.nbytes
+                self.live.append((self.clock.time + self._due, self._live))
+            else:
+                self._pass_time()
+                self._act[type(event)](event)
+        self._pass_time()
+
+    def _spend(self, event: Spend) -> None:
+        self._lane, self._due = event.lane, event.seconds
+
+    def _pass_time(self) -> None:
+        if self._due:
+            self.clock.spend(self._lane, self._due)
+            self._due = 0.0
 
     def _create(self, event: Create) -> None:
         if event.block.name not in self.store.entries:  # a gradient's block outlives the step that made it
@@ -370,10 +370,6 @@ class _Player:
         part = self.store.entries[event.name].block.part(event.part)
         out: Any = Nothing(len(event.rows) * (part.nbytes // part.shape[0]))
         self.store.read_rows(event.name, event.part, list(event.rows), out)
-
-    def _change_live(self, event: Live) -> None:
-        self._live += event.nbytes
-        self.live.append((self.clock.time, self._live))
 
     def _begin(self, event: Begin) -> None:
         self._phase = self.store.phase(event.phase, self.again)

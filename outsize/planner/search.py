@@ -214,7 +214,7 @@ class Search:
             floating_operations=found.floating_operations,
             moved=tuple((*ways, nbytes) for ways, nbytes in sorted(found.moved.items())),
             memory=memory,
-            timeline=tuple((span.lane, span.start, span.end) for span in found.played.spans),
+            timeline=found.played.spans,
             tensors=thinned(found.played.live),
         )
 
