@@ -50,7 +50,7 @@ def test_a_plan_comes_back_from_its_file_as_it_was() -> None:
 
 
 def spoilt(change: Callable[[dict], object]) -> str:
-    values = json.loads(planned().to_json())
+    values = json.loads(Plan("mixed", 1 << 20, activations=(("model.layers.0", KEEP),)).to_json())
     change(values)
     with pytest.raises(OptionError) as refused:
         Plan.from_json(json.dumps(values), "my.json")
@@ -80,7 +80,7 @@ def test_a_plan_prints_itself() -> None:
 
 def test_an_edited_plan_is_taken_as_it_is_and_foretold_anew() -> None:
     plan = planned()
-    edited = replace(plan, near_weights=frozenset(), near_states=frozenset(), arena_bytes=8 << 20, predicted=None)
+    edited = replace(plan, near_weights=frozenset(), near_states=frozenset(), arena_bytes=24 << 20, predicted=None)
     found = checked(edited)
     assert replace(found, predicted=None, reasons=()) == replace(edited, reasons=())
     assert plan.predicted is not None and found.predicted is not None
@@ -125,11 +125,11 @@ def test_the_search_finds_what_trying_everything_finds() -> None:
     """One layer's weights and states, near or not, in every combination that fits beside the arena it leaves."""
     request = replace(REQUEST, activations="recompute")
     found = searches(task(request, layers=2), PLACE)[0]
-    tight = replace(request, memory_bytes=found.needs.least + found.job.everything // 2)
+    tight = replace(request, memory_bytes=found.needs.least + 4 * found.job.everything // 5)
     search = searches(task(tight, layers=2), PLACE)[0]
     best = search.best().forecast.seconds
     tried = [search.foretell(placement).seconds for placement in every(search)]
-    assert len(tried) > 50
+    assert len(tried) > 30
     assert best <= 1.02 * min(tried)
     assert best < max(tried)
 

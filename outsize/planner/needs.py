@@ -10,6 +10,7 @@ from itertools import chain
 from outsize.machine.allocator import LARGEST_RECYCLED
 from outsize.memory.disk import BOUNCE
 from outsize.memory.tier import PAGE, pages
+from outsize.model.attach import HOARD
 from outsize.model.units import Unit
 from outsize.plan import Plan
 from outsize.planner.heap import heap_peak
@@ -23,6 +24,7 @@ LOOSE = 1.1  # leases end in another order than they begin, so that free room is
 MANY = 48  # units that the C library is asked about
 RECYCLE = 4 << 20  # bytes; tensors up to this size are always kept by the C library for the next one
 THREADS = 4 << 20  # bytes: stacks of the transfer threads and of lanes, and what python keeps for each
+KERNELS = 64 << 20  # bytes that products and OpenMP keep for themselves; measured, docs/log.md
 SCRATCH = ("master", "gradient", "spare")  # fp32 buffers of a chunk that the updater keeps
 
 
@@ -65,13 +67,13 @@ def find_needs(
     recycle = max(RECYCLE, _largest_recurring(rehearsed.script.steps[-1], sizes) + PAGE)
     largest_chunk = max((size.largest_state for size in sizes.values()), default=0)
     uncut = max((size.largest_gradient for size in sizes.values() if not _chunked(size)), default=0)
-    scratch = len(SCRATCH) * max(4 * CHUNK, uncut) + THREADS + (3 * BOUNCE if rows else 0)
+    scratch = len(SCRATCH) * max(4 * CHUNK, uncut) + THREADS + KERNELS + (3 * BOUNCE if rows else 0)
     least = pages(int(LOOSE * (pinned_peak(rehearsed.script, homes(bare, always)) + 2 * largest_chunk)))
     largest_unit = max((_unit_bytes(unit, sizes, rows, always) for unit in units), default=0)
     return Needs(
         baseline=baseline,
         tensors=_tensors(rehearsed, recycle),
-        hoarding=_tensors(rehearsed, LARGEST_RECYCLED),
+        hoarding=_tensors(rehearsed, LARGEST_RECYCLED) + HOARD,
         scratch=scratch,
         least_arena=least,
         good_arena=pages(least + int(1.2 * largest_unit) + READ_AHEAD * largest_chunk),

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
+from time import perf_counter
 from typing import Any, Protocol
 
 import torch
-from torch.utils._pytree import tree_leaves
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 from outsize.machine.machine import Machine
 
+UPDATED = 28  # bytes of an element: its weight, low bits and two moments, each read and written, and its gradient
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -55,7 +58,62 @@ class RatedPrices:
         return Price(touched / processor.elementwise.at(max(touched, 1)) + processor.operation_seconds)
 
     def update(self, elements: int) -> float:
-        return elements / self.machine.compute.update
+        """The arithmetic on a chunk that is in a cache, and the bytes that come from memory and go back there."""
+        processor = self.machine.compute
+        return elements / processor.update + elements * UPDATED / processor.copy
+
+
+@dataclass(frozen=True)
+class MeasuredPrices:
+    """Prices of the machine that this runs on: each operation is done once, on numbers of the same shapes and dtypes.
+
+    Memory held meanwhile is what one operation takes in and gives out, twice."""
+
+    rated: RatedPrices
+    _known: dict[Any, Price] = field(default_factory=dict)
+
+    def of(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Price:
+        rated = self.rated.of(function, args, kwargs, result)
+        if is_view(function):
+            return rated
+        key = (function, repr(tree_map(_looks, (args, kwargs))))
+        if key not in self._known:
+            seconds = _measure(function, args, kwargs)
+            self._known[key] = rated if seconds is None else Price(seconds, rated.floating_operations)
+        return self._known[key]
+
+    def update(self, elements: int) -> float:
+        return self.rated.update(elements)
+
+
+def _measure(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | None:
+    """Seconds of an operation that has been done before; None for one that real numbers of no meaning cannot pass."""
+    with _disable_current_modes():
+        best = None
+        try:
+            for _ in range(2):
+                real_args, real_kwargs = tree_map_only(torch.Tensor, _numbers, (args, kwargs))
+                started = perf_counter()
+                function(*real_args, **real_kwargs)
+                seconds = perf_counter() - started
+                best = seconds if best is None else min(best, seconds)
+        except (RuntimeError, IndexError, TypeError, ValueError):
+            return None
+    return best
+
+
+def _numbers(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that looks the same: small random numbers, or zeros where they may be indices."""
+    elements = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    storage = torch.empty(max(elements, 1), dtype=tensor.dtype)
+    storage = storage.uniform_(-0.5, 0.5) if tensor.is_floating_point() else storage.zero_()
+    return storage.as_strided(tensor.shape, tensor.stride())
+
+
+def _looks(leaf: Any) -> Any:
+    if isinstance(leaf, torch.Tensor):
+        return tuple(leaf.shape), tuple(leaf.stride()), str(leaf.dtype)
+    return leaf
 
 
 @cache

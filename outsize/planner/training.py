@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -16,7 +17,7 @@ from outsize.model.vocabulary import Table
 from outsize.plan import KEEP, MOVE, RECOMPUTE, Activations, Plan, Request
 from outsize.planner.clock import Rates
 from outsize.planner.needs import Needs, find_needs
-from outsize.planner.prices import RatedPrices
+from outsize.planner.prices import MeasuredPrices, Prices, RatedPrices
 from outsize.planner.rehearsal import Batch, rehearse
 from outsize.planner.search import JobSizes, Search
 from outsize.planner.sizes_of import sizes_of
@@ -53,6 +54,12 @@ class Place:
     baseline_bytes: int
     disk_free_bytes: int
 
+    @cached_property
+    def prices(self) -> Prices:
+        """Of a machine that is here: measured."""
+        rated = RatedPrices(self.machine)
+        return rated if self.machine.origin == "described" else MeasuredPrices(rated)
+
 
 def plan_training(task: Task, place: Place) -> Plan:
     """The fastest plan within `task.request.memory_bytes`.
@@ -80,8 +87,8 @@ def searches(task: Task, place: Place) -> list[Search]:
 def search_of(task: Task, place: Place, job: JobSizes, bare: Plan) -> Search:
     """Rehearse a plan that places nothing yet, and find what it needs. What rehearsing leaves in memory counts."""
     resident = process_memory().resident_bytes
-    prices, batches = RatedPrices(place.machine), task.micro_batches or sample_batches(task.model, task.request)
-    found = rehearse(task.model, bare, task.rule, prices, batches, task.source_dtype, task.block_class)
+    batches = task.micro_batches or sample_batches(task.model, task.request)
+    found = rehearse(task.model, bare, task.rule, place.prices, batches, task.source_dtype, task.block_class)
     give_back()
     baseline = place.baseline_bytes + max(process_memory().resident_bytes - resident, 0)
     needs = find_needs(task.units, job.sizes, job.rows, job.always, baseline, found, bare)
@@ -180,7 +187,8 @@ def _too_small(request: Request, needs: Needs) -> str:
 
 
 def _round_up(nbytes: int) -> int:
-    return -(-nbytes // (1 << 20)) * (1 << 20)
+    """To whole steps of 8 MiB: no two processes hold quite the same."""
+    return -(-nbytes // (8 << 20)) * (8 << 20)
 
 
 def _mebibytes(nbytes: int) -> str:
