@@ -20,6 +20,7 @@ from outsize.planner.clock import Rates
 from outsize.planner.forecast import Forecast, forecast
 from outsize.planner.needs import Needs, gradient_bytes
 from outsize.planner.rehearsal import Rehearsed, homes
+from outsize.planner.script import Create
 from outsize.planner.sizes_of import WeightSize
 from outsize.sizes import format_size
 
@@ -179,6 +180,18 @@ class Search:
         waiting = self.job.hold or self.request.accumulate > 1
         return near + (gradient_bytes(sizes) if waiting and placement.gradient_home == "host" else 0)
 
+    def disk_bytes(self, placement: Placement, found: Forecast) -> int:
+        """Two extents of every weight and state, and one of whatever else waits there."""
+        sizes = self.job.sizes
+        disk = sum(2 * (size.bytes + size.state_bytes) for size in sizes.values())
+        disk += sum(n for (_, target, kind), n in found.moved.items() if (target, kind) == ("disk", "activation"))
+        if placement.gradient_home == "host":
+            return disk
+        if self.job.hold or self.request.accumulate > 1:
+            return disk + gradient_bytes(sizes)
+        created = [event.block for step in self.rehearsed.script.steps for event in step if isinstance(event, Create)]
+        return disk + sum({block.name: block.nbytes for block in created if "gradient" in block.bytes_by_kind}.values())
+
     def _memory(self, placement: Placement) -> tuple[tuple[str, int], ...]:
         return (
             ("Python, libraries and the process as it stands", self.needs.baseline),
@@ -193,12 +206,7 @@ class Search:
         tokens = self.request.batch_size * self.request.sequence_length * self.request.accumulate
         read = sum(nbytes for (source, _, _), nbytes in found.moved.items() if source == "disk")
         written = sum(nbytes for (_, target, _), nbytes in found.moved.items() if target == "disk")
-        sizes = self.job.sizes
-        disk = sum(2 * (size.bytes + size.state_bytes) for size in sizes.values())
-        disk += 0 if choice.placement.gradient_home == "host" else gradient_bytes(sizes)
-        disk += sum(
-            nbytes for (_, target, kind), nbytes in found.moved.items() if (target, kind) == ("disk", "activation")
-        )
+        disk = self.disk_bytes(choice.placement, found)
         return Predicted(
             host_peak_bytes=sum(nbytes for _, nbytes in memory),
             device_peak_bytes=0,
