@@ -292,7 +292,7 @@ def play(
         started, spent = clock.time, dict(clock.seconds)
         clock.spans.clear()
         player.accesses.clear()
-        player.live.clear()
+        player.forget_live()
         player.again = not last
         player.run(script.step(number))
         moved.append(player.store.ledger.moved - before)
@@ -341,6 +341,11 @@ class _Player:
                 self._pass_time()
                 self._act[type(event)](event)
         self._pass_time()
+
+    def forget_live(self) -> None:
+        """Another step begins, with tensors of its own."""
+        self._live = 0
+        self.live.clear()
 
     def _spend(self, event: Spend) -> None:
         self._lane, self._due = event.lane, event.seconds
