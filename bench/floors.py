@@ -21,8 +21,8 @@ from outsize.memory.host import allocate_slab
 from outsize.memory.tier import Extent
 from outsize.memory.transfer import Ticket, Transfers
 from outsize.train.loss import Head, blocked_cross_entropy, next_tokens
-from outsize.train.update import CHUNK
 
+CHUNK = 1 << 20  # elements: what arithmetic alone likes best
 CHUNKS = 24  # of state in turn: more than the processor's caches hold, for state always comes from farther away
 TABLE_ROWS = 2048  # of the head in one block
 PIECE = 12 << 20  # bytes moved at once; a chunk of state has as many

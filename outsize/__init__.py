@@ -7,12 +7,19 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from outsize.api import attach, plan
+    from outsize.serving import Engine
+    from outsize.train.optimizer_file import load_optimizer_state
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "attach", "plan"]
+__all__ = ["Engine", "__version__", "attach", "load_optimizer_state", "plan"]
 
 # Where a public name lives. It is imported at first use: `import outsize` must not cost the memory of torch.
-_HOMES = {"attach": "outsize.api", "plan": "outsize.api"}
+_HOMES = {
+    "Engine": "outsize.serving",
+    "attach": "outsize.api",
+    "load_optimizer_state": "outsize.train.optimizer_file",
+    "plan": "outsize.api",
+}
 
 
 def __getattr__(name: str) -> object:

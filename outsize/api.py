@@ -1,9 +1,7 @@
-"""What a user calls: `attach` for a loop of their own, `train` and `generate` for the command line's two tasks."""
+"""What a user calls: `attach` for a loop of their own, `train` for the command line's task."""
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -16,36 +14,28 @@ from outsize.machine.allocator import give_back
 from outsize.machine.describe import describe, process_memory
 from outsize.machine.find import find_machine, this_machine
 from outsize.machine.machine import Machine
-from outsize.memory.disk import DiskTier
-from outsize.memory.host import HostTier, allocate_slab
-from outsize.memory.store import Store
-from outsize.memory.transfer import Transfers
+from outsize.model.companions import COMPANIONS, keep_companions
 from outsize.model.fingerprint import fingerprint_model, fingerprint_tokenizer
 from outsize.model.load import ModelSource, open_model
 from outsize.model.units import Unit, describe_units, find_units
 from outsize.plan import Plan, Request
 from outsize.planner.check import check_plan
-from outsize.planner.inference import plan_inference
 from outsize.planner.training import Place, Task, plan_training
-from outsize.serve.generate import bind_for_inference
 from outsize.sizes import parse_size
+from outsize.train.checkpoint import open_checkpoint
 from outsize.train.data import PackedDataset, prepare
-from outsize.train.job import Job, bind, users_of
-from outsize.train.optimizers import (
-    OptimizerRule,
-    UniformRule,
-    default_rule,
-    find_optimizer,
-    fused_options,
-    uniform_rule,
-)
+from outsize.train.export import Exported, export_checkpoint
+from outsize.train.import_state import bring_optimizer, check_optimizer
+from outsize.train.job import Job, bind
+from outsize.train.optimizer_file import read_optimizer
+from outsize.train.optimizers import OptimizerRule, uniform_rule
 from outsize.train.precision import find_precision
 from outsize.train.progress import Progress
+from outsize.train.recipe import groups_at, optimizer_rule, rule_of, scheduler_for
 from outsize.train.report import each_line, held_by_tier, measured, moved_a_step, write_report
 from outsize.train.retention import Retention
 from outsize.train.run import Run, Schedule, export
-from outsize.train.schedules import schedule
-from outsize.train.settings import TrainSettings, continues, record
+from outsize.train.settings import TrainSettings, continues, read_settings, record
 from outsize.train.state import StateFolder, open_store
 
 CPU = torch.device("cpu")
@@ -107,7 +97,7 @@ def attach(
 
 def train(settings: TrainSettings) -> dict[str, Any]:
     """Fine-tune as `outsize train` does. Returns the report. Raises OutsizeError subclasses; nothing half-written stays."""
-    rule = _rule(settings.optimizer, {"lr": settings.learning_rate, **settings.optimizer_options})
+    rule = optimizer_rule(settings)
     find_precision(settings.precision)
     source = open_model(settings.model)
     continuing = continues(settings)
@@ -133,9 +123,12 @@ def _train(
     evaluation = None
     if settings.eval_data is not None:
         evaluation = _prepared(settings.eval_data, tokenizer, settings, "eval", progress, continuing)
+    begin = None if continuing or settings.optimizer_state is None else read_optimizer(settings.optimizer_state)
     model = source.build(find_precision(settings.precision).compute).train()
     for parameter in model.parameters():
         parameter.requires_grad_(True)
+    if begin is not None:
+        check_optimizer(begin, model, rule)
     units = find_units(model, settings.block_class)
     batches = [data.batch(list(range(min(data.count, settings.batch_size))))] * settings.accumulate
     request, stored = _request(settings, memory), _stored_dtype(source)
@@ -147,12 +140,15 @@ def _train(
     store = open_store(plan, state)
     progress.message("bringing the weights into the store")
     job = bind(model, units, plan, rule, store, source.read, CPU)
+    if begin is not None and state.read() is None:
+        bring_optimizer(job.updater, job.weights, begin)
     give_back()
     if plan.blocked_loss and not continuing:
         _check_loss(job, data)
-    scheduler = _scheduler(settings, job)
+    scheduler = scheduler_for(settings, job.optimizer)
     about = {"model": fingerprint_model(source.config), "tokenizer": fingerprint_tokenizer(tokenizer)}
     retention = Retention(settings.keep_last, settings.keep_every)
+    keep_companions(source, model, settings.out / COMPANIONS)
     run = Run(job, state, settings.out / "metrics.jsonl", progress, tokenizer, retention, about)
     first = run.recover()
     record(settings)
@@ -211,7 +207,7 @@ def plan(
     module = source.build(find_precision(asked.precision).compute).train()
     for parameter in module.parameters():
         parameter.requires_grad_(True)
-    rule = _rule(optimizer, optimizer_options or {})
+    rule = rule_of(optimizer, optimizer_options or {})
     units = find_units(module, block_class)
     here = Place(place, process_memory().resident_bytes, place.capacity("disk"))
     found = plan_training(Task(module, units, rule, asked, [], _stored_dtype(source), block_class), here)
@@ -223,11 +219,6 @@ def _machine(machine: str | Path | Machine | None, directory: Path) -> Machine:
     if isinstance(machine, Machine):
         return machine
     return this_machine(directory) if machine is None else find_machine(str(machine))
-
-
-def _rule(optimizer: str, options: dict[str, Any]) -> OptimizerRule:
-    cls, rule = find_optimizer(optimizer), default_rule(optimizer, options)
-    return UniformRule(cls, {**fused_options(cls), **options}) if isinstance(rule, UniformRule) else rule
 
 
 def _free_memory() -> int:
@@ -270,13 +261,6 @@ def _schedule(settings: TrainSettings) -> Schedule:
         settings.sample_every,
         settings.sample_prompt,
     )
-
-
-def _scheduler(settings: TrainSettings, job: Job) -> Any:
-    options = {}
-    if settings.schedule == "power":
-        options = {"batch_size": settings.batch_size * settings.accumulate, "sequence_length": settings.sequence_length}
-    return schedule(settings.schedule, job.optimizer, settings.steps, settings.warmup_steps, **options)
 
 
 def _check_loss(job: Job, data: PackedDataset) -> None:
@@ -331,66 +315,22 @@ def _report(settings: TrainSettings, run: Run, units: list[Unit], steps_done: in
     return {"planned": planned, "measured": found}
 
 
-def generate(
-    model_path: str,
-    prompt: str,
-    *,
-    memory: int | None = None,
-    max_new_tokens: int = 100,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    scratch: Path | None = None,
-    chat: bool = False,
-    stream: Callable[[str], None] | None = None,
-) -> str:
-    """Continue `prompt` with a model that may be bigger than `memory`. `stream` hears the text as it comes.
-
-    Raises BudgetError when the memory does not do, ModelError when the model cannot be read."""
-    memory = memory or _free_memory()
-    source = open_model(model_path)
-    tokenizer = source.tokenizer()
-    if tokenizer is None:
-        raise OptionError(f"{model_path} has no tokenizer beside its weights; add its tokenizer files.")
-    inputs = _inputs(tokenizer, prompt, chat)
-    stored = source.config.dtype if isinstance(source.config.dtype, torch.dtype) else torch.bfloat16
-    model = source.build(stored)
-    units = find_units(model)
-    tokens = inputs["input_ids"].shape[1] + max_new_tokens
-    with tempfile.TemporaryDirectory(prefix="outsize-", dir=scratch) as folder:
-        free = describe(folder).disk_free_bytes
-        plan = plan_inference(model, units, memory, tokens, process_memory().resident_bytes, free)
-        tiers = {"host": HostTier(memory), "disk": DiskTier(Path(folder) / "blocks")}
-        store = Store(tiers, plan.arena_bytes, allocate_slab, Transfers())
-        attachment = bind_for_inference(model, units, plan, store, source.read, lambda p: users_of(model, p))
-        torch.manual_seed(seed)
-        sampling = (
-            {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
+def export_run(
+    run: Path, folder: StateFolder, step: int | None, target: Path, *, optimizer: bool, masters: bool, compress: bool
+) -> Exported:
+    """As `outsize checkpoint export` does. Raises OutsizeError subclasses; nothing half-written stays."""
+    companions = run / COMPANIONS
+    with open_checkpoint(folder, step) as checkpoint:
+        groups = None
+        if optimizer:
+            shapes = {name: entry.shape for name, entry in checkpoint.weights.items()}
+            known = (run / "run.json").exists()
+            groups = groups_at(read_settings(run), checkpoint.step, shapes) if known else []
+        return export_checkpoint(
+            checkpoint,
+            target,
+            companions if companions.exists() else None,
+            masters=masters or optimizer,
+            groups=groups,
+            compress=compress,
         )
-        with torch.no_grad(), attachment.call_by_call("token"):
-            output = model.generate(  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
-                **inputs, max_new_tokens=max_new_tokens, streamer=_streamer(tokenizer, stream), **sampling
-            )
-        store.close()
-    return str(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
-
-
-def _inputs(tokenizer: Any, prompt: str, chat: bool) -> dict[str, torch.Tensor]:
-    if not chat:
-        return dict(tokenizer(prompt, return_tensors="pt"))
-    messages = [{"role": "user", "content": prompt}]
-    return dict(
-        tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    )
-
-
-def _streamer(tokenizer: Any, stream: Callable[[str], None] | None) -> Any:
-    if stream is None:
-        return None
-    from transformers import TextStreamer
-
-    class Streamer(TextStreamer):
-        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            stream(text)
-
-    return Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -9,6 +9,9 @@ from typing import Annotated
 import typer
 
 from outsize.commands import checkpoint
+from outsize.commands.checkpoint_diff import diff
+from outsize.commands.checkpoint_export import export
+from outsize.commands.checkpoint_import import import_checkpoint
 from outsize.commands.generate import generate
 from outsize.commands.plan import plan
 from outsize.commands.probe import probe
@@ -35,6 +38,9 @@ app.command()(train)
 app.command()(generate)
 app.command()(plan)
 app.command()(probe)
+checkpoint.app.command()(export)
+checkpoint.app.command("import")(import_checkpoint)
+checkpoint.app.command()(diff)
 app.add_typer(checkpoint.app)
 
 

@@ -59,6 +59,32 @@ KEEP, RECOMPUTE, MOVE = Activations(), Activations("input"), Activations("all", 
 
 
 @dataclass(frozen=True)
+class KvLayer:
+    """What a layer keeps of every token it has seen: keys and values of `heads` heads, in torch's `dtype` of that name.
+    With a `window`, a token sees that many tokens, itself among them."""
+
+    heads: int
+    key_size: int
+    value_size: int
+    dtype: str
+    window: int | None = None
+
+
+@dataclass(frozen=True)
+class Serving:
+    """How much is served at once: `pages` of `page_tokens` tokens' keys and values, `seats` sequences in a step that
+    computes up to `step_tokens` tokens, each sequence up to `context` tokens long."""
+
+    layers: tuple[KvLayer, ...]
+    pages: int
+    page_tokens: int
+    page_bytes: int
+    step_tokens: int
+    seats: int
+    context: int
+
+
+@dataclass(frozen=True)
 class Plan:
     """Where every kind of byte lives, and how each unit runs.
 
@@ -67,9 +93,9 @@ class Plan:
     of each unit it names, the others keep theirs; of what moves, tensors smaller than `moved_tensor_bytes` stay.
     `table_rows` says how many rows of a vocabulary's table make a block; a weight that is not in it is one block. `hold`:
     gradients wait in `gradient_home` until the step's end, and the update is a second pass that overlaps the next
-    forward. `recycle_bytes`: the C library keeps freed memory of tensors up to this size; at
-    `machine.allocator.LARGEST_RECYCLED` also from step to step. `blocked_loss`: the head and its loss are computed over
-    blocks of the vocabulary."""
+    forward. `recycle_bytes`: the C library keeps freed memory of tensors up to this size, until the
+    process holds more than `predicted`. `blocked_loss`: the head and its loss are computed over
+    blocks of the vocabulary. `serving`: what a plan for serving says beside."""
 
     precision: str
     arena_bytes: int
@@ -88,6 +114,7 @@ class Plan:
     recycle_bytes: int = 8 << 20
     memory_bytes: int | None = None
     predicted: Predicted | None = None
+    serving: Serving | None = None
     reasons: tuple[str, ...] = field(default=())
 
     @property
@@ -175,6 +202,23 @@ def _read_value(value: Any, wanted: Any, place: str) -> Any:
             f"{place} cannot be {value!r}; it must be {getattr(wanted, '__name__', wanted)}, not negative."
         )
     return value
+
+
+@dataclass(frozen=True)
+class ServeRequest:
+    """What a user asks of serving: `memory_bytes` for the whole process, up to `seats` sequences in a step of up to
+    `step_tokens` tokens, each up to `context` tokens long (None: the model's own limit, or 4096)."""
+
+    memory_bytes: int
+    context: int | None = None
+    seats: int = 32
+    step_tokens: int = 512
+
+    def __post_init__(self) -> None:
+        if self.seats < 1 or self.step_tokens < self.seats:
+            raise OptionError(
+                f"A step of {self.step_tokens} tokens is too small for {self.seats} sequences; each takes at least one."
+            )
 
 
 @dataclass(frozen=True)

@@ -2,24 +2,21 @@
 
 python tests/soak.py --kills 300 --page docs/reliability.md
 
-Imports take seconds, so a process that has made them once forks a child for each try; the child calls what the command
-line calls, and is killed with SIGKILL. Between tries the run changes its placement, steps are kept and gone back to."""
+Each try is a child of tests/soak_child.py that calls what the command line calls, and is killed with SIGKILL. Between tries
+the run changes its placement; steps are kept, packed, exported and gone back to, and an export is imported."""
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
-import mmap
 import os
-import pickle
 import random
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-import time
-import traceback
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -27,149 +24,11 @@ from pathlib import Path
 from typing import Any
 
 from committed import flips, whole_state
+from soak_child import PHASES
 
 STEPS = 120
 PLACEMENTS = ("near", "disk", "mixed")
-PHASES = ("starting", "in a step", "committing", "exporting", "keeping", "rolling back", "verifying")
-HERE = Path(__file__)
-
-
-# -- the process that forks --------------------------------------------------------------------------------------------
-
-
-def serve() -> None:
-    """Read tries as lines of JSON, run each in a child, answer with how it ended and where it was."""
-    import matplotlib.pyplot
-    import transformers.models.llama.modeling_llama
-
-    import outsize.api
-    import outsize.commands.checkpoint  # noqa: F401
-
-    del matplotlib.pyplot, transformers
-    for line in sys.stdin:
-        told = json.loads(line)
-        phase = mmap.mmap(-1, 2)
-        child = os.fork()
-        if child == 0:
-            _work(told, phase)
-        status = _wait(child, told.get("kill_after"))
-        where = PHASES[2] if phase[1] else PHASES[phase[0]]
-        print(json.dumps({"signal": os.WTERMSIG(status), "code": os.WEXITSTATUS(status), "where": where}), flush=True)
-
-
-def _wait(child: int, kill_after: float | None) -> int:
-    if kill_after is not None:
-        end = time.monotonic() + kill_after
-        while time.monotonic() < end:
-            done, status = os.waitpid(child, os.WNOHANG)
-            if done:
-                return status
-            time.sleep(0.0005)
-        os.kill(child, signal.SIGKILL)
-    return os.waitpid(child, 0)[1]
-
-
-def _work(told: dict[str, Any], phase: mmap.mmap) -> None:
-    """In the child: never returns."""
-    out = os.open(told["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(out, 1)
-    os.dup2(out, 2)
-    code = 0
-    try:
-        {"train": _train, "keep": _keep, "rollback": _roll_back, "verify": _verify}[told["do"]](told, phase)
-    except SystemExit as end:
-        code = int(end.code or 0)
-    except BaseException as error:
-        if type(error).__name__ == "Exit":  # of typer
-            code = error.exit_code  # pyright: ignore[reportAttributeAccessIssue]
-        else:
-            traceback.print_exc()
-            code = 1
-    sys.stdout.flush()
-    os._exit(code)
-
-
-def _train(told: dict[str, Any], phase: mmap.mmap) -> None:
-    from outsize import api
-    from outsize.memory.disk import DiskTier
-    from outsize.train.run import Run
-    from outsize.train.state import StateFolder
-
-    _tell(Run, "_step", phase, 1)
-    _tell(api, "export", phase, 3)
-    _tell_commits(DiskTier, StateFolder, phase)
-    plan = api.plan_training
-    api.plan_training = lambda *given: _placed(_planned_once(plan, given, Path(told["log"])), told["placement"])
-    settings = {key: Path(value) if key in ("data", "out") else value for key, value in told["settings"].items()}
-    api.train(api.TrainSettings(**settings))
-
-
-def _planned_once(plan: Callable[..., Any], given: Any, log: Path) -> Any:
-    """Planning takes most of a start; it is the same every time."""
-    known = log.with_name("plan.pickle")
-    if not known.exists():
-        known.write_bytes(pickle.dumps(plan(*given)))
-    return pickle.loads(known.read_bytes())
-
-
-def _placed(plan: Any, placement: str) -> Any:
-    """The plan with weights and state elsewhere than the planner, who sees room for all, has put them."""
-    from dataclasses import replace
-
-    names, states = sorted(plan.near_weights), sorted(plan.near_states)
-    few = {"near": (names, states), "disk": ([], []), "mixed": (names[::2], states[1::2])}[placement]
-    return replace(
-        plan, near_weights=frozenset(few[0]), near_states=frozenset(few[1]), arena_bytes=max(plan.arena_bytes, 16 << 20)
-    )
-
-
-def _tell(owner: Any, name: str, phase: mmap.mmap, number: int) -> None:
-    real = getattr(owner, name)
-
-    def call(*given: Any, **more: Any) -> Any:
-        phase[0] = number
-        return real(*given, **more)
-
-    setattr(owner, name, call)
-
-
-def _tell_commits(disk: Any, state: Any, phase: mmap.mmap) -> None:
-    """From the sync of the data to the end of the manifest."""
-    flush, write = disk.flush, state.write_manifest
-
-    def begin(*given: Any) -> None:
-        phase[1] = 1
-        flush(*given)
-
-    def end(*given: Any) -> None:
-        write(*given)
-        phase[1] = 0
-
-    disk.flush, state.write_manifest = begin, end
-
-
-def _keep(told: dict[str, Any], phase: mmap.mmap) -> None:
-    from outsize.commands.checkpoint import keep
-
-    phase[0] = 4
-    keep(Path(told["settings"]["out"]))
-
-
-def _roll_back(told: dict[str, Any], phase: mmap.mmap) -> None:
-    from outsize.commands.checkpoint import rollback
-
-    phase[0] = 5
-    rollback(Path(told["settings"]["out"]), told["step"])
-
-
-def _verify(told: dict[str, Any], phase: mmap.mmap) -> None:
-    from outsize.commands.checkpoint import verify
-
-    phase[0] = 6
-    verify(Path(told["settings"]["out"]))
-
-
-# -- the process that kills --------------------------------------------------------------------------------------------
+CHILD = Path(__file__).with_name("soak_child.py")
 
 
 class Nursery:
@@ -178,22 +37,28 @@ class Nursery:
     def __init__(self, log: Path) -> None:
         self.log = log
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        command = [sys.executable, str(HERE), "--serve"]
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=HERE.parent.parent
+            [sys.executable, str(CHILD)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+            cwd=CHILD.parent.parent,
         )
 
     def run(self, do: str, settings: dict[str, Any], **more: Any) -> dict[str, Any]:
-        """Returns signal, code and where it was at the end."""
+        """Returns signal, code, where it was at the end, and seconds of processor time."""
         assert self._process.stdin is not None and self._process.stdout is not None
         told = {"do": do, "settings": settings, "log": str(self.log), **more}
         self._process.stdin.write(json.dumps(told) + "\n")
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
 
-    def must(self, do: str, settings: dict[str, Any], **more: Any) -> None:
+    def must(self, do: str, settings: dict[str, Any], **more: Any) -> float:
+        """Returns seconds of processor time. Raises AssertionError when it fails."""
         ended = self.run(do, settings, **more)
         assert ended["signal"] == ended["code"] == 0, f"{do} ended with {ended}; {self.log} says\n{tail(self.log)}"
+        return ended["seconds"]
 
     def close(self) -> None:
         assert self._process.stdin is not None
@@ -214,37 +79,58 @@ class Soak:
     settings: dict[str, Any]
     undisturbed: Path
     choice: random.Random
-    within: float  # seconds after the start of a training process in which it is killed
+    seconds: dict[tuple[str, bool], float]  # that each try takes when nobody disturbs it, packing or not
     kills: Counter[str] = field(default_factory=Counter)
     late: int = 0
     runs: int = 0
+    made: dict[str, str] = field(default_factory=dict)  # what exports and imports must always be
 
     @property
     def out(self) -> Path:
         return Path(self.settings["out"])
 
+    @property
+    def target(self) -> Path:
+        return self.out.with_name("made")
+
     def kill_once(self) -> None:
         """One try, which is killed; then everything that is committed or kept must be whole."""
-        do, more, within = self._something()
+        do, more = self._something()
+        within = self.seconds[do, more.get("compress", False)]
         ended = self.nursery.run(do, self.settings, kill_after=self.choice.uniform(0, within), **more)
         if ended["signal"] == signal.SIGKILL:
             self.kills[ended["where"]] += 1
         else:
             assert ended["code"] == 0, f"{do} failed: {tail(self.nursery.log)}"
             self.late += 1
-        if (self.out / "state" / "manifest").exists():
+        if do in ("export", "import"):
+            self._compare_made(f"{do} {more.get('step')} {more['compress']}", must=ended["signal"] == 0)
+        elif (self.out / "state" / "manifest").exists():
             self.nursery.must("verify", self.settings)
         if do == "train" and ended["signal"] == 0:
             self.compare()
 
-    def _something(self) -> tuple[str, dict[str, Any], float]:
-        kept = kept_steps(self.out)
+    def _something(self) -> tuple[str, dict[str, Any]]:
+        kept, compress = kept_steps(self.out), self.choice.random() < 0.5
         throw = self.choice.random()
         if throw < 0.1 and (self.out / "state" / "manifest").exists():
-            return "keep", {}, 0.01
+            return "keep", {"compress": compress}
         if throw < 0.2 and kept:
-            return "rollback", {"step": self.choice.choice(kept)}, 0.02
-        return "train", {"placement": self.choice.choice(PLACEMENTS)}, self.within
+            return "rollback", {"step": self.choice.choice(kept)}
+        if throw < 0.3 and kept:
+            return "export", {"step": self.choice.choice(kept), "compress": compress, "to": str(self.target)}
+        if throw < 0.35:
+            return "import", {"source": str(self.undisturbed / "whole"), "compress": compress, "to": str(self.target)}
+        return "train", {"placement": self.choice.choice(PLACEMENTS)}
+
+    def _compare_made(self, what: str, must: bool) -> None:
+        """A folder is there as a whole, always with the same bytes, or not at all."""
+        if not self.target.exists():
+            assert not must, f"{what} ended without its folder"
+            return
+        found = digest(self.target)
+        assert self.made.setdefault(what, found) == found, f"{what} gave other bytes than before"
+        shutil.rmtree(self.target)
 
     def compare(self) -> None:
         """The run has ended: its losses and weights are those of the undisturbed one, and the next may begin."""
@@ -257,12 +143,39 @@ class Soak:
     def finish(self) -> None:
         self.nursery.must("train", self.settings, placement="disk")
         self.compare()
+        more = {"source": str(self.undisturbed / "whole"), "to": str(self.target)}
+        self.nursery.must("import", self.settings, compress=False, **more)
+        assert not list(self.target.parent.glob(".*.partial-*")), "what killed exports left is still there"
+
+
+def digest(folder: Path) -> str:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return hashlib.sha256(b"".join(str(file).encode() + file.read_bytes() for file in files)).hexdigest()
 
 
 def kept_steps(out: Path) -> list[int]:
-    folder = out / "state" / "kept"
-    names = [path.name for path in folder.iterdir()] if folder.exists() else []
-    return sorted(int(name.rpartition("-")[2]) for name in names if not name.endswith(".partial"))
+    """Those in extents and those packed."""
+    names = {path.name for place in ("kept", "packed") for path in (out / "state" / place).glob("[!.]*-*")}
+    return sorted({int(name.rpartition("-")[2]) for name in names if not name.endswith(".partial")})
+
+
+def undisturbed_seconds(nursery: Nursery, settings: dict[str, Any]) -> dict[tuple[str, bool], float]:
+    """Let each try happen once, on the run in `settings`; its export stays for imports. Of a training process: the time
+    of 24 steps."""
+    out, seconds = Path(settings["out"]), {}
+
+    def timed(do: str, **more: Any) -> None:
+        seconds[do, more.get("compress", False)] = 1.2 * nursery.must(do, settings, **more)
+
+    timed("train", placement="near")
+    seconds["train", False] *= 24 / settings["steps"]
+    for compress in (False, True):
+        timed("keep", compress=compress)
+        timed("rollback", step=settings["steps"])  # at last to a packed one, which takes longer
+        exported = str(out / ("packed" if compress else "whole"))
+        timed("export", step=settings["steps"], compress=compress, to=exported)
+        timed("import", source=exported, compress=compress, to=str(out / f"imported-{compress}"))
+    return seconds
 
 
 def prepare(folder: Path) -> dict[str, Any]:
@@ -299,10 +212,8 @@ def soak(
     nursery = Nursery(folder / "log.txt")
     try:
         undisturbed = folder / "undisturbed"
-        started = time.monotonic()
-        nursery.must("train", settings | {"out": str(undisturbed)}, placement="near")
-        within = (time.monotonic() - started) * 24 / steps
-        done = Soak(nursery, settings | {"out": str(folder / "run")}, undisturbed, random.Random(seed), within)
+        seconds = undisturbed_seconds(nursery, settings | {"out": str(undisturbed)})
+        done = Soak(nursery, settings | {"out": str(folder / "run")}, undisturbed, random.Random(seed), seconds)
         while sum(done.kills.values()) < kills:
             done.kill_once()
             progress(f"{sum(done.kills.values())} kills: {dict(done.kills)}, {done.late} too late, {done.runs} runs")
@@ -314,15 +225,11 @@ def soak(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--kills", type=int, default=300)
     parser.add_argument("--flips", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--page", type=Path, help="where to write the table")
     arguments = parser.parse_args()
-    if arguments.serve:
-        serve()
-        return
     with tempfile.TemporaryDirectory() as folder:
         done = soak(Path(folder), arguments.kills, arguments.seed, progress=lambda line: print(line, flush=True))
         missed = flips(whole_state(Path(folder) / "flips"), arguments.flips, arguments.seed)
@@ -334,7 +241,9 @@ def main() -> None:
 
 def describe(done: Soak, flipped: int, missed: int, command: str) -> str:
     """docs/reliability.md."""
-    rows = "".join(f"| {where} | {done.kills[where]} | continued with identical numbers |\n" for where in PHASES[:-1])
+    outcome = dict.fromkeys(PHASES[:-1], "continued with identical numbers")
+    outcome |= dict.fromkeys(("exporting", "importing"), "all of the folder, the same bytes, or none")
+    rows = "".join(f"| {where} | {done.kills[where]} | {said} |\n" for where, said in outcome.items())
     return PAGE.format(
         command=command,
         rows=rows,
@@ -353,15 +262,16 @@ What was done to runs, and what came of it. [commit.md](commit.md) says why.
 ## Kills
 
 Runs of a small model, killed with SIGKILL at random instants, over and over: in training, and in `outsize checkpoint
-keep` and `rollback`. Each time the run continued with weights and optimizer state placed elsewhere (all near, all on
-disk, some of each), and `outsize checkpoint verify` compared every byte. When a run reached its end, its losses, step by
-step, and its exported weights were compared with those of a run that nobody disturbed, and the next began.
+keep` (packing or not), `rollback`, `export` and `import`. Each time the run continued with weights and optimizer state
+placed elsewhere (all near, all on disk, some of each), and `outsize checkpoint verify` compared every byte. What was
+exported or imported was there as a whole, with the bytes it always had, or not at all. When a run reached its end, its
+losses, step by step, and its weights were compared with those of a run that nobody disturbed, and the next began.
 
     {command}
 
 | killed while | kills | outcome |
 |---|---|---|
-{rows}| **together** | **{kills}** | losses and exported weights of all {runs} runs as undisturbed |
+{rows}| **together** | **{kills}** | losses and weights of all {runs} runs as undisturbed |
 
 {late} more tries had ended before their kill came. "Committing" is from the sync of the data to the end of the manifest;
 the next step computes meanwhile.

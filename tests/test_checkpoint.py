@@ -169,3 +169,65 @@ def test_no_run_is_no_run(tmp_path: Path) -> None:
     for command in (["list"], ["verify"], ["keep"], ["rollback", 3]):
         with pytest.raises(RunError, match="holds no run of Outsize"):
             outsize("checkpoint", command[0], tmp_path, *command[1:])
+        with pytest.raises(RunError, match="nowhere: there is no such folder"):
+            outsize("checkpoint", command[0], tmp_path / "nowhere", *command[1:])
+
+
+def test_files_that_a_move_has_left_behind_are_named(run: Path, tmp_path: Path) -> None:
+    """Neither can be made up for: no kept step is offered."""
+    for name, says in (("blocks", "blocks is missing: the state was moved without it"), ("layout", "layout")):
+        (run / "state" / name).rename(tmp_path / name)
+        for command in (["list", run], ["export", run, "--to", tmp_path / "exported"]):
+            with pytest.raises(RunError, match=says) as refused:
+                outsize("checkpoint", *command)
+            assert "Kept steps" not in str(refused.value)
+        (tmp_path / name).rename(run / "state" / name)
+    assert not (tmp_path / "exported").exists()
+    assert "damaged" not in outsize("checkpoint", "verify", run)
+    (run / "state" / "blocks").unlink()
+    with pytest.raises(RunError, match="blocks is missing: the state was moved without it"):
+        outsize("train", "--resume", run)
+
+
+def test_a_step_is_kept_packed_and_gone_back_to(run: Path, finished: Path, tmp_path: Path) -> None:
+    folder = StateFolder(run / "state")
+    outsize("checkpoint", "export", run, 4, "--to", tmp_path / "before", "--optimizer")
+    assert outsize("checkpoint", "keep", run, 4, "--compress").startswith("Step 4 is kept, packed: ")
+    assert folder.kept_names() == ["step-2", "step-6"] and folder.packed_steps() == [4]
+    assert "step 4: kept, packed in" in outsize("checkpoint", "list", run)
+    assert outsize("checkpoint", "verify", run).count("whole") == 4
+    assert outsize("checkpoint", "verify", run, 4) == "step 4 (kept): whole\n"
+    assert outsize("checkpoint", "keep", run, 4, "--compress") == "Step 4 is kept, packed.\n"
+    outsize("checkpoint", "export", run, 4, "--to", tmp_path / "after", "--optimizer")
+    for name in ("model.safetensors", "optimizer.safetensors", "optimizer.json"):
+        assert (tmp_path / "after" / name).read_bytes() == (tmp_path / "before" / name).read_bytes()
+    assert "0 of 30 parameters differ" in outsize("checkpoint", "diff", f"{run}@4", f"{finished}@4", "--optimizer")
+    weights = (run / "model" / "model.safetensors").read_bytes()
+    shutil.rmtree(run / "model")
+    outsize("checkpoint", "rollback", run, 4)
+    assert folder.packed_steps() == [4] and "step 4: committed" in outsize("checkpoint", "list", run)
+    assert "damaged" not in outsize("checkpoint", "verify", run)
+    outsize("train", "--resume", run)
+    assert losses(run) == losses(finished)
+    assert (run / "model" / "model.safetensors").read_bytes() == weights
+
+
+def test_a_damaged_packed_step_is_not_gone_back_to(run: Path) -> None:
+    outsize("checkpoint", "keep", run, 2, "--compress")
+    packed = run / "state" / "packed" / "step-2" / "blocks.packed"
+    content = bytearray(packed.read_bytes())
+    content[len(content) // 3] ^= 2
+    packed.write_bytes(content)
+    before = (run / "state" / "manifest").read_bytes()
+    done = CliRunner().invoke(cli.app, ["checkpoint", "verify", str(run)])
+    assert done.exit_code == 1 and "step 2 (kept): damaged" in done.stdout and "blocks.packed: tensor" in done.stdout
+    with pytest.raises(DamageError, match="packed, is damaged in .* Step 2 was not restored"):
+        outsize("checkpoint", "rollback", run, 2)
+    assert (run / "state" / "manifest").read_bytes() == before
+    packed.write_bytes(content[:100])
+    with pytest.raises(DamageError, match="Step 2 is damaged: .*cut short.* was not restored"):
+        outsize("checkpoint", "rollback", run, 2)
+    somebody = StateFolder(run / "state").lock()
+    with pytest.raises(RunError, match="in use by another process"):
+        outsize("checkpoint", "keep", run, "--compress")
+    somebody.close()

@@ -44,10 +44,21 @@ def options_of(*command: str) -> set[str]:
 
 
 @cache
-def subcommands() -> list[str]:
-    """Return the names in the panel "Commands" of `outsize --help`."""
-    _, _, panel = help_of().partition("Commands")
+def subcommands(*command: str) -> list[str]:
+    """Return the names in the panel "Commands" of `outsize COMMAND --help`."""
+    _, _, panel = help_of(*command).partition("Commands")
     return re.findall(r"^│?\s+([a-z][a-z-]*)\s{2,}", panel, re.MULTILINE)
+
+
+def commands(*group: str) -> list[tuple[str, ...]]:
+    """Return every command, such as ("train",) and ("checkpoint", "list")."""
+    found = [(*group, name) for name in subcommands(*group)]
+    return [each for command in found for each in (commands(*command) or [command])]
+
+
+def command_of(words: list[str]) -> tuple[str, ...]:
+    """Return the command that a line `outsize ...` calls."""
+    return next(command for command in commands() if command == tuple(words[1 : 1 + len(command)]))
 
 
 def targets() -> set[str]:
@@ -69,7 +80,7 @@ def test_shown_commands_exist(words: list[str]) -> None:
     if words[0] == "make":
         assert set(words[1:]) <= targets()
     elif words[0] == "outsize":
-        assert {word for word in words if word.startswith("--")} <= options_of(words[1])
+        assert {word for word in words if word.startswith("--")} <= options_of(*command_of(words))
     else:
         assert words[0] in OTHER_TOOLS
 
@@ -89,9 +100,9 @@ def test_local_links_lead_somewhere(page: Path) -> None:
 def test_every_option_is_documented() -> None:
     page = (ROOT / "docs" / "cli.md").read_text()
     assert {"train", "generate"} <= set(subcommands())
-    for command in subcommands():
-        section = page.partition(f"## `outsize {command}`")[2].partition("\n## ")[0]
-        missing = options_of(command) - set(re.findall(r"--[a-z][a-z-]*", section))
+    for command in commands():
+        section = page.partition(f"## `outsize {' '.join(command)}`")[2].partition("\n##")[0]
+        missing = options_of(*command) - set(re.findall(r"--[a-z][a-z-]*", section))
         assert not missing, f"docs/cli.md does not tell about {missing} of {command}; run `make docs`"
 
 

@@ -22,6 +22,7 @@ FLOOR = {
     "serve": 5,
     "planner": 6,
     "api": 7,
+    "serving": 7,
     "commands": 8,
     "cli": 9,
     "__init__": 7,

@@ -14,7 +14,7 @@ from outsize.errors import DamageError, RunError
 from outsize.sizes import format_size
 
 if TYPE_CHECKING:
-    from outsize.train.state import StateFolder
+    from outsize.train.state import Held, StateFolder
     from outsize.train.verify import Verdict
 
 app = typer.Typer(name="checkpoint", no_args_is_help=True, help="List, check, keep and go back to steps of a run.")
@@ -29,6 +29,8 @@ def open_state(run: Path) -> StateFolder:
     from outsize.train.state import StateFolder
 
     directory = run / "state" if (run / "state").is_dir() else run
+    if not directory.is_dir():
+        raise RunError(f"{run}: there is no such folder. Give the folder of a run, as told to outsize train --out.")
     if not (directory / "layout").exists():
         raise RunError(f"{run} holds no run of Outsize: there is no {directory}/layout.")
     return StateFolder(directory)
@@ -37,6 +39,7 @@ def open_state(run: Path) -> StateFolder:
 @app.command("list")
 def list_steps(run: Run, json_lines: Json = False) -> None:
     """Say which step is committed and which are kept. Works while the run goes on."""
+    from outsize.train.packed_step import packed_bytes
     from outsize.train.state import kept_step
 
     folder = open_state(run)
@@ -44,7 +47,9 @@ def list_steps(run: Run, json_lines: Json = False) -> None:
     steps = [] if manifest is None else [{"step": manifest.step, "why": "committed"}]
     for name in folder.kept_names():
         steps.append({"step": kept_step(name), "why": "kept, newest commits" if name.startswith("last") else "kept"})
-    size = folder.blocks.stat().st_size
+    packed = {step: packed_bytes(folder, step) for step in folder.packed_steps()}
+    steps += [{"step": step, "why": f"kept, packed in {format_size(nbytes)}"} for step, nbytes in packed.items()]
+    size = folder.blocks.stat().st_size + sum(packed.values())
     if json_lines:
         print(json.dumps({"steps": steps, "bytes": size}))
         return
@@ -63,8 +68,8 @@ def verify(run: Run, step: AnyStep = None, json_lines: Json = False) -> None:
     folder = open_state(run)
     verifier = Verifier(folder)
     verdicts = []
-    for name in [None, *folder.kept_names()] if step is None else [_name_of(folder, step)]:
-        verdict = verifier.committed() if name is None else verifier.kept(name)
+    for held in [None, *folder.kept_names(), *folder.packed_steps()] if step is None else [_find(folder, step)]:
+        verdict = verifier.look_at(held)
         if verdict is not None:
             verdicts.append(verdict)
             _say(verdict, json_lines)
@@ -76,30 +81,60 @@ def verify(run: Run, step: AnyStep = None, json_lines: Json = False) -> None:
 
 
 @app.command()
-def keep(run: Run, step: AnyStep = None) -> None:
-    """Keep the committed step until its file under state/kept is removed.
+def keep(
+    run: Run,
+    step: AnyStep = None,
+    compress: Annotated[
+        bool, typer.Option("--compress", help="Pack the step without loss into files of its own. No run may go on.")
+    ] = False,
+) -> None:
+    """Keep the committed step until its file under state/kept, or its folder under state/packed, is removed.
 
     While the run goes on, the next step that it commits is kept. A step that --keep-last holds can be kept for good when
     no run goes on."""
-    from outsize.train.retention import PINNED
-
     folder = open_state(run)
     try:
         folder.lock()
     except RunError:
-        if step is not None:
+        if step is not None or compress:
             raise
         folder.ask_to_keep()
         print("The run is going on: the next step that it commits will be kept.")
         return
     with folder:
-        manifest = folder.read()
-        if manifest is None:
+        if folder.read() is None:
             raise RunError(f"{run} has no committed step yet.")
-        name = None if step in (None, manifest.step) else _name_of(folder, step)
-        kept = manifest.step if name is None else step
-        folder.keep(f"{PINNED}-{kept}", name)
-    print(f"Step {kept} is kept.")
+        held = None if step is None else _find(folder, step)
+        print(_pack(folder, held) if compress else _keep(folder, held))
+
+
+def _keep(folder: StateFolder, held: Held) -> str:
+    from outsize.train.retention import PINNED
+    from outsize.train.state import kept_step
+
+    if isinstance(held, int):
+        return f"Step {held} is kept, packed."
+    manifest = folder.read()
+    assert manifest is not None
+    step = manifest.step if held is None else kept_step(held)
+    folder.keep(f"{PINNED}-{step}", held)
+    return f"Step {step} is kept."
+
+
+def _pack(folder: StateFolder, held: Held) -> str:
+    """Pack a step; where it was kept in extents, these are free afterwards."""
+    from outsize.train.packed_step import pack_step, packed_bytes
+    from outsize.train.state import kept_step
+
+    manifest = folder.read() if held is None else folder.read_kept(held) if isinstance(held, str) else None
+    if manifest is None:
+        return f"Step {held} is kept, packed."
+    if manifest.step not in folder.packed_steps():
+        pack_step(folder, manifest)
+    folder.forget(tuple(name for name in folder.kept_names() if kept_step(name) == manifest.step))
+    before = sum(block.nbytes for block in manifest.layout.blocks if manifest.places[block.name].extent)
+    after = packed_bytes(folder, manifest.step)
+    return f"Step {manifest.step} is kept, packed: {format_size(before)} in {format_size(after)}."
 
 
 @app.command()
@@ -107,30 +142,42 @@ def rollback(run: Run, step: Step) -> None:
     """Go back to a kept step: the run continues from there with the numbers it had. Its bytes are compared first.
 
     Steps after it that were not kept are gone. The kept step stays kept."""
-    from outsize.train.verify import Verifier
-
     with open_state(run).lock() as folder:
-        name = _name_of(folder, step, committed=False)
-        assert name is not None
-        damage = Verifier(folder).kept(name).damage
-        if damage:
-            raise DamageError(f"{damage[0]} Step {step} was not restored; the committed step is as it was.")
-        folder.roll_back(name)
+        held = _find(folder, step, committed=False)
+        try:
+            _roll_back(folder, held)
+        except DamageError as problem:
+            raise DamageError(f"{problem} Step {step} was not restored; the committed step is as it was.") from problem
     print(f"{run} continues after step {step}.")
 
 
-def _name_of(folder: StateFolder, step: int | None, committed: bool = True) -> str | None:
-    """The name under which a step is kept; None if it is the committed one. Raises RunError when it is neither."""
+def _roll_back(folder: StateFolder, held: Held) -> None:
+    from outsize.train.packed_step import PackedStep
+    from outsize.train.verify import Verifier
+
+    if isinstance(held, int):
+        PackedStep(folder, held).restore()
+        return
+    assert held is not None
+    damage = Verifier(folder).kept(held).damage
+    if damage:
+        raise DamageError(damage[0])
+    folder.roll_back(held)
+
+
+def _find(folder: StateFolder, step: int, committed: bool = True) -> Held:
+    """How a step is there. Raises RunError when it is not."""
     from outsize.train.state import kept_step
 
     kept = {kept_step(name): name for name in folder.kept_names()}
+    packed = folder.packed_steps()
     manifest = folder.read() if committed else None
     if manifest is not None and manifest.step == step:
         return None
-    if step not in kept:
-        known = ", ".join(map(str, kept)) or "none"
+    if step not in kept and step not in packed:
+        known = ", ".join(map(str, sorted({*kept, *packed}))) or "none"
         raise RunError(f"Step {step} is not kept in {folder.directory}. Kept steps: {known}.")
-    return kept[step]
+    return kept.get(step, step)
 
 
 def _say(verdict: Verdict, json_lines: bool) -> None:

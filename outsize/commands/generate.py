@@ -1,4 +1,4 @@
-"""`outsize generate`: the command line of `outsize.api.generate`."""
+"""`outsize generate`: one prompt on the screen, or a file of them into a file of answers."""
 
 from __future__ import annotations
 
@@ -9,13 +9,20 @@ from typing import Annotated
 import typer
 
 from outsize.commands.common import Json, Memory, Model, interruptible
-from outsize.sizes import parse_size
+from outsize.errors import OptionError
 
 
 def generate(
     model: Model,
-    prompt: Annotated[str, typer.Option(help="The text to continue.")],
+    prompt: Annotated[str | None, typer.Option(help="The text to continue.")] = None,
+    input_file: Annotated[
+        Path | None, typer.Option("--input", help='JSON lines, each with "prompt" or "messages" and perhaps options.')
+    ] = None,
+    output_file: Annotated[
+        Path | None, typer.Option("--output", help="Answers as JSON lines; run again, it goes on with what is missing.")
+    ] = None,
     memory: Memory = None,
+    context: Annotated[int | None, typer.Option(min=2, help="Tokens of prompt and answer together, at most.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 100,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token every time.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
@@ -26,27 +33,32 @@ def generate(
     ] = None,
     json_lines: Json = False,
 ) -> None:
-    """Continue a text with a model that may be bigger than memory.
+    """Continue a text, or a file of them, with a model that may be bigger than memory.
 
     Example: outsize generate --model runs/first/model --memory 1GiB --prompt "The with statement"
     """
-    limit = parse_size(memory) if memory else None
-    from outsize.api import generate as run
+    if (prompt is None) == (input_file is None) or (input_file is None) != (output_file is None):
+        raise OptionError("Give either --prompt, or --input and --output.")
+    from outsize.serve.batch import answer_file
+    from outsize.serve.chat import chat_tokens
+    from outsize.serving import Engine, Sampling
 
-    def show(text: str) -> None:
-        print(text, end="", flush=True)
-
-    with interruptible("Nothing was kept."):
-        text = run(
-            model,
-            prompt,
-            memory=limit,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
-            scratch=scratch,
-            chat=chat,
-            stream=None if json_lines else show,
-        )
-    print(json.dumps({"prompt": prompt, "text": text}) if json_lines else "")
+    sampling = Sampling(max_new_tokens, temperature, top_p=top_p, seed=seed)
+    seats = 1 if prompt is not None else 32
+    with (
+        interruptible(
+            "What is in the output file stays; the same command goes on." if output_file else "Nothing was kept."
+        ),
+        Engine(model, memory=memory, context=context, seats=seats, scratch=scratch) as engine,
+    ):
+        if input_file is not None and output_file is not None:
+            count = answer_file(engine, input_file, output_file, sampling)
+            print(json.dumps({"answered": count}) if json_lines else f"{count} answers in {output_file}")
+            return
+        assert prompt is not None
+        asked = chat_tokens(engine.tokenizer, [{"role": "user", "content": prompt}]) if chat else prompt
+        text = ""
+        for event in engine.stream(asked, sampling):
+            text += event.text
+            print("" if json_lines else event.text, end="", flush=True)
+        print(json.dumps({"prompt": prompt, "text": text}) if json_lines else "")

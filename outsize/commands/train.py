@@ -47,6 +47,10 @@ def train(
     optimizer_option: Annotated[
         list[str] | None, typer.Option(help="name=value for the optimizer's class; may be given several times.")
     ] = None,
+    optimizer_state: Annotated[
+        Path | None,
+        typer.Option(help="Begin with the optimizer's state in this folder, as outsize checkpoint export writes it."),
+    ] = None,
     learning_rate: Annotated[float, typer.Option(min=0.0)] = 2e-5,
     schedule: Annotated[
         str, typer.Option(help="cosine, linear, constant, warmup-stable-decay, rex, power, or a torch class.")
@@ -104,6 +108,7 @@ def train(
         "moments": moments,
         "optimizer": optimizer,
         "optimizer_options": options,
+        "optimizer_state": optimizer_state,
         "learning_rate": learning_rate,
         "schedule": schedule,
         "warmup_steps": warmup_steps,

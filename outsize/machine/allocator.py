@@ -9,6 +9,7 @@ from functools import cache
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # malloc.h
 LARGEST_RECYCLED = 32 << 20  # bytes; glibc refuses a higher mmap threshold
+NEVER = (1 << 31) - 1  # bytes; the largest threshold there is
 
 
 def use_one_heap() -> None:
@@ -18,35 +19,18 @@ def use_one_heap() -> None:
 
 def recycle_up_to(nbytes: int) -> None:
     """Allocations up to `nbytes` come from the heap and stay in it when freed, which is fast; larger ones go back to the
-    operating system at once, which costs page faults but holds nothing."""
+    operating system at once, which costs page faults but holds nothing. What is in the heap goes back by `give_back` only:
+    a layer's tensors come again in the next."""
     _set(M_MMAP_THRESHOLD, min(max(nbytes, 1 << 20), LARGEST_RECYCLED))
-    _set(M_TRIM_THRESHOLD, 2 * LARGEST_RECYCLED)
+    _set(M_TRIM_THRESHOLD, NEVER)
 
 
-def give_back(beyond: int = 0) -> bool:
-    """Return what the heap holds unused to the system, if that is more than `beyond` bytes; True if so. About 10 ms for
-    100 MiB, and as much again for the page faults when it is wanted back; asking alone takes microseconds."""
+def give_back() -> None:
+    """Return what the heap holds unused. About 10 ms for 100 MiB, and as much again for the page faults when it is wanted
+    back."""
     library = _glibc()
-    if library is None or (beyond and _unused(library) <= beyond):
-        return False
-    library.malloc_trim(0)
-    return True
-
-
-def _unused(library: ctypes.CDLL) -> int:
-    return library.mallinfo2().fordblks if hasattr(library, "mallinfo2") else 0
-
-
-class _Usage(ctypes.Structure):
-    """`struct mallinfo2` of malloc.h."""
-
-    _fields_ = tuple(
-        (name, ctypes.c_size_t)
-        for name in (
-            *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
-            *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
-        )
-    )
+    if library is not None:
+        library.malloc_trim(0)
 
 
 def _set(parameter: int, value: int) -> None:
@@ -57,12 +41,7 @@ def _set(parameter: int, value: int) -> None:
 
 @cache
 def _glibc() -> ctypes.CDLL | None:
-    if platform.libc_ver()[0] != "glibc":
-        return None
-    library = ctypes.CDLL(None)
-    if hasattr(library, "mallinfo2"):  # since glibc 2.33
-        library.mallinfo2.restype = _Usage
-    return library
+    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
 
 
 class Heap:
@@ -76,7 +55,7 @@ class Heap:
     @classmethod
     def find(cls) -> Heap | None:
         library = _glibc()
-        return cls(library) if library is not None and hasattr(library, "mallinfo2") else None
+        return cls(library) if library is not None else None
 
     def allocate(self, nbytes: int, alignment: int) -> int:
         """Returns the address."""

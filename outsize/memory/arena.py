@@ -98,7 +98,7 @@ class Arena:
         entry.storage = self.memory[placement.offset : placement.offset + placement.nbytes]
         self.residents[placement.name] = entry
         self._ledger.hold(self.tier, entry.block.bytes_by_kind)
-        if placement.fresh:
+        if placement.fresh or not entry.written:
             entry.residency = Residency.RESERVED
         else:
             self._fetch(entry)

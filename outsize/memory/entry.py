@@ -18,7 +18,7 @@ class Residency(Enum):
 
     EMPTY = "empty"  # nowhere: created, never written; at most an extent is reserved at home
     FAR = "far"  # at home only; nothing near
-    RESERVED = "reserved"  # as EMPTY or FAR, and a place near that a fresh lease will fill
+    RESERVED = "reserved"  # as EMPTY or FAR, and a place near: a fresh lease will fill it, any other finds zeros
     COMING = "coming"  # at home, and a place near that is being filled
     NEAR = "near"  # at home and near, both the same
     CHANGED = "changed"  # near only: a lease has written, home is stale

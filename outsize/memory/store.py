@@ -136,13 +136,16 @@ class Store:
     # -- leases ---------------------------------------------------------------------------------------------------
 
     def lease(self, name: str, fresh: bool = False) -> Lease:
-        """Bring the block near and pin it. `fresh`: the caller writes every byte, nothing is read.
+        """Bring the block near and pin it; one that was never written is all zeros. `fresh`: the caller writes every byte,
+        nothing is read.
 
         Raises BudgetError when pinned leases leave no room, StorageError when a transfer failed."""
         with self._turn:
             entry = self.entries[name]
             if entry.residency is Residency.STAYING:
                 entry.pins += 1
+                if not entry.written and not fresh and entry.storage is not None:
+                    entry.storage.zero_()
             else:
                 self._take(entry, Touch.FRESH if fresh else Touch.TAKE)
             if fresh:
@@ -150,7 +153,6 @@ class Store:
             return Lease(self, entry)
 
     def _take(self, entry: Entry, touch: Touch) -> None:
-        assert touch is Touch.FRESH or entry.residency is not Residency.EMPTY, f"{entry.block.name} was never written"
         if not self._arena.foresight.expect((touch, entry.block.name)):
             self._arena.rebuild()
         try:
@@ -162,7 +164,9 @@ class Store:
             self._arena.foresight.withdraw()
             self._arena.rebuild()
             raise
-        assert touch is Touch.FRESH or entry.residency is not Residency.RESERVED, f"{entry.block.name} was not read"
+        if touch is Touch.TAKE and entry.residency is Residency.RESERVED:
+            assert not entry.written and entry.storage is not None, f"{entry.block.name} was not read"
+            entry.storage.zero_()
         entry.pins += 1  # before the trace moves on, so that nothing foreseen can take its place
         self._arena.foresight.passed()
         if entry.residency is Residency.COMING:

@@ -9,6 +9,7 @@ saved tensor that lies in a leased weight is always replaced by a `Ticket` and l
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from torch import nn
 
 from outsize.errors import ModelError, OptionError
 from outsize.machine.allocator import give_back
+from outsize.machine.describe import process_memory
 from outsize.memory.store import Lease, Store
 from outsize.model.activations import Mover, Parcel, run_unit, without_graph
 from outsize.model.lanes import Lanes
@@ -31,7 +33,6 @@ STATE_IS_ELSEWHERE = (
     "{} is attached to Outsize: its weights are in the store, and what the module holds between uses is empty. Call "
     "job.detach() for an ordinary module, or outsize.train.run.export(job, folder) to write the weights to files."
 )
-HOARD = 128 << 20  # bytes that the C library may hold unused when a unit is entered
 BeforeUse = Callable[[Weight, Lease], None]
 
 
@@ -77,6 +78,7 @@ class Attachment:
     ) -> None:
         self.model, self.store, self.weights, self.device = model, store, weights, device
         self.lanes = Lanes()
+        self._most_bytes = plan.predicted.host_peak_bytes if plan.predicted else sys.maxsize
         self.take_gradient: GradientTaker | None = None
         self.before_use: BeforeUse | None = None
         self._at: dict[int, AttachedUnit] = {}
@@ -201,7 +203,8 @@ class Attachment:
             self._enter(attached)
 
     def _enter(self, attached: AttachedUnit) -> None:
-        give_back(beyond=HOARD)
+        if process_memory().resident_bytes > self._most_bytes:
+            give_back()
         attached.entered, attached.left_by = True, 0
         for weight in attached.weights:
             lease = attached.leases[weight.name] = self.store.lease(weight.blocks[0].name)

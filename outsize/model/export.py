@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 
 from outsize.errors import ModelError, StorageError
-from outsize.model.safetensors_file import DTYPES, INDEX, WHOLE
+from outsize.model.new_folder import sync
+from outsize.model.safetensors_file import DTYPES, index_name, whole_name
 from outsize.sizes import format_size
 
 Shape = tuple[int, ...]
@@ -23,6 +24,7 @@ Specs = Mapping[str, tuple[Shape, torch.dtype]]
 Read = Callable[[str, int, int], torch.Tensor]
 """(name, start, stop) -> rows [start, stop) along the first dimension; (0, 1) asks for a scalar."""
 
+SHARD_BYTES = 5 * 10**9
 _RUN_BYTES = 16 << 20
 _PARTIAL = ".partial"
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
@@ -45,8 +47,11 @@ def tensors_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     return dict(once.values())
 
 
-def write_safetensors(directory: str | Path, specs: Specs, read: Read, max_shard_bytes: int = 5 * 10**9) -> list[Path]:
-    """Write the tensors in `specs` (shape and dtype) into model.safetensors, or shards and their index.
+def write_safetensors(
+    directory: str | Path, specs: Specs, read: Read, max_shard_bytes: int = SHARD_BYTES, stem: str = "model"
+) -> list[Path]:
+    """Write the tensors in `specs` (shape and dtype) into model.safetensors, or shards and their index. `stem` replaces
+    "model" in all names.
 
     Memory: what one `read` returns, at most 16 MiB or one row. Everything is written and made durable under
     temporary names first; then an earlier model of the folder gives way. Interrupted at any moment, the
@@ -57,27 +62,27 @@ def write_safetensors(directory: str | Path, specs: Specs, read: Read, max_shard
     directory = Path(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        _remove(directory.glob(f"model*{_PARTIAL}"))
+        _remove(directory.glob(f"{stem}*{_PARTIAL}"))
         _check_space(directory, specs)
-        return _write(directory, _split(specs, max_shard_bytes), read)
+        return _write(directory, stem, _split(specs, max_shard_bytes), read)
     except OSError as error:
         raise StorageError(f"{directory}: the model cannot be written: {error.strerror}") from error
     finally:
-        _remove(directory.glob(f"model*{_PARTIAL}"))
+        _remove(directory.glob(f"{stem}*{_PARTIAL}"))
 
 
-def _write(directory: Path, shards: list[_Shard], read: Read) -> list[Path]:
-    names = _shard_names(len(shards))
+def _write(directory: Path, stem: str, shards: list[_Shard], read: Read) -> list[Path]:
+    names, index = _shard_names(stem, len(shards)), index_name(stem)
     for name, shard in zip(names, shards, strict=True):
         _write_shard(directory / (name + _PARTIAL), shard, read)
     if len(shards) > 1:
-        _write_index(directory / (INDEX + _PARTIAL), names, shards)
-        names = [*names, INDEX]
-        _remove([directory / WHOLE, directory / INDEX])  # the earlier model, before its shards are replaced
+        _write_index(directory / (index + _PARTIAL), names, shards)
+        names = [*names, index]
+        _remove([directory / whole_name(stem), directory / index])  # the earlier model, before its shards are replaced
     for name in names:  # the index last, without which shards are not a model
         os.replace(directory / (name + _PARTIAL), directory / name)
-    _remove(path for path in directory.glob("model*.safetensors*") if path.name not in names)
-    _sync_directory(directory)
+    _remove(path for path in directory.glob(f"{stem}*.safetensors*") if path.name not in names)
+    sync(directory)
     return [directory / name for name in names]
 
 
@@ -91,10 +96,10 @@ def _split(specs: Specs, max_shard_bytes: int) -> list[_Shard]:
     return shards
 
 
-def _shard_names(count: int) -> list[str]:
+def _shard_names(stem: str, count: int) -> list[str]:
     if count == 1:
-        return [WHOLE]
-    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+        return [whole_name(stem)]
+    return [f"{stem}-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
 
 
 def _write_shard(path: Path, shard: _Shard, read: Read) -> None:
@@ -103,13 +108,13 @@ def _write_shard(path: Path, shard: _Shard, read: Read) -> None:
     with path.open("wb", buffering=0) as file:
         file.write(_header(dict(specs)))
         for name, (shape, dtype) in specs:
-            for rows in _runs(name, shape, dtype, read):
+            for rows in runs(name, shape, dtype, read):
                 _write_all(file.fileno(), rows.reshape(-1).view(torch.uint8).numpy().data)
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def _runs(name: str, shape: Shape, dtype: torch.dtype, read: Read) -> Iterator[torch.Tensor]:
+def runs(name: str, shape: Shape, dtype: torch.dtype, read: Read) -> Iterator[torch.Tensor]:
     """A tensor as runs of rows of at most `_RUN_BYTES`, each checked."""
     rows = shape[0] if shape else 1
     step = max(1, _RUN_BYTES // max(1, _nbytes(shape[1:], dtype)))
@@ -175,11 +180,3 @@ def _nbytes(shape: Shape, dtype: torch.dtype) -> int:
 def _remove(paths: Iterable[Path]) -> None:
     for path in paths:
         path.unlink(missing_ok=True)
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from outsize.errors import ModelError
 from outsize.model.conversion import FileTensor
-from outsize.model.safetensors_file import read_folder
+from outsize.model.tensor_files import read_tensors
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -68,7 +68,7 @@ class HuggingFaceFolder:
     def tensors(self, model: "PreTrainedModel") -> "tuple[Mapping[str, FileTensor], list[WeightTransform]]":
         from transformers.conversion_mapping import get_model_conversion_mapping
 
-        return read_folder(self.path), get_model_conversion_mapping(model)
+        return read_tensors(self.path), get_model_conversion_mapping(model)
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ class ModelSource:
     def __init__(self, files: ModelFiles) -> None:
         """Reads the configuration. Raises ModelError, see `open_model`."""
         self.path = files.path
-        self._files = files
+        self.files = files
         self.config = self._read_config()
 
     def build(self, dtype: torch.dtype) -> torch.nn.Module:
@@ -108,7 +108,7 @@ class ModelSource:
     def tokenizer(self) -> "PreTrainedTokenizerBase | None":
         """The model's tokenizer, or None when there is none. Raises ModelError when it cannot be read."""
         try:
-            return self._files.tokenizer()
+            return self.files.tokenizer()
         except Exception as error:  # tokenizers raises a bare Exception on damaged files
             raise ModelError(f"{self.path}: its tokenizer cannot be read: {error}") from error
 
@@ -129,7 +129,7 @@ class ModelSource:
 
     def _read_config(self) -> "PreTrainedConfig":
         try:
-            config = self._files.config()
+            config = self.files.config()
         except ModelError:
             raise
         except Exception as error:  # a damaged file raises whatever the parser meets first
@@ -144,7 +144,7 @@ class ModelSource:
 
     @cached_property
     def _contents(self) -> Contents:
-        return find_contents(self._files, self._construct(torch.float32))
+        return find_contents(self.files, self._construct(torch.float32))
 
     def _construct(self, dtype: torch.dtype) -> "PreTrainedModel":
         """The module on the meta device, buffers included, nothing tied: as within `from_pretrained`."""
@@ -158,7 +158,7 @@ class ModelSource:
                 model = auto.from_config(deepcopy(self.config), dtype=dtype)
             except (ValueError, ImportError) as error:
                 raise ModelError(f"{self.path}: transformers cannot build this model: {error}") from error
-        if model.can_generate() and (generation := self._files.generation_config()) is not None:
+        if model.can_generate() and (generation := self.files.generation_config()) is not None:
             model.generation_config = generation
         return model
 

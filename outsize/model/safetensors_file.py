@@ -25,12 +25,20 @@ DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool, "C64": torch.complex64,
 }  # fmt: skip
 
-INDEX = "model.safetensors.index.json"
-WHOLE = "model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 _CHUNK = 64 << 20  # bytes read before the page cache is told to forget them
 _LONGEST_HEADER = 100_000_000  # the limit of the safetensors library
+
+
+def whole_name(stem: str) -> str:
+    """The file of a model (stem "model") that is not in shards."""
+    return f"{stem}.safetensors"
+
+
+def index_name(stem: str) -> str:
+    """The file that says which shard has which tensor."""
+    return f"{stem}.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -165,17 +173,19 @@ def _check_extents(path: Path, tensors: list[StoredTensor], data_start: int, siz
         raise ModelError(f"{path}: {size - expected} bytes follow the last tensor; the file is damaged")
 
 
-def read_folder(folder: Path) -> dict[str, StoredTensor]:
-    """Every tensor of a model folder by name, from model.safetensors or the shards its index names.
+def read_folder(folder: Path, stem: str = "model") -> dict[str, StoredTensor]:
+    """Every tensor of a model folder by name, from model.safetensors or the shards its index names; `stem` replaces
+    "model".
 
     Raises ModelError as `read_header`, and when the folder has no safetensors or lacks a shard.
     """
-    if (folder / WHOLE).is_file():
-        return read_header(folder / WHOLE)
-    if (folder / INDEX).is_file():
-        return _read_shards(folder)
+    whole, index = whole_name(stem), index_name(stem)
+    if (folder / whole).is_file():
+        return read_header(folder / whole)
+    if (folder / index).is_file():
+        return _read_shards(folder, index)
     refuse_pickles(sorted(path for path in folder.iterdir() if path.suffix in PICKLES))
-    raise ModelError(f"{folder}: holds neither {WHOLE} nor {INDEX}; give a folder as save_pretrained writes it")
+    raise ModelError(f"{folder}: holds neither {whole} nor {index}; give a folder as save_pretrained writes it")
 
 
 def refuse_pickles(paths: list[Path]) -> None:
@@ -188,8 +198,8 @@ def refuse_pickles(paths: list[Path]) -> None:
         )
 
 
-def _read_shards(folder: Path) -> dict[str, StoredTensor]:
-    index = folder / INDEX
+def _read_shards(folder: Path, index_name: str) -> dict[str, StoredTensor]:
+    index = folder / index_name
     try:
         places: dict[str, str] = dict(json.loads(index.read_bytes())["weight_map"])
     except (ValueError, KeyError, TypeError) as error:
@@ -204,5 +214,5 @@ def _read_shards(folder: Path) -> dict[str, StoredTensor]:
         tensors |= read_header(folder / shard)
     for name, shard in places.items():
         if name not in tensors or tensors[name].path.name != shard:
-            raise ModelError(f"{folder / shard}: tensor {name} is missing, which {INDEX} places there")
+            raise ModelError(f"{folder / shard}: tensor {name} is missing, which {index.name} places there")
     return tensors

@@ -12,15 +12,14 @@ import numpy as np
 
 from outsize.machine.allocator import LARGEST_RECYCLED, Heap, give_back, recycle_up_to
 from outsize.memory.tier import PAGE
-from outsize.model.attach import HOARD
-from outsize.planner.script import Event, Key, Live, Touched
+from outsize.planner.script import Event, Key, Live
 
 ALIGNMENT = 64  # bytes, of all tensors that torch allocates on the CPU (c10/core/alignment.h)
 
 
 def heap_peak(steps: Iterable[Iterable[Event]], recycle_bytes: int) -> int:
     """Bytes of memory that become real, at most, for the tensors of these steps: what is alive, and what was alive
-    earlier and is kept by the C library, as `outsize.train.run` makes it do between steps, and a unit on its way in.
+    earlier and is kept by the C library: within a step, or, with LARGEST_RECYCLED, from step to step.
 
     Without glibc: the most that is alive at once, and half as much again."""
     heap = Heap.find()
@@ -44,15 +43,12 @@ class _Heaped:
         self.peak = 0
         self._heap = heap
         self._held: dict[Key, tuple[int, int, bool]] = {}  # address, bytes, whether in a map of its own
-        self._kept, self._ever = _Pages(), _Pages()
+        self._kept = _Pages()
         self._mapped = self._in_heap = 0
 
     def run(self, events: Iterable[Event]) -> None:
         for event in events:
-            if isinstance(event, Touched) and event.what == "take":
-                if self._ever.nbytes - self._in_heap > HOARD:
-                    self.give_back()
-            elif isinstance(event, Live) and event.nbytes > 0:
+            if isinstance(event, Live) and event.nbytes > 0:
                 self._allocate(event.key, event.nbytes)
             elif isinstance(event, Live) and event.key in self._held:
                 self._free(event.key)
@@ -66,7 +62,6 @@ class _Heaped:
         else:
             self._in_heap += nbytes
             self._kept.add(address, nbytes)
-            self._ever.add(address, nbytes)
         self.peak = max(self.peak, self._mapped + self._kept.nbytes)
 
     def _free(self, key: Key) -> None:

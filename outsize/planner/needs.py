@@ -10,7 +10,6 @@ from itertools import chain
 from outsize.machine.allocator import LARGEST_RECYCLED
 from outsize.memory.disk import BOUNCE
 from outsize.memory.tier import PAGE, pages
-from outsize.model.attach import HOARD
 from outsize.model.units import Unit
 from outsize.plan import Plan
 from outsize.planner.heap import heap_peak
@@ -19,7 +18,7 @@ from outsize.planner.script import Create, Event, HomeOf, Live, Script, Touched
 from outsize.planner.sizes_of import WeightSize
 from outsize.train.update import CHUNK
 
-READ_AHEAD = 8  # chunks of state that may be on their way while one is stepped
+READ_AHEAD = 2  # chunks of state that may be on their way while one is stepped
 LOOSE = 1.1  # leases end in another order than they begin, so that free room is in pieces
 MANY = 48  # units that the C library is asked about
 RECYCLE = 4 << 20  # bytes; tensors up to this size are always kept by the C library for the next one
@@ -73,7 +72,7 @@ def find_needs(
     return Needs(
         baseline=baseline,
         tensors=_tensors(rehearsed, recycle),
-        hoarding=_tensors(rehearsed, LARGEST_RECYCLED) + HOARD,
+        hoarding=_tensors(rehearsed, LARGEST_RECYCLED),
         scratch=scratch,
         least_arena=least,
         good_arena=pages(least + int(1.2 * largest_unit) + READ_AHEAD * largest_chunk),

@@ -107,11 +107,8 @@ class Job:
         return StepResult(loss, norm, tokens)
 
     def _phase(self) -> str:
-        """A run's first update makes the optimizer's state, and a held one is applied a step late: those steps touch
-        blocks otherwise than all later ones, and have traces of their own."""
-        if self.plan.hold and not self.gradients.settled:
-            return "step, nothing to apply"
-        return "step" if self.updater.begun else "step, state is new"
+        """A held update is applied a step late: a run's first step touches blocks otherwise than all later ones."""
+        return "step, nothing to apply" if self.plan.hold and not self.gradients.settled else "step"
 
     def _completed(self) -> None:
         """Every weight and state is that of step `step_number`: the moment at which it can be committed."""

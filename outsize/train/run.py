@@ -10,15 +10,15 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from torch import nn
 
 from outsize.errors import RunError
-from outsize.machine.allocator import LARGEST_RECYCLED, give_back, recycle_up_to
+from outsize.machine.allocator import recycle_up_to
 from outsize.machine.describe import process_memory
 from outsize.memory.clock import Span
 from outsize.memory.homes import Committed
 from outsize.memory.ledger import Ledger
 from outsize.memory.transfer import Ticket
+from outsize.model.companions import persistent_buffers
 from outsize.model.export import write_safetensors
 from outsize.train.data import PackedDataset, batches, in_order
 from outsize.train.job import Job
@@ -162,8 +162,6 @@ class Run:
         recycle_up_to(job.plan.recycle_bytes if self._warm else 0)
         self._warm = True
         result = job.train_step(micro_batches, again)
-        if job.plan.recycle_bytes < LARGEST_RECYCLED:
-            give_back()
         ended, after = job.store.clock.now(), _counts(job)
         if again:
             self._steady = started, ended
@@ -210,7 +208,7 @@ class Run:
 
 def export(job: Job, directory: Path) -> None:
     """Write the job's weights, in the dtype they compute in, and its persistent buffers, as safetensors."""
-    buffers = _persistent_buffers(job.model)
+    buffers = persistent_buffers(job.model)
     specs = {name: (weight.shape, weight.dtype) for name, weight in job.weights.items()}
     specs |= {name: (tuple(buffer.shape), buffer.dtype) for name, buffer in buffers.items()}
 
@@ -219,15 +217,6 @@ def export(job: Job, directory: Path) -> None:
 
     with job.evaluation_mode():
         write_safetensors(directory, specs, read)
-
-
-def _persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {
-        f"{path}.{name}" if path else name: buffer
-        for path, module in model.named_modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None and name not in module._non_persistent_buffers_set
-    }
 
 
 def _counts(job: Job) -> dict[str, float]:

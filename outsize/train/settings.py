@@ -16,8 +16,8 @@ FREE = {
     "sample_every", "plan", "json",
 }  # fmt: skip
 """What may differ when a run is continued; all else must stay as it was."""
-PATHS = ("data", "eval_data", "out", "plan")
-BEGUN = {"train.npy", "eval.npy", "state"}  # what a run that never reached its first commit may leave
+PATHS = ("data", "eval_data", "optimizer_state", "out", "plan")
+BEGUN = {"train.npy", "eval.npy", "state", "companions"}  # what a run that never reached its first commit may leave
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class TrainSettings:
     seed: int = 0
     block_class: str | None = None
     plan: Path | None = None
+    optimizer_state: Path | None = None
     json: bool = False
 
     def identity(self) -> dict[str, Any]:

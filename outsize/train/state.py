@@ -23,13 +23,13 @@ from outsize.train.manifest import Layout, Manifest
 
 
 class StateFolder:
-    """`directory` with the files blocks, layout, manifest, lock and the folder kept.
+    """`directory` with the files blocks, layout, manifest, lock and the folders kept and packed.
 
     `lock()` makes this process the only one that writes; reading needs no lock."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.blocks, self.kept = directory / "blocks", directory / "kept"
+        self.blocks, self.kept, self.packed = directory / "blocks", directory / "kept", directory / "packed"
         self._layout: Layout | None = None
         self._lock = -1
 
@@ -76,14 +76,15 @@ class StateFolder:
             return None
         if not self.blocks.exists():
             raise RunError(f"{self.blocks} is missing: the state was moved without it. Restore it beside {path}.")
+        layout = self.layout()  # without which no kept step could help
         try:
-            return Manifest.read(path, self.layout())
+            return Manifest.read(path, layout)
         except RunError as problem:
             raise RunError(f"{problem} {self.remedy()}") from problem
 
     def remedy(self) -> str:
         """What can be done about a damaged committed step."""
-        steps = ", ".join(str(kept_step(name)) for name in self.kept_names())
+        steps = ", ".join(map(str, sorted({*map(kept_step, self.kept_names()), *self.packed_steps()})))
         if not steps:
             return "No step was kept (outsize train --keep-every, outsize checkpoint keep)."
         return (
@@ -103,6 +104,10 @@ class StateFolder:
             return []
         names = [name for name in os.listdir(self.kept) if not name.endswith(PARTIAL)]
         return sorted(names, key=kept_step)
+
+    def packed_steps(self) -> list[int]:
+        """Steps that are kept in packed form (train/packed_step.py), in their order."""
+        return sorted(kept_step(path.name) for path in self.packed.glob("step-*"))
 
     def read_kept(self, name: str) -> Manifest:
         try:
@@ -175,6 +180,10 @@ class StateFolder:
 
 PARTIAL = ".partial"
 ASKED = "keep-next"
+
+
+Held = str | int | None
+"""How a step is there: None, it is the committed one; kept under a name; packed under its number."""
 
 
 def kept_step(name: str) -> int:

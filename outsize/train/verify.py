@@ -13,9 +13,9 @@ from outsize.memory.homes import Committed
 from outsize.memory.host import allocate_slab
 from outsize.memory.tier import Extent, Tier
 from outsize.train.manifest import Manifest
-from outsize.train.state import StateFolder
-
-WINDOW = 16 * PIECE  # bytes read at once
+from outsize.train.packed_step import WINDOW, PackedStep
+from outsize.train.retention import PINNED
+from outsize.train.state import Held, StateFolder
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,12 @@ class Verifier:
         self._folder, self._progress = folder, progress
         self._window = allocate_slab(WINDOW)
         self._seen: dict[tuple[Extent, bytes], str | None] = {}
+
+    def look_at(self, held: Held) -> Verdict | None:
+        """At a step, however it is there."""
+        if held is None:
+            return self.committed()
+        return self.kept(held) if isinstance(held, str) else self.packed(held)
 
     def committed(self) -> Verdict | None:
         """A step's extents may be written again once the next step is committed: what differs then is looked at where
@@ -58,6 +64,12 @@ class Verifier:
         with self._disk() as tier:
             found = [self._look_at(tier, block, manifest.places[block.name]) for block in manifest.layout.blocks]
         return Verdict(name, manifest.step, tuple(damage for damage in found if damage))
+
+    def packed(self, step: int) -> Verdict:
+        """Of a kept step that is packed."""
+        held = PackedStep(self._folder, step)
+        found = [held.damage(block, self._window) for block in held.manifest.layout.blocks]
+        return Verdict(f"{PINNED}-{step}", held.manifest.step, tuple(damage for damage in found if damage))
 
     def _disk(self) -> DiskTier:
         return DiskTier(self._folder.blocks, 1 << 60, writable=False)

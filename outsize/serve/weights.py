@@ -1,4 +1,4 @@
-"""Generation from a model bigger than memory: its weights stream past, once for each token."""
+"""A model's weights for running it forward only: those that stay near, and those that stream past once a step."""
 
 from __future__ import annotations
 
@@ -39,9 +39,8 @@ def bind_for_inference(
         if progress is not None:
             progress(name)
     store.flush()
-    enclosed = {name for unit in units if unit.encloses for name, _ in unit.parameters}
-    near = {name for unit in units if not unit.repeated for name, _ in unit.parameters if name in plan.near_weights}
-    attachment = Attachment(model, store, units, weights, (enclosed | near) - rows.keys(), plan, device)
+    near = {name for name in plan.near_weights if name not in rows}
+    attachment = Attachment(model, store, units, weights, near, plan, device)
     for name in rows:
         Table(weights[name], store, users_of(weights[name].parameter), device)
     return attachment

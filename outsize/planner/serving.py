@@ -1,0 +1,235 @@
+"""From a budget to a Plan for serving: which weights stay near, and how many pages of keys and values fit beside."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from outsize.errors import BudgetError, OptionError
+from outsize.memory.null import NullTier
+from outsize.memory.store import Store
+from outsize.memory.tier import pages
+from outsize.memory.transfer import Transfers
+from outsize.model.units import Unit
+from outsize.model.vocabulary import Table
+from outsize.plan import KEEP, KvLayer, Plan, Predicted, ServeRequest, Serving
+from outsize.planner.demand import measure_demand
+from outsize.planner.training import SMALL, TABLE_BLOCK, table_rows
+from outsize.serve.attention import Cache, Discovery, Layout, Paged, Span, context_limit
+from outsize.sizes import format_size
+from outsize.train.job import always_near, users_of
+
+ALLOCATOR = 2.0  # resident over live bytes of torch's CPU allocator; docs/log.md has the measurement
+FIXED = 232 << 20  # bytes: what glibc's heap hoards beside, thread stacks, kernels' scratch; docs/log.md
+
+PAGE_TOKENS = 16
+FOR_MANY = (
+    4  # while weights stream, one part in so many of the free memory goes to the keys and values of many requests
+)
+
+
+def plan_serving(
+    model: nn.Module, units: list[Unit], request: ServeRequest, baseline_bytes: int, disk_free_bytes: int
+) -> Plan:
+    """The plan for serving `model`, which attends by `use_paged_attention`.
+
+    Memory goes first to what a step needs, then to pages for one sequence of the whole context, then to weights, then to
+    pages for all seats. Where weights must stream, a quarter of what is free goes to pages before: one pass over the
+    weights serves everybody who has pages.
+
+    Raises BudgetError with the smallest budget that works, OptionError for a context longer than the model's, ModelError
+    when the model cannot be served."""
+    layers, sizes, context = discover(model), _sizes(model), _context(model, request)
+    fixed = baseline_bytes + int(ALLOCATOR * measure_step(model, layers, context, request)) + FIXED
+    room = _Room(request.memory_bytes - fixed, -(-context // PAGE_TOKENS), page_size(layers), request.seats)
+    if room.left >= sum(sizes.values()) + room.one * room.page_bytes:
+        near, rows, arena = set(sizes), {}, pages(1)
+        room.left -= sum(sizes.values())
+        count = room.take_pages(room.left)
+    else:
+        near, rows = _near(model, units), _tables(model)
+        room.left -= sum(sizes[name] for name in near)
+        wanted, least = _arena(units, sizes, near, rows)
+        if room.left < least + room.one * room.page_bytes:
+            needed = request.memory_bytes - room.left + least + room.one * room.page_bytes
+            raise BudgetError(
+                f"A budget of {format_size(request.memory_bytes)} is too small for {context} tokens of context: at least "
+                f"{format_size(needed)} are needed ({format_size(baseline_bytes)} for Python and its libraries, "
+                f"{format_size(least)} for the largest layer, {format_size(room.one * room.page_bytes)} for keys and "
+                f"values). Give --memory {-(-needed // (1 << 20))}MiB, or a shorter context."
+            )
+        arena = min(wanted, room.left - room.one * room.page_bytes) // pages(1) * pages(1)
+        room.left -= arena
+        count = room.take_pages(room.left // FOR_MANY)
+        near |= room.take_weights(sizes, near | set(rows))
+    far = sum(nbytes for name, nbytes in sizes.items() if name not in near)
+    if far > disk_free_bytes:
+        raise BudgetError(
+            f"{format_size(far)} of weights must stream from disk and {format_size(disk_free_bytes)} are free. "
+            "Free space, or name another directory with --scratch."
+        )
+    serving = Serving(layers, count, PAGE_TOKENS, room.page_bytes, request.step_tokens, request.seats, context)
+    return Plan(
+        "stored",
+        arena,
+        frozenset(near),
+        table_rows=tuple(rows.items()),
+        blocked_loss=bool(rows),
+        memory_bytes=request.memory_bytes,
+        predicted=Predicted(request.memory_bytes - room.left, 0, far, 0, far),
+        serving=serving,
+        reasons=(_about_weights(sum(sizes.values()) - far, far), _about_pages(serving)),
+    )
+
+
+@dataclass
+class _Room:
+    """Bytes still to be given away. `one`: pages that a sequence of the whole context holds."""
+
+    left: int
+    one: int
+    page_bytes: int
+    seats: int
+
+    def take_pages(self, nbytes: int) -> int:
+        """Pages for at least one sequence, and for as many seats as `nbytes` do."""
+        count = min(self.seats * self.one, max(self.one, nbytes // self.page_bytes))
+        self.left -= count * self.page_bytes
+        return count
+
+    def take_weights(self, sizes: dict[str, int], but: set[str]) -> set[str]:
+        taken = set()
+        for name, nbytes in sizes.items():
+            if name not in but and nbytes <= self.left:
+                taken.add(name)
+                self.left -= nbytes
+        return taken
+
+
+def discover(model: nn.Module) -> tuple[KvLayer, ...]:
+    """What each layer keeps of a token, learnt by running the module on fake tensors. Raises ModelError when it keeps
+    what cannot be paged."""
+    found = Discovery()
+
+    def run(fake: nn.Module) -> torch.Tensor:
+        ids = torch.zeros((1, 2), dtype=torch.long)
+        return fake(input_ids=ids, position_ids=ids, use_cache=False, paged=found).logits
+
+    measure_demand(model, _measurable(model), run, KEEP, gradients=False)
+    found.complete(model)
+    return _in(_dtype(model), tuple(found.layers))
+
+
+def measure_step(model: nn.Module, layers: tuple[KvLayer, ...], context: int, request: ServeRequest) -> int:
+    """Bytes beside weights and pages that the largest step needs: the last chunk of a sequence as long as the context, with
+    logits for every seat."""
+    count = min(request.step_tokens, context)
+    dtype = _measurable(model)
+    layers = _in(dtype, layers)
+    span = Span(list(range(-(-context // PAGE_TOKENS))), context - count, count)
+
+    def run(fake: nn.Module) -> torch.Tensor:
+        store = Store({"host": NullTier("host", 1 << 60)}, 0, _fake_bytes, Transfers(readers=0))
+        cache = Cache(store, layers, len(span.pages), PAGE_TOKENS)
+        layout = Layout([span], PAGE_TOKENS, torch.device("cpu"))
+        store.transfers.close()
+        return fake(
+            input_ids=torch.zeros((1, count), dtype=torch.long),
+            position_ids=layout.positions(),
+            use_cache=False,
+            logits_to_keep=torch.zeros(min(request.seats, count), dtype=torch.long),
+            paged=Paged(cache, layout),
+        ).logits.float()
+
+    demand = measure_demand(model, dtype, run, KEEP, gradients=False)
+    wider = max(1, _dtype(model).itemsize // dtype.itemsize)
+    return max(demand.peak - len(span.pages) * page_size(layers), 0) * wider
+
+
+def page_size(layers: tuple[KvLayer, ...]) -> int:
+    """Bytes of a page in all layers."""
+    return sum(
+        layer.heads * PAGE_TOKENS * (layer.key_size + layer.value_size) * getattr(torch, layer.dtype).itemsize
+        for layer in layers
+    )
+
+
+def _in(dtype: torch.dtype, layers: tuple[KvLayer, ...]) -> tuple[KvLayer, ...]:
+    return tuple(replace(layer, dtype=str(dtype).removeprefix("torch.")) for layer in layers)
+
+
+def _measurable(model: Any) -> torch.dtype:
+    """The dtype to run on fake tensors: torch's fake product of experts knows bf16 only."""
+    return torch.bfloat16 if model._can_set_experts_implementation() else _dtype(model)
+
+
+def _fake_bytes(nbytes: int) -> torch.Tensor:
+    return torch.empty(nbytes, dtype=torch.uint8)
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next(model.parameters()).dtype
+
+
+def _context(model: nn.Module, request: ServeRequest) -> int:
+    most = context_limit(model)
+    if request.context is not None and request.context > most:
+        raise OptionError(
+            f"The model attends to {most} tokens, not to {request.context}. Give --context {most} or less."
+        )
+    return request.context or min(most, 4096)
+
+
+def _about_weights(near: int, far: int) -> str:
+    if not far:
+        return f"weights: all stay near, {format_size(near)}"
+    return f"weights: {format_size(near)} stay near, {format_size(far)} stream past in each step"
+
+
+def _about_pages(serving: Serving) -> str:
+    together = serving.pages * serving.page_tokens
+    return (
+        f"keys and values: {serving.pages} pages of {format_size(serving.page_bytes)}, {together} tokens; "
+        f"{max(1, together // serving.context)} requests of {serving.context} tokens at once"
+    )
+
+
+def _tables(model: nn.Module) -> dict[str, int]:
+    return {
+        name: table_rows(parameter)
+        for name, parameter in model.named_parameters()
+        if parameter.numel() > TABLE_BLOCK and _is_table(model, parameter)
+    }
+
+
+def _sizes(model: nn.Module) -> dict[str, int]:
+    return {name: pages(p.numel() * p.dtype.itemsize) for name, p in model.named_parameters()}
+
+
+def _near(model: nn.Module, units: list[Unit]) -> set[str]:
+    """Weights that stay whatever happens: the small ones, and those in use for as long as the model runs."""
+    return {name for name, p in model.named_parameters() if p.numel() <= SMALL} | always_near(units)
+
+
+def _arena(units: list[Unit], sizes: dict[str, int], near: set[str], rows: dict[str, int]) -> tuple[int, int]:
+    """Bytes of near memory to stream through: as much as is of use, and the least that does."""
+    largest = max(sum(sizes[n] for n, _ in unit.parameters if n not in near and n not in rows) for unit in units)
+    tables = [TABLE_BLOCK * p.dtype.itemsize for unit in units for n, p in unit.parameters if n in rows]
+    largest = max(largest, *tables, 0)
+    return pages(int(2.3 * largest)), pages(int(1.1 * largest))
+
+
+def _is_table(model: nn.Module, parameter: nn.Parameter) -> bool:
+    users = users_of(model, parameter)
+    return bool(users) and all(Table.suits(module) for module in users) and _outside_units(model, users)
+
+
+def _outside_units(model: nn.Module, users: list[nn.Module]) -> bool:
+    ends = [
+        getattr(model, "get_output_embeddings", lambda: None)(),
+        getattr(model, "get_input_embeddings", lambda: None)(),
+    ]
+    return all(any(user is end for end in ends) for user in users)

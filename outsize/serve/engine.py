@@ -1,0 +1,203 @@
+"""The engine: many requests, one packed forward a step. Schedule, run, sample.
+
+Not for several threads at once, but for `submit` and `cancel`, which any thread may call: what they ask for happens at the
+beginning of the next step. `outsize.serve.service` runs the steps in a thread of its own."""
+
+from __future__ import annotations
+
+from collections import deque
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from outsize.errors import OptionError
+from outsize.memory.store import Store
+from outsize.model.attach import Attachment
+from outsize.plan import Serving
+from outsize.serve.attention import Cache, Layout, Paged, Span
+from outsize.serve.pages import Pages
+from outsize.serve.request import Chosen, Event, Request, Sampling, Sequence, State
+from outsize.serve.sampling import choose
+from outsize.serve.schedule import Policy, Scheduler, Turn
+from outsize.serve.text import TextStream
+
+
+@dataclass
+class Totals:
+    """What an engine has done since it began."""
+
+    steps: int = 0
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    finished: int = 0
+
+
+class Engine:
+    """Serves an attached `model` as `serving` says. `tokenizer`, if there is one, turns tokens into the text that events
+    carry; `end_tokens` finish a completion."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        attachment: Attachment,
+        store: Store,
+        serving: Serving,
+        policy: Policy,
+        end_tokens: frozenset[int] = frozenset(),
+        tokenizer: Any = None,
+    ) -> None:
+        self.model, self.store, self.serving = model, store, serving
+        self.end_tokens, self.tokenizer = end_tokens, tokenizer
+        self.pages = Pages(serving.pages, serving.page_tokens)
+        self.cache = Cache(store, serving.layers, serving.pages, serving.page_tokens)
+        self.scheduler = Scheduler(self.pages, policy, serving.seats, serving.step_tokens)
+        self.totals = Totals()
+        self._incoming: deque[Request] = deque()
+        self._arrivals = 0
+        self._open = ExitStack()
+        self._open.callback(self.cache.close)
+        self._open.enter_context(attachment.call_by_call("step"))
+
+    # -- from any thread ------------------------------------------------------------------------------------------
+
+    def submit(self, request: Request) -> None:
+        """Queue a request. Raises OptionError when it does not fit."""
+        self.fits(len(request.prompt), request.sampling)
+        self._incoming.append(request)
+
+    def fits(self, prompt_tokens: int, sampling: Sampling) -> None:
+        """Raises OptionError when a prompt of so many tokens and its answer are longer than the context, or empty."""
+        if not prompt_tokens:
+            raise OptionError("The prompt has no tokens; give at least one.")
+        if prompt_tokens + sampling.max_new_tokens > self.serving.context:
+            raise OptionError(
+                f"{prompt_tokens} tokens of prompt and {sampling.max_new_tokens} new ones are more than the "
+                f"{self.serving.context} tokens of context that are served. Shorten the prompt or max_new_tokens."
+            )
+
+    def cancel(self, request: Request) -> None:
+        """Forget a request: its pages are free from the next step on."""
+        request.cancelled = True
+
+    @property
+    def waiting(self) -> int:
+        """Requests that have computed nothing yet."""
+        return len(self._incoming) + sum(s.state is State.WAITING for s in self.scheduler.sequences)
+
+    @property
+    def idle(self) -> bool:
+        return not self._incoming and not self.scheduler.sequences
+
+    # -- the loop -------------------------------------------------------------------------------------------------
+
+    def step(self) -> bool:
+        """Compute the next tokens of as many sequences as may. False when there was nothing to do."""
+        self._receive()
+        turns = self.scheduler.schedule()
+        if not turns:
+            return False
+        logits = self._run(turns)
+        self.scheduler.done(turns)
+        self._sample([turn.sequence for turn in turns if turn.sequence.pending == 0], logits)
+        self.totals.steps += 1
+        return True
+
+    def _receive(self) -> None:
+        """New requests come in, cancelled ones go."""
+        while self._incoming:
+            request = self._incoming.popleft()
+            request.sequences.append(self._sequence(request, 0))
+            self.scheduler.add(request.sequences[0])
+        for sequence in [s for s in self.scheduler.sequences if s.request.cancelled]:
+            self._finish(sequence, "cancelled")
+
+    def _run(self, turns: list[Turn]) -> torch.Tensor:
+        """One packed forward: logits `[B, vocabulary]` after the last known token of each sequence that comes that far."""
+        for source, target in self.scheduler.copies:
+            self.cache.copy(source, target)
+        layout = Layout([_span(turn) for turn in turns], self.serving.page_tokens, self.cache.device)
+        tokens = [t for turn in turns for t in turn.sequence.tokens[turn.sequence.computed :][: turn.count]]
+        wanted = [
+            first + turn.count - 1
+            for turn, first in zip(turns, layout.firsts, strict=True)
+            if turn.count == turn.sequence.pending
+        ]
+        with torch.no_grad():
+            output = self.model(
+                input_ids=torch.tensor([tokens], device=self.cache.device),
+                position_ids=layout.positions(),
+                use_cache=False,
+                logits_to_keep=torch.tensor(wanted or [0], device=self.cache.device),
+                paged=Paged(self.cache, layout),
+            )
+        return output.logits[0, : len(wanted)]
+
+    def _sample(self, ready: list[Sequence], logits: torch.Tensor) -> None:
+        """The next token of each; where a request wants several completions, they part ways at the first."""
+        pairs = [(mate, row) for row, sequence in enumerate(ready) for mate in (sequence, *self._siblings(sequence))]
+        rows = torch.tensor([row for _, row in pairs], device=logits.device)
+        chosen = choose(logits if len(pairs) == len(ready) else logits[rows], [sequence for sequence, _ in pairs])
+        for (sequence, _), choice in zip(pairs, chosen, strict=True):
+            self._continue(sequence, choice)
+
+    def _siblings(self, sequence: Sequence) -> list[Sequence]:
+        request = sequence.request
+        if len(request.sequences) == request.sampling.n:
+            return []
+        siblings = [self._sequence(request, index) for index in range(1, request.sampling.n)]
+        request.sequences += siblings
+        for sibling in siblings:
+            self.scheduler.fork(sequence, sibling)
+        return siblings
+
+    def _sequence(self, request: Request, index: int) -> Sequence:
+        self._arrivals += 1
+        sampling, generator = request.sampling, None
+        if sampling.temperature > 0:
+            generator = torch.Generator(self.cache.device)
+            generator.seed() if sampling.seed is None else generator.manual_seed(sampling.seed + index)
+        text = TextStream(self.tokenizer, sampling.stop) if self.tokenizer is not None else None
+        if index == 0:
+            self.totals.prompt_tokens += len(request.prompt)
+        return Sequence(request, index, self._arrivals, list(request.prompt), generator, text)
+
+    def _continue(self, sequence: Sequence, choice: Chosen) -> None:
+        """Append a token and tell who asked."""
+        sampling = sequence.request.sampling
+        sequence.tokens.append(choice.token)
+        self.totals.new_tokens += 1
+        ended = choice.token in self.end_tokens and not sampling.ignore_end
+        text = "" if sequence.text is None or ended else sequence.text.push(choice.token)
+        stopped = ended or (sequence.text is not None and sequence.text.stopped)
+        full = sequence.new_tokens >= sampling.max_new_tokens
+        sequence.request.listener(Event(sequence.index, choice, text))
+        if stopped or full:
+            self._finish(sequence, "stop" if stopped else "length")
+
+    def _finish(self, sequence: Sequence, reason: str, error: BaseException | None = None) -> None:
+        rest = sequence.text.finish() if sequence.text is not None else ""
+        self.scheduler.remove(sequence)
+        self.totals.finished += 1
+        sequence.request.listener(Event(sequence.index, None, rest, reason, error))
+
+    def fail(self, error: BaseException) -> None:
+        """Everybody who still waits is told what went wrong."""
+        self._receive()
+        for sequence in list(self.scheduler.sequences):
+            self._finish(sequence, "error", error)
+
+    # -- the whole --------------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Integrity between steps: raises AssertionError unless every page is held by those that say so."""
+        self.pages.check([sequence.pages for sequence in self.scheduler.sequences])
+
+    def close(self) -> None:
+        self._open.close()
+
+
+def _span(turn: Turn) -> Span:
+    return Span(turn.sequence.pages, turn.sequence.computed, turn.count)

@@ -1,0 +1,92 @@
+"""What a user calls to serve a model: `Engine`, which opens, plans and runs it within a budget."""
+
+from __future__ import annotations
+
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from outsize.errors import OptionError
+from outsize.machine.describe import describe, process_memory
+from outsize.memory.disk import DiskTier
+from outsize.memory.host import HostTier, allocate_slab
+from outsize.memory.store import Store
+from outsize.memory.transfer import Transfers
+from outsize.model.load import open_model
+from outsize.model.units import find_units
+from outsize.plan import Plan, ServeRequest
+from outsize.planner.serving import plan_serving
+from outsize.serve.attention import use_paged_attention
+from outsize.serve.engine import Engine as StepEngine
+from outsize.serve.request import Sampling
+from outsize.serve.schedule import POLICIES
+from outsize.serve.service import Completion, Service
+from outsize.serve.weights import bind_for_inference
+from outsize.sizes import parse_size
+from outsize.train.job import users_of
+
+__all__ = ["Completion", "Engine", "Sampling"]
+
+
+class Engine(Service):
+    """Serves the model at `model` (folder, .gguf file or hub id) within `memory`: `generate`, `stream`, `astream`.
+
+    `context` tokens of prompt and answer at most, `seats` sequences in one step of up to `step_tokens` tokens; `policy` is
+    one of fcfs, feedback, fair, priority. `plan` says what was decided. Close it, or use it in a `with` statement.
+
+    Raises BudgetError when the memory does not do, ModelError when the model cannot be read or served, OptionError for a
+    bad option."""
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        memory: str | int | None = None,
+        context: int | None = None,
+        seats: int = 32,
+        step_tokens: int = 512,
+        policy: str = "fcfs",
+        scratch: str | Path | None = None,
+    ) -> None:
+        if policy not in POLICIES:
+            raise OptionError(f"There is no policy {policy!r}; there are {', '.join(POLICIES)}.")
+        limit = parse_size(memory) if memory is not None else _free_memory()
+        request = ServeRequest(limit, context, seats, step_tokens)
+        source = open_model(model)
+        stored = source.config.dtype if isinstance(source.config.dtype, torch.dtype) else torch.bfloat16
+        module: Any = source.build(stored)
+        use_paged_attention(module)
+        units = find_units(module)
+        with ExitStack() as stack:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="outsize-", dir=scratch))
+            free = describe(folder).disk_free_bytes
+            self.plan: Plan = plan_serving(module, units, request, process_memory().resident_bytes, free)
+            assert self.plan.serving is not None
+            tiers = {"host": HostTier(limit), "disk": DiskTier(Path(folder) / "blocks")}
+            store = Store(tiers, self.plan.arena_bytes, allocate_slab, Transfers())
+            stack.callback(store.close)
+            attachment = bind_for_inference(module, units, self.plan, store, source.read, lambda p: users_of(module, p))
+            stack.callback(attachment.detach)
+            engine = StepEngine(
+                module,
+                attachment,
+                store,
+                self.plan.serving,
+                POLICIES[policy](),
+                end_tokens(module),
+                source.tokenizer(),
+            )
+            super().__init__(engine, stack.pop_all().close)
+
+
+def end_tokens(module: Any) -> frozenset[int]:
+    """The tokens that end a completion, as the model's generation configuration has them."""
+    found = module.generation_config.eos_token_id
+    return frozenset([] if found is None else [found] if isinstance(found, int) else found)
+
+
+def _free_memory() -> int:
+    return describe(Path.cwd()).memory_available_bytes + process_memory().resident_bytes

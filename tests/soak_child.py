@@ -1,0 +1,195 @@
+"""The process that tests/soak.py has killed: imports take seconds, so it makes them once and forks a child for each try,
+which calls what the command line calls. Tries come as lines of JSON; how each ended, and where it was, goes back."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import pickle
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+PHASES = (
+    "starting",
+    "in a step",
+    "committing",
+    "writing the model",
+    "keeping",
+    "rolling back",
+    "exporting",
+    "importing",
+    "verifying",
+)
+
+
+def serve() -> None:
+    """Run each try in a child, answer with how it ended and where it was."""
+    import matplotlib.pyplot
+    import transformers.models.llama.modeling_llama
+
+    import outsize.api
+    import outsize.commands.checkpoint
+    import outsize.commands.checkpoint_export
+    import outsize.commands.checkpoint_import
+    import outsize.train.import_foreign
+    import outsize.train.packed_step  # noqa: F401
+
+    del matplotlib.pyplot, transformers
+    for line in sys.stdin:
+        told = json.loads(line)
+        phase = mmap.mmap(-1, 2)
+        child = os.fork()
+        if child == 0:
+            _work(told, phase)
+        status, seconds = _wait(child, told.get("kill_after"))
+        where = PHASES[2] if phase[1] else PHASES[phase[0]]
+        said = {"signal": os.WTERMSIG(status), "code": os.WEXITSTATUS(status), "where": where, "seconds": seconds}
+        print(json.dumps(said), flush=True)
+
+
+def _wait(child: int, kill_after: float | None) -> tuple[int, float]:
+    """How the child ended, and the processor time that it took: unlike that of a clock, it is the same on a busy machine."""
+    if kill_after is not None:
+        end = time.monotonic() + kill_after
+        while time.monotonic() < end:
+            done, status, used = os.wait4(child, os.WNOHANG)
+            if done:
+                return status, used.ru_utime + used.ru_stime
+            time.sleep(0.0005)
+        os.kill(child, signal.SIGKILL)
+    _, status, used = os.wait4(child, 0)
+    return status, used.ru_utime + used.ru_stime
+
+
+def _work(told: dict[str, Any], phase: mmap.mmap) -> None:
+    """In the child: never returns."""
+    out = os.open(told["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    code = 0
+    try:
+        _DO[told["do"]](told, phase)
+    except SystemExit as end:
+        code = int(end.code or 0)
+    except BaseException as error:
+        if type(error).__name__ == "Exit":  # of typer
+            code = error.exit_code  # pyright: ignore[reportAttributeAccessIssue]
+        else:
+            traceback.print_exc()
+            code = 1
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def _train(told: dict[str, Any], phase: mmap.mmap) -> None:
+    from outsize import api
+    from outsize.memory.disk import DiskTier
+    from outsize.train.run import Run
+    from outsize.train.state import StateFolder
+
+    _tell(Run, "_step", phase, 1)
+    _tell(api, "export", phase, 3)
+    _tell_commits(DiskTier, StateFolder, phase)
+    plan = api.plan_training
+    api.plan_training = lambda *given: _placed(_planned_once(plan, given, Path(told["log"])), told["placement"])
+    settings = {key: Path(value) if key in ("data", "out") else value for key, value in told["settings"].items()}
+    api.train(api.TrainSettings(**settings))
+
+
+def _planned_once(plan: Callable[..., Any], given: Any, log: Path) -> Any:
+    """Planning takes most of a start; it is the same every time."""
+    known = log.with_name("plan.pickle")
+    if not known.exists():
+        known.write_bytes(pickle.dumps(plan(*given)))
+    return pickle.loads(known.read_bytes())
+
+
+def _placed(plan: Any, placement: str) -> Any:
+    """The plan with weights and state elsewhere than the planner, who sees room for all, has put them."""
+    from dataclasses import replace
+
+    names, states = sorted(plan.near_weights), sorted(plan.near_states)
+    few = {"near": (names, states), "disk": ([], []), "mixed": (names[::2], states[1::2])}[placement]
+    return replace(
+        plan, near_weights=frozenset(few[0]), near_states=frozenset(few[1]), arena_bytes=max(plan.arena_bytes, 16 << 20)
+    )
+
+
+def _tell(owner: Any, name: str, phase: mmap.mmap, number: int) -> None:
+    real = getattr(owner, name)
+
+    def call(*given: Any, **more: Any) -> Any:
+        phase[0] = number
+        return real(*given, **more)
+
+    setattr(owner, name, call)
+
+
+def _tell_commits(disk: Any, state: Any, phase: mmap.mmap) -> None:
+    """From the sync of the data to the end of the manifest."""
+    flush, write = disk.flush, state.write_manifest
+
+    def begin(*given: Any) -> None:
+        phase[1] = 1
+        flush(*given)
+
+    def end(*given: Any) -> None:
+        write(*given)
+        phase[1] = 0
+
+    disk.flush, state.write_manifest = begin, end
+
+
+def _keep(told: dict[str, Any], phase: mmap.mmap) -> None:
+    from outsize.commands.checkpoint import keep
+
+    phase[0] = 4
+    keep(Path(told["settings"]["out"]), compress=told["compress"])
+
+
+def _roll_back(told: dict[str, Any], phase: mmap.mmap) -> None:
+    from outsize.commands.checkpoint import rollback
+
+    phase[0] = 5
+    rollback(Path(told["settings"]["out"]), told["step"])
+
+
+def _export(told: dict[str, Any], phase: mmap.mmap) -> None:
+    from outsize.commands.checkpoint_export import export
+
+    phase[0] = 6
+    export(Path(told["settings"]["out"]), Path(told["to"]), told["step"], optimizer=True, compress=told["compress"])
+
+
+def _import(told: dict[str, Any], phase: mmap.mmap) -> None:
+    from outsize.commands.checkpoint_import import import_checkpoint
+
+    phase[0] = 7
+    import_checkpoint(Path(told["source"]), Path(told["to"]), compress=told["compress"])
+
+
+def _verify(told: dict[str, Any], phase: mmap.mmap) -> None:
+    from outsize.commands.checkpoint import verify
+
+    phase[0] = 8
+    verify(Path(told["settings"]["out"]))
+
+
+_DO: dict[str, Callable[[dict[str, Any], mmap.mmap], None]] = {
+    "train": _train,
+    "keep": _keep,
+    "rollback": _roll_back,
+    "export": _export,
+    "import": _import,
+    "verify": _verify,
+}
+
+
+if __name__ == "__main__":
+    serve()
