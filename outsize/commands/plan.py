@@ -53,25 +53,12 @@ def plan(
         parse_size(size)
     from outsize.api import plan as make
 
+    where = {"task": task, "machine": machine, "directory": directory, "block_class": block_class}
+    amounts = {"sequence_length": sequence_length, "batch_size": batch_size, "accumulate": accumulate, "clip": clip}
+    how = {"precision": precision, "moments": moments, "optimizer": optimizer, "loss": loss, "activations": activations}
+
     def planned(size: str) -> Plan:
-        return make(
-            model,
-            memory=size,
-            task=task,
-            machine=machine,
-            directory=directory,
-            optimizer=optimizer,
-            block_class=block_class,
-            sequence_length=sequence_length,
-            batch_size=batch_size,
-            accumulate=accumulate,
-            precision=precision,
-            moments=moments,
-            clip=clip,
-            loss=loss,
-            activations=activations,
-            commit_every=commit_every,
-        )
+        return make(model, memory=size, commit_every=commit_every, **where, **amounts, **how)
 
     with interruptible("Nothing was kept."):
         if sizes:

@@ -248,6 +248,8 @@ class Nothing:
     def view(self, *_: Any) -> Nothing:
         return self
 
+    def zero_(self) -> None: ...
+
 
 @dataclass(frozen=True)
 class Played:
