@@ -55,7 +55,13 @@ def plan(
 
     where = {"task": task, "machine": machine, "directory": directory, "block_class": block_class}
     amounts = {"sequence_length": sequence_length, "batch_size": batch_size, "accumulate": accumulate, "clip": clip}
-    how: dict[str, Any] = {"precision": precision, "moments": moments, "optimizer": optimizer, "loss": loss, "activations": activations}
+    how: dict[str, Any] = {
+        "precision": precision,
+        "moments": moments,
+        "optimizer": optimizer,
+        "loss": loss,
+        "activations": activations,
+    }
 
     def planned(size: str) -> Plan:
         return make(model, memory=size, commit_every=commit_every, **where, **amounts, **how)
