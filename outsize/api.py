@@ -14,6 +14,7 @@ from outsize.machine.allocator import give_back
 from outsize.machine.describe import describe, process_memory
 from outsize.machine.find import find_machine, this_machine
 from outsize.machine.machine import Machine
+from outsize.memory.shared import dismiss
 from outsize.model.companions import COMPANIONS, keep_companions
 from outsize.model.fingerprint import fingerprint_model, fingerprint_tokenizer
 from outsize.model.load import ModelSource, open_model
@@ -106,6 +107,9 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         report = _train(settings, rule, source, state, continuing)
     except DamageError as problem:
         raise DamageError(f"{problem} {state.remedy()}") from problem
+    except KeyboardInterrupt:
+        dismiss(state.directory)  # somebody is there, and wants the memory back
+        raise
     state.close()  # after a failure it stays locked: transfers may be under way until the process ends
     return report
 
@@ -198,10 +202,10 @@ def plan(
     that of `directory`. Raises OptionError, ModelError, or BudgetError with the smallest memory that works."""
     if task != "train":
         raise OptionError(f"task {task!r} cannot be planned; there is train.")
-    known = {field.name for field in fields(Request)} - {"memory_bytes", "hold"}
+    known = {field.name for field in fields(Request)} - {"memory_bytes", "hold", "keeper"}
     if unknown := sorted(request.keys() - known):
         raise OptionError(f"plan has no option {unknown[0]!r}; it has {', '.join(sorted(known))}.")
-    asked, place = Request(parse_size(memory), **request), _machine(machine, Path(directory))
+    asked, place = Request(parse_size(memory), **request, keeper=True), _machine(machine, Path(directory))
     source = open_model(model)
     tokenizer = source.tokenizer()  # a run will hold it
     module = source.build(find_precision(asked.precision).compute).train()
@@ -248,6 +252,7 @@ def _request(settings: TrainSettings, memory: int) -> Request:
         loss=settings.loss,
         activations=settings.activations,
         commit_every=settings.commit_every,
+        keeper=True,
     )
 
 

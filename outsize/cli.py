@@ -15,6 +15,7 @@ from outsize.commands.checkpoint_import import import_checkpoint
 from outsize.commands.generate import generate
 from outsize.commands.plan import plan
 from outsize.commands.probe import probe
+from outsize.commands.serve import serve
 from outsize.commands.train import train
 from outsize.errors import OutsizeError
 from outsize.machine.allocator import use_one_heap
@@ -37,6 +38,7 @@ def common(debug: Debug = False) -> None:
 app.command()(train)
 app.command()(generate)
 app.command()(plan)
+app.command()(serve)
 app.command()(probe)
 checkpoint.app.command()(export)
 checkpoint.app.command("import")(import_checkpoint)

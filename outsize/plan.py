@@ -95,7 +95,8 @@ class Plan:
     gradients wait in `gradient_home` until the step's end, and the update is a second pass that overlaps the next
     forward. `recycle_bytes`: the C library keeps freed memory of tensors up to this size, until the
     process holds more than `predicted`. `blocked_loss`: the head and its loss are computed over
-    blocks of the vocabulary. `serving`: what a plan for serving says beside."""
+    blocks of the vocabulary. `shared_bytes`: all blocks together, when they stay near in memory that outlives the
+    process, each with a twin; 0: they do not. `serving`: what a plan for serving says beside."""
 
     precision: str
     arena_bytes: int
@@ -112,6 +113,7 @@ class Plan:
     moments: str = "fp32"
     commit_every: int = 1
     recycle_bytes: int = 8 << 20
+    shared_bytes: int = 0
     memory_bytes: int | None = None
     predicted: Predicted | None = None
     serving: Serving | None = None
@@ -223,7 +225,9 @@ class ServeRequest:
 
 @dataclass(frozen=True)
 class Request:
-    """What a user asks of a training job; "auto" leaves a choice to the planner. Bytes; sizes per micro-batch."""
+    """What a user asks of a training job; "auto" leaves a choice to the planner. Bytes; sizes per micro-batch.
+
+    `keeper`: if there is room, memory that outlives the process holds the last step."""
 
     memory_bytes: int
     sequence_length: int = 512
@@ -236,3 +240,4 @@ class Request:
     loss: str = "auto"
     activations: str = "auto"
     commit_every: int | None = None
+    keeper: bool = False

@@ -20,7 +20,8 @@ from outsize.train.state import StateFolder, kept_step, open_store
 from outsize.train.verify import Verifier
 
 PLAN = Plan("fp32", 12 * PAGE)
-BLOCKS = {"frozen": 1, "near": 1, "a": 1, "b": 2, "c": 3, "d": 1}  # pages; the first never changes after step 0
+BLOCKS = {"frozen": 1, "near": 1, "a": 1, "b": 2, "c": 3, "d": 1, "more": 2}  # pages; the first changes in step 0 only
+NEAR = ("near", "more")  # what stays in memory, and is written while the next step begins
 
 
 def value_at(name: str, step: int) -> int:
@@ -41,7 +42,7 @@ class Tiny:
             half = PAGE // 2
             parts = [("first", "weight", torch.uint8, (half,)), ("rest", "moment", torch.uint8, (pages * PAGE - half,))]
             block = make_block(name, parts)
-            self.store.create(block, "host" if name == "near" else "disk")
+            self.store.create(block, "host" if name in NEAR else "disk")
         self.store.create(make_block("scratch", [("data", "gradient", torch.uint8, (PAGE,))]), "disk", durable=False)
         if manifest is None:
             self.folder.write_layout(self.store)

@@ -26,8 +26,10 @@ from typing import Any
 from committed import flips, whole_state
 from soak_child import PHASES
 
+from outsize.train.state import StateFolder
+
 STEPS = 120
-PLACEMENTS = ("near", "disk", "mixed")
+PLACEMENTS = ("near", "disk", "mixed", "kept")
 CHILD = Path(__file__).with_name("soak_child.py")
 
 
@@ -48,10 +50,20 @@ class Nursery:
 
     def run(self, do: str, settings: dict[str, Any], **more: Any) -> dict[str, Any]:
         """Returns signal, code, where it was at the end, and seconds of processor time."""
+        self.begin(do, settings, **more)
+        return self.end()
+
+    def begin(self, do: str, settings: dict[str, Any], **more: Any) -> int:
+        """Returns the process; `end` must follow."""
         assert self._process.stdin is not None and self._process.stdout is not None
         told = {"do": do, "settings": settings, "log": str(self.log), **more}
         self._process.stdin.write(json.dumps(told) + "\n")
         self._process.stdin.flush()
+        return int(self._process.stdout.readline())
+
+    def end(self) -> dict[str, Any]:
+        """As `run` returns."""
+        assert self._process.stdout is not None
         return json.loads(self._process.stdout.readline())
 
     def must(self, do: str, settings: dict[str, Any], **more: Any) -> float:
@@ -115,8 +127,11 @@ class Soak:
         throw = self.choice.random()
         if throw < 0.1 and (self.out / "state" / "manifest").exists():
             return "keep", {"compress": compress}
-        if throw < 0.2 and kept:
-            return "rollback", {"step": self.choice.choice(kept)}
+        past = [
+            step for step in kept if step <= committed_step(self.out)
+        ]  # forward, the lines between would be missing
+        if throw < 0.2 and past:
+            return "rollback", {"step": self.choice.choice(past)}
         if throw < 0.3 and kept:
             return "export", {"step": self.choice.choice(kept), "compress": compress, "to": str(self.target)}
         if throw < 0.35:
@@ -153,6 +168,11 @@ def digest(folder: Path) -> str:
     return hashlib.sha256(b"".join(str(file).encode() + file.read_bytes() for file in files)).hexdigest()
 
 
+def committed_step(out: Path) -> int:
+    manifest = StateFolder(out / "state").read()
+    return -1 if manifest is None else manifest.step
+
+
 def kept_steps(out: Path) -> list[int]:
     """Those in extents and those packed."""
     names = {path.name for place in ("kept", "packed") for path in (out / "state" / place).glob("[!.]*-*")}
@@ -165,7 +185,7 @@ def undisturbed_seconds(nursery: Nursery, settings: dict[str, Any]) -> dict[tupl
     out, seconds = Path(settings["out"]), {}
 
     def timed(do: str, **more: Any) -> None:
-        seconds[do, more.get("compress", False)] = 1.2 * nursery.must(do, settings, **more)
+        seconds[do, more.get("compress", False)] = 1.5 * nursery.must(do, settings, **more)
 
     timed("train", placement="near")
     seconds["train", False] *= 24 / settings["steps"]
@@ -227,11 +247,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=300)
     parser.add_argument("--flips", type=int, default=10_000)
+    parser.add_argument("--steps", type=int, default=STEPS, help="of each run")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--page", type=Path, help="where to write the table")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        done = soak(Path(folder), arguments.kills, arguments.seed, progress=lambda line: print(line, flush=True))
+        done = soak(
+            Path(folder), arguments.kills, arguments.seed, arguments.steps, lambda line: print(line, flush=True)
+        )
         missed = flips(whole_state(Path(folder) / "flips"), arguments.flips, arguments.seed)
     page = describe(done, arguments.flips, missed, " ".join(["python", "tests/soak.py", *sys.argv[1:]]))
     print(page)
@@ -263,9 +286,10 @@ What was done to runs, and what came of it. [commit.md](commit.md) says why.
 
 Runs of a small model, killed with SIGKILL at random instants, over and over: in training, and in `outsize checkpoint
 keep` (packing or not), `rollback`, `export` and `import`. Each time the run continued with weights and optimizer state
-placed elsewhere (all near, all on disk, some of each), and `outsize checkpoint verify` compared every byte. What was
-exported or imported was there as a whole, with the bytes it always had, or not at all. When a run reached its end, its
-losses, step by step, and its weights were compared with those of a run that nobody disturbed, and the next began.
+placed elsewhere: all near, all on disk, some of each, or all near with a keeper and hardly a commit to disk. `outsize
+checkpoint verify` compared every byte. What was exported or imported was there as a whole, with the bytes it always had,
+or not at all. When a run reached its end, its losses, step by step, and its weights were compared with those of a run
+that nobody disturbed, and the next began.
 
     {command}
 

@@ -47,6 +47,7 @@ def serve() -> None:
         child = os.fork()
         if child == 0:
             _work(told, phase)
+        print(child, flush=True)
         status, seconds = _wait(child, told.get("kill_after"))
         where = PHASES[2] if phase[1] else PHASES[phase[0]]
         said = {"signal": os.WTERMSIG(status), "code": os.WEXITSTATUS(status), "where": where, "seconds": seconds}
@@ -111,13 +112,19 @@ def _planned_once(plan: Callable[..., Any], given: Any, log: Path) -> Any:
 
 
 def _placed(plan: Any, placement: str) -> Any:
-    """The plan with weights and state elsewhere than the planner, who sees room for all, has put them."""
+    """The plan with weights and state elsewhere than the planner, who sees room for all and a keeper, has put them."""
     from dataclasses import replace
 
+    if placement == "kept":
+        return replace(plan, commit_every=1000)
     names, states = sorted(plan.near_weights), sorted(plan.near_states)
     few = {"near": (names, states), "disk": ([], []), "mixed": (names[::2], states[1::2])}[placement]
     return replace(
-        plan, near_weights=frozenset(few[0]), near_states=frozenset(few[1]), arena_bytes=max(plan.arena_bytes, 16 << 20)
+        plan,
+        near_weights=frozenset(few[0]),
+        near_states=frozenset(few[1]),
+        arena_bytes=max(plan.arena_bytes, 16 << 20),
+        shared_bytes=0,
     )
 
 

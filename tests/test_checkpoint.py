@@ -106,6 +106,19 @@ def test_resume_refuses_other_numbers(run: Path, tmp_path: Path) -> None:
         outsize("train", "--model", "m")
 
 
+def test_a_kept_step_ahead_has_the_right_numbers_but_no_lines_of_those_between(run: Path, finished: Path) -> None:
+    weights = (run / "model" / "model.safetensors").read_bytes()
+    outsize("checkpoint", "rollback", run, 2)
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text(
+        "".join(lines[:2])
+    )  # as a run that is continued at step 2 and killed leaves them
+    outsize("checkpoint", "rollback", run, 4)
+    outsize("train", "--resume", run)
+    assert losses(run) == [loss for loss in losses(finished) if loss[0] not in (2, 3)]
+    assert (run / "model" / "model.safetensors").read_bytes() == weights
+
+
 @pytest.mark.parametrize("what", ["model", "tokenizer"])
 def test_another_model_or_tokenizer_is_refused_by_name(what: str, run: Path, folder: Path) -> None:
     model = run.parent / "model"

@@ -82,6 +82,8 @@ def test_train_writes_what_it_promises(undisturbed: Path) -> None:
 
 def test_a_killed_run_continues_with_the_same_numbers(inputs: tuple[Path, Path], undisturbed: Path) -> None:
     out = undisturbed.parent / "killed"
+    out.mkdir()
+    (out / "train.npy.partial").write_bytes(b"what a run leaves that is killed while it packs its data")
     process = subprocess.Popen(command(*train(inputs, out, "--commit-every", 1)), stderr=subprocess.DEVNULL)
     while process.poll() is None and (not (out / "metrics.jsonl").exists() or len(steps_of(out)) < 2):
         time.sleep(0.01)

@@ -40,7 +40,7 @@ class Entry:
     written: bool = False  # home holds the block's bytes, of some step, or will when its write is through
     offset: int = -1  # in the near arena; -1 when not there
     storage: torch.Tensor | None = None  # the block's bytes near, 1-D uint8
+    copies: int = 1  # near; 2 with a twin in shared memory
     pins: int = 0
     ticket: Ticket | None = None
     fence: Any = None  # a CUDA event: compute queued before it may still use the bytes
-    stale_on_disk: bool = False  # STAYING and durable: changed since it was last committed

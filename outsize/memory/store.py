@@ -20,11 +20,12 @@ import torch
 
 from outsize.errors import BudgetError
 from outsize.memory.arena import Arena
-from outsize.memory.block import Block, Part
+from outsize.memory.block import Block, Part, runs
 from outsize.memory.entry import Entry, Residency
 from outsize.memory.foresight import Policy, Touch, evict_oldest
 from outsize.memory.homes import Committed, Homes
 from outsize.memory.ledger import Ledger
+from outsize.memory.shared import Shared
 from outsize.memory.tier import Extent, Tier
 from outsize.memory.transfer import Ticket, Transfers
 from outsize.sizes import format_size
@@ -69,7 +70,8 @@ class Store:
     """Blocks over tiers. `near_bytes` is the arena for leases of blocks whose home is elsewhere.
 
     `allocate_near(nbytes)` returns 1-D uint8 tensors near compute (host slabs, or memory of the device).
-    The tier `disk` is where durable blocks are committed; `checked`: with checksums, which `commit` reports."""
+    The tier `disk` is where durable blocks are committed; `checked`: with checksums, which `commit` reports. With `shared`
+    durable blocks whose home is near lie there, and may have their bytes from the start."""
 
     def __init__(
         self,
@@ -80,14 +82,15 @@ class Store:
         near: str = "host",
         policy: Policy = evict_oldest,
         checked: bool = False,
+        shared: Shared | None = None,
     ) -> None:
-        self.tiers, self.near = tiers, near
-        self.clock = transfers.clock
+        self.tiers, self.near, self.shared, self.clock = tiers, near, shared, transfers.clock
         self.ledger = Ledger()
         self.transfers = transfers
         self.entries: dict[str, Entry] = {}
         self.homes = Homes(tiers, near, self.entries, self.ledger, checked)
         self.waiting_seconds = {"read": 0.0, "write": 0.0}
+        self._stale: dict[str, Entry] = {}  # durable and at home near: changed since the last commit, in that order
         self._allocate_near = allocate_near
         self._arena = Arena(allocate_near(near_bytes), near, self.entries, self.ledger, policy, self._fetch)
         self._turn = threading.Condition(threading.RLock())
@@ -112,10 +115,14 @@ class Store:
 
     def _settle_near(self, entry: Entry) -> None:
         """Give a block whose home is near its memory, and the bytes committed for it, if any."""
-        entry.storage = self._allocate_near(entry.block.nbytes)
-        self.ledger.hold(self.near, entry.block.bytes_by_kind)
         entry.residency = Residency.STAYING
-        if entry.written and entry.extent is not None:
+        shared = self.shared if entry.durable else None
+        entry.storage = self._allocate_near(entry.block.nbytes) if shared is None else shared.place(entry.block)
+        entry.copies = 1 if shared is None else 2
+        self.ledger.hold(self.near, entry.block.bytes_by_kind, entry.copies)
+        if shared is not None and shared.published:
+            self._stale[entry.block.name], entry.written = entry, True
+        elif entry.written and entry.extent is not None:
             self.ledger.move(self.homes.tier(entry).name, self.near, entry.block.bytes_by_kind)
             self.transfers.read(self.homes.moves(entry), entry.extent, 0, entry.storage).wait()
 
@@ -129,9 +136,10 @@ class Store:
                 self._arena.vacate(entry)
                 self._arena.rebuild()
             del self.entries[name]
+            self._stale.pop(name, None)
             self.homes.leave(entry)
             if entry.residency is Residency.STAYING:
-                self.ledger.hold(self.near, entry.block.bytes_by_kind, -1)
+                self.ledger.hold(self.near, entry.block.bytes_by_kind, -entry.copies)
 
     # -- leases ---------------------------------------------------------------------------------------------------
 
@@ -204,7 +212,11 @@ class Store:
         with self._turn:
             self._wait(entry, "write")
             if entry.residency is Residency.STAYING:
-                entry.stale_on_disk = entry.written = True
+                entry.written = True
+                if entry.durable:
+                    self._stale.setdefault(entry.block.name, entry)
+                    if self.shared is not None:
+                        self.shared.save(entry.block.name)
             else:
                 entry.residency = Residency.CHANGED
 
@@ -252,7 +264,7 @@ class Store:
         target = out.view(-1).view(torch.uint8)
         self.ledger.move(entry.home.name, self.near, {place.kind: len(rows) * row_bytes})
         tickets = []
-        for first, last in _runs(rows):
+        for first, last in runs(rows):
             span = target[first * row_bytes : last * row_bytes]
             tickets.append(
                 self.transfers.read(self.homes.moves(entry), extent, place.offset + rows[first] * row_bytes, span)
@@ -340,16 +352,15 @@ class Store:
         """What is at home now becomes the committed state, once `write_manifest(places by block)` has returned. `keep`
         also keeps it under a name, and kept states in `drop` are let go: `write_manifest` makes that durable too.
 
-        The manifest is written by the transfer thread after every write before it is durable; nothing that the step
-        after this one writes can overtake it. One commit at a time: waits for the one before, and raises its failure."""
+        Blocks that stay near are written from where they are, in the order in which they changed and will again: each
+        waits in `Lease.change` for its own. The transfer thread writes the manifest after every write before it is
+        durable; nothing of the next step can overtake it. Waits for the commit before, and raises its failure."""
         if self._last_commit is not None:
             self._last_commit.wait()
         with self._turn:
-            for entry in self.entries.values():
-                if entry.durable and entry.residency is Residency.STAYING and entry.stale_on_disk:
-                    self._wait(entry, "write")
-                    self._send_home(entry)
-                    entry.stale_on_disk = False
+            for entry in self._stale.values():
+                self._send_home(entry)
+            self._stale = {}
             places = self.homes.commit(keep, drop)
 
         def finish() -> None:
@@ -372,7 +383,7 @@ class Store:
                 assert elsewhere != (name in self._arena.residents), (
                     f"{name} is {entry.residency.value} but not in its place"
                 )
-            held = sum(entry.block.nbytes for entry in self.entries.values() if entry.storage is not None)
+            held = sum(e.block.nbytes * e.copies for e in self.entries.values() if e.storage is not None)
             assert held == self.ledger.held_in(self.near), "the ledger and the store disagree on what is near"
             for tier in self.tiers.values():
                 tier.check()
@@ -381,12 +392,5 @@ class Store:
         self.transfers.close()
         for tier in self.tiers.values():
             tier.close()
-
-
-def _runs(rows: list[int]) -> Iterator[tuple[int, int]]:
-    """Index ranges of `rows` in which each row follows the one before."""
-    first = 0
-    for index in range(1, len(rows) + 1):
-        if index == len(rows) or rows[index] != rows[index - 1] + 1:
-            yield first, index
-            first = index
+        if self.shared is not None:
+            self.shared.close()

@@ -29,7 +29,9 @@ def check_plan(plan: Plan, task: Task, place: Place) -> Plan:
             "The plan's blocked_loss and table_rows contradict each other: blocks need tables, and only they."
         )
     job = sizes_of_job(task, dict(plan.table_rows), plan.blocked_loss, plan.hold)
-    search = search_of(task, place, job, plan)
+    search = search_of(replace(task, request=replace(request, commit_every=plan.commit_every)), place, job, plan)
+    if plan.shared_bytes not in (0, job.all_bytes):
+        raise OptionError(f"The plan's shared_bytes is {plan.shared_bytes}; it is {job.all_bytes} (all blocks), or 0.")
     told = Placement(
         near_weights=plan.near_weights | job.always,
         near_states=plan.near_states | job.always,
@@ -37,6 +39,7 @@ def check_plan(plan: Plan, task: Task, place: Place) -> Plan:
         gradient_home=plan.gradient_home,
         filled="as told",
         generous=plan.recycle_bytes >= LARGEST_RECYCLED,
+        shared=plan.shared_bytes > 0,
     )
     search.tried.append(Choice(told, search.foretell(told)))
     checked = search.finished(search.tried[0])

@@ -45,10 +45,12 @@ class LiveBytes(TorchDispatchMode):
         self.peak = self.largest = 0
         self._known = known  # storages that are somebody else's: weights and buffers
         self._live: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._most = 0  # bytes that may be alive: what has died since the last look is still counted
 
     def now(self) -> int:
         self._live = {key: item for key, item in self._live.items() if not item[0].expired()}
-        return sum(nbytes for _, nbytes in self._live.values())
+        self._most = sum(nbytes for _, nbytes in self._live.values())
+        return self._most
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -60,7 +62,9 @@ class LiveBytes(TorchDispatchMode):
                 if storage._cdata not in self._known and storage._cdata not in self._live:
                     self._live[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
                     self.largest = max(self.largest, storage.nbytes())
-        self.peak = max(self.peak, self.now())
+                    self._most += storage.nbytes()
+        if self._most > self.peak:
+            self.peak = max(self.peak, self.now())
         return result
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from outsize.planner.clock import Rates
 from outsize.planner.rehearsal import FEWEST, Rehearsed
@@ -18,7 +18,8 @@ FEW_EVENTS, MOST_EVENTS = (
 
 @dataclass(frozen=True)
 class Forecast:
-    """A step in the middle of a run. `moved`: (source, destination, kind) -> bytes."""
+    """A step in the middle of a run. `moved`: (source, destination, kind) -> bytes. What commits write of blocks that stay
+    near is not in it (`with_snapshots`)."""
 
     seconds: float
     lanes: dict[str, float]
@@ -27,11 +28,11 @@ class Forecast:
     played: Played
     """As played: over fewer units when the script is long."""
     floating_operations: float
+    commit_every: int = 1
+    """Steps from commit to commit."""
 
 
-def forecast(
-    rehearsed: Rehearsed, arena_bytes: int, home_of: HomeOf, rates: Rates, commit_every: int, closely: bool
-) -> Forecast:
+def forecast(rehearsed: Rehearsed, arena_bytes: int, home_of: HomeOf, rates: Rates, closely: bool) -> Forecast:
     """Play the step under a placement. A script too long to be played is played over some of the units, evenly taken,
     and over half as many; what those of the difference add is taken for what all others add. `closely` is slower: with more
     units.
@@ -39,7 +40,7 @@ def forecast(
     Raises BudgetError when leases leave no room in the arena."""
 
     def run(script: Script) -> Forecast:
-        played = play(script, arena_bytes, home_of, rates, STEPS, commit_every)
+        played = play(script, arena_bytes, home_of, rates, STEPS)
         return _forecast(script, played)
 
     units = rehearsed.units
@@ -51,6 +52,20 @@ def forecast(
         return run(rehearsed.whole)
     many, few = (run(rehearsed.over(_evenly(units, number))) for number in (count, count // 2))
     return _carried_on(many, few, count, count // 2, len(units))
+
+
+def with_snapshots(found: Forecast, snapshot: dict[str, int], every: int, rates: Rates) -> Forecast:
+    """The mean of steps of which each `every`-th is committed, and `snapshot` (kind -> bytes) is then written from
+    memory. That takes time only where the disk has none to spare."""
+    written = {("host", "disk", kind): nbytes // every for kind, nbytes in snapshot.items()}
+    takes = sum(written.values()) / rates.write + rates.flush / every
+    busy = min(found.seconds, max(found.lanes.get("read", 0.0), found.lanes.get("write", 0.0)))
+    lanes = found.lanes | {"write": found.lanes.get("write", 0.0) + takes}
+    late = max(takes - (found.seconds - busy), 0.0)
+    waiting = found.waiting | {"write": found.waiting["write"] + late}
+    moved = dict(Counter(found.moved) + Counter(written))
+    seconds = found.seconds + late
+    return replace(found, seconds=seconds, lanes=lanes, waiting=waiting, moved=moved, commit_every=every)
 
 
 def _forecast(script: Script, played: Played) -> Forecast:

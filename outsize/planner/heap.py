@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from outsize.machine.allocator import LARGEST_RECYCLED, Heap, give_back, recycle_up_to
+from outsize.machine.allocator import Heap, give_back, recycle_up_to
 from outsize.memory.tier import PAGE
 from outsize.planner.script import Event, Key, Live
 
@@ -19,7 +19,8 @@ ALIGNMENT = 64  # bytes, of all tensors that torch allocates on the CPU (c10/cor
 
 def heap_peak(steps: Iterable[Iterable[Event]], recycle_bytes: int) -> int:
     """Bytes of memory that become real, at most, for the tensors of these steps: what is alive, and what was alive
-    earlier and is kept by the C library: within a step, or, with LARGEST_RECYCLED, from step to step.
+    earlier and is kept by the C library, from step to step: nothing is given back while the process holds no more than
+    this.
 
     Without glibc: the most that is alive at once, and half as much again."""
     heap = Heap.find()
@@ -29,22 +30,20 @@ def heap_peak(steps: Iterable[Iterable[Event]], recycle_bytes: int) -> int:
     heaped = _Heaped(heap)
     for events in steps:
         heaped.run(events)
-        if recycle_bytes < LARGEST_RECYCLED:
-            heaped.give_back()
     heaped.end()
     give_back()
     return heaped.peak
 
 
 class _Heaped:
-    """Counts the bytes of pages that have held something and have not gone back to the system."""
+    """Counts the bytes of pages that have held something, but for maps of their own, which go back to the system."""
 
     def __init__(self, heap: Heap) -> None:
         self.peak = 0
         self._heap = heap
         self._held: dict[Key, tuple[int, int, bool]] = {}  # address, bytes, whether in a map of its own
         self._kept = _Pages()
-        self._mapped = self._in_heap = 0
+        self._mapped = 0
 
     def run(self, events: Iterable[Event]) -> None:
         for event in events:
@@ -60,25 +59,13 @@ class _Heaped:
         if mapped:
             self._mapped += nbytes
         else:
-            self._in_heap += nbytes
             self._kept.add(address, nbytes)
         self.peak = max(self.peak, self._mapped + self._kept.nbytes)
 
     def _free(self, key: Key) -> None:
         address, nbytes, mapped = self._held.pop(key)
         self._heap.free(address)
-        if mapped:
-            self._mapped -= nbytes
-        else:
-            self._in_heap -= nbytes
-
-    def give_back(self) -> None:
-        """What `malloc_trim` does to pages that hold nothing. Where the next allocation goes does not depend on it."""
-        if self._kept.nbytes > self._in_heap:
-            self._kept = _Pages()
-            for address, nbytes, mapped in self._held.values():
-                if not mapped:
-                    self._kept.add(address, nbytes)
+        self._mapped -= nbytes if mapped else 0
 
     def end(self) -> None:
         for key in list(self._held):

@@ -275,9 +275,9 @@ HomeOf = Callable[[str], str]
 
 
 def play(
-    script: Script, arena_bytes: int, home_of: HomeOf, rates: Rates, steps: int = 3, commit_every: int = 1
+    script: Script, arena_bytes: int, home_of: HomeOf, rates: Rates, steps: int = 3, commit_every: int | None = None
 ) -> Played:
-    """Play a run of `steps` steps; after the last nothing follows.
+    """Play a run of `steps` steps; after the last nothing follows. Without `commit_every` nothing is committed.
 
     Raises BudgetError where the run itself would: when leases leave no room in the arena."""
     clock = SimulatedClock(rates)
@@ -313,7 +313,7 @@ def play(
 
 
 class _Player:
-    def __init__(self, store: Store, clock: SimulatedClock, home_of: HomeOf, commit_every: int) -> None:
+    def __init__(self, store: Store, clock: SimulatedClock, home_of: HomeOf, commit_every: int | None) -> None:
         self.store, self.clock, self.home_of, self.commit_every = store, clock, home_of, commit_every
         self.accesses: list[tuple[str, str]] = []
         self.live: list[tuple[float, int]] = []
@@ -387,7 +387,7 @@ class _Player:
             self._phase.__exit__(None, None, None)
         else:
             self._steps += 1
-            if self._steps % self.commit_every == 0:
+            if self.commit_every and self._steps % self.commit_every == 0:
                 self.store.commit(lambda slots: None)
 
 

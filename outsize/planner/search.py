@@ -14,10 +14,11 @@ from functools import cached_property
 
 from outsize.errors import BudgetError
 from outsize.machine.allocator import LARGEST_RECYCLED
+from outsize.memory.shared import AVAILABLE
 from outsize.memory.tier import PAGE, pages
 from outsize.plan import KEEP, MOVE, NEAR, RECOMPUTE, Activations, Plan, Predicted, Request
 from outsize.planner.clock import Rates
-from outsize.planner.forecast import Forecast, forecast
+from outsize.planner.forecast import Forecast, forecast, with_snapshots
 from outsize.planner.needs import Needs, gradient_bytes
 from outsize.planner.rehearsal import Rehearsed, homes
 from outsize.planner.script import Create
@@ -33,6 +34,9 @@ SAID = {
 }
 SPARE = 0.02  # of the memory allowed: as much as predictions are off, and a plan made elsewhere may find less
 TENSORS = "tensors of a step"
+SNAPSHOT_SHARE = 8  # of what a step moves, snapshots of state in memory may add one part in so many
+LONGEST_WITHOUT = 50  # steps between snapshots, at most
+KEEPER = 12 << 20  # bytes: the process that holds shared memory
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,11 @@ class JobSizes:
         """Bytes of all weights and states that need not be near, and of their gradients if these wait."""
         held = gradient_bytes(self.sizes) if self.hold else 0
         return held + sum(s.bytes + s.state_bytes for name, s in self.sizes.items() if name not in self.always)
+
+    @cached_property
+    def all_bytes(self) -> int:
+        """Of all blocks."""
+        return sum(size.bytes + size.state_bytes for size in self.sizes.values())
 
     def plan(self, request: Request, activations: tuple[tuple[str, Activations], ...]) -> Plan:
         """All that is settled before anything is placed."""
@@ -77,7 +86,9 @@ class Placement:
     gradient_home: str
     filled: str
     generous: bool = False
-    """The C library keeps freed memory from step to step."""
+    """The C library keeps the memory of large tensors too for the next ones."""
+    shared: bool = False
+    """All blocks lie in memory that outlives the process, each with a twin."""
 
 
 @dataclass(frozen=True)
@@ -112,8 +123,10 @@ class Search:
         arena = self.needs.least_arena if self.moves else pages(1)
         if everything + gradients + arena <= self.room:
             hoard = max(self.needs.hoarding - self.needs.tensors, 0)
-            generous = everything + gradients + arena + hoard <= self.room
-            yield Placement(frozenset(sizes), frozenset(sizes), arena, "host", "everything", generous)
+            room = self.room - everything - gradients - arena
+            every = Placement(frozenset(sizes), frozenset(sizes), arena, "host", "everything", generous=hoard <= room)
+            room -= hoard if every.generous else 0
+            yield replace(every, shared=self.request.keeper and AVAILABLE and self.kept(every) <= room)
             return
         seen = set()
         for arena in (self.needs.good_arena, 2 * self.needs.good_arena, self.needs.least_arena, self.room):
@@ -156,20 +169,44 @@ class Search:
             near_weights=placement.near_weights,
             near_states=placement.near_states,
             gradient_home=placement.gradient_home,
-            commit_every=self.request.commit_every or (1 if placement.near_states <= self.job.always else 50),
             recycle_bytes=LARGEST_RECYCLED if placement.generous else self.needs.recycle,
+            shared_bytes=self.job.all_bytes if placement.shared else 0,
         )
 
     def foretell(self, placement: Placement, closely: bool = False) -> Forecast:
-        plan, home_of = self.plan(placement), homes(self.plan(placement), self.job.always)
-        return forecast(self.rehearsed, plan.arena_bytes, home_of, self.rates, plan.commit_every, closely)
+        plan = self.plan(placement)
+        home_of = homes(plan, self.job.always)
+        found = forecast(self.rehearsed, plan.arena_bytes, home_of, self.rates, closely)
+        return with_snapshots(found, self.snapshot(placement), self.commit_every(placement, found), self.rates)
+
+    def snapshot(self, placement: Placement) -> dict[str, int]:
+        """Bytes by kind that a commit copies out of memory: of what stays near, all that a step changes."""
+        found: Counter[str] = Counter()
+        for name, size in self.job.sizes.items():
+            if size.weight.trainable and name in placement.near_weights:
+                found["weight"] += size.bytes
+            if name in placement.near_states:
+                found += Counter(size.state_kinds)
+        return dict(found)
+
+    def kept(self, placement: Placement) -> int:
+        """Bytes that memory which outlives the process takes more: each changing block's twin, and the keeper."""
+        return sum(self.snapshot(placement).values()) + KEEPER
+
+    def commit_every(self, placement: Placement, found: Forecast) -> int:
+        """State on disk is committed by writing it, every step. State in memory is copied out, and how often is what
+        bounds the traffic: a small part of what steps move anyway, or else now and then."""
+        if self.request.commit_every is not None:
+            return self.request.commit_every
+        snapshot, moved = sum(self.snapshot(placement).values()), sum(found.moved.values())
+        return max(1, min(-(-SNAPSHOT_SHARE * snapshot // max(moved, 1)), LONGEST_WITHOUT))
 
     # -- the plan ---------------------------------------------------------------------------------------------------
 
     def finished(self, choice: Choice) -> Plan:
-        plan = self.plan(choice.placement)
         choice = replace(choice, forecast=self.foretell(choice.placement, closely=True))
-        predicted = self._predicted(choice)
+        predicted, every = self._predicted(choice), choice.forecast.commit_every
+        plan = replace(self.plan(choice.placement), commit_every=every)
         return replace(plan, predicted=predicted, reasons=self._reasons(choice, predicted))
 
     def near_bytes(self, placement: Placement) -> int:
@@ -199,6 +236,10 @@ class Search:
             ("the arena for what streams", placement.arena_bytes),
             (TENSORS, self.needs.hoarding if placement.generous else self.needs.tensors),
             ("buffers of update and transfers", self.needs.scratch),
+            *(
+                (("a second copy of what changes, and the process that keeps it", self.kept(placement)),)
+                * placement.shared
+            ),
         )
 
     def _predicted(self, choice: Choice) -> Predicted:
@@ -243,8 +284,16 @@ class Search:
             else "update: in backward, no gradient waits",
             f"time: {choice.forecast.seconds:.2f} s a step, {work:.2f} s of them compute and update, which no placement "
             f"makes shorter: at most {choice.forecast.seconds / max(work, 1e-9) - 1:.0%} above the best there can be",
-            f"commit: every {self.plan(placement).commit_every} steps",
+            f"commit: {self._say_commit(choice)}",
         )
+
+    def _say_commit(self, choice: Choice) -> str:
+        every, snapshot = choice.forecast.commit_every, format_size(sum(self.snapshot(choice.placement).values()))
+        if choice.placement.shared:
+            held = f"a crash of this process loses no step: a keeper process holds the last in {snapshot} more"
+        else:
+            held = f"a crash loses {every} at most"
+        return f"every {every} steps, {snapshot} from memory while the next computes; {held}"
 
 
 def told(activations: tuple[tuple[str, Activations], ...]) -> str:

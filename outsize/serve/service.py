@@ -8,7 +8,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 from outsize.errors import OptionError, RunError
 from outsize.serve.engine import Engine
@@ -157,7 +157,7 @@ class Service:
         self.engine.close()
         self._release()
 
-    def __enter__(self) -> Service:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:

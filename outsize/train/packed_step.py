@@ -23,7 +23,7 @@ from outsize.model.new_folder import new_folder
 from outsize.model.packed_file import PackedTensor, packed_name, read_packed, write_packed
 from outsize.train.manifest import Manifest
 from outsize.train.retention import PINNED
-from outsize.train.state import StateFolder, replace_file
+from outsize.train.state import StateFolder
 
 WINDOW = 16 * PIECE  # bytes held at once
 _STEM, _MANIFEST = "blocks", "manifest"
@@ -156,7 +156,7 @@ class PackedStep:
                 disk.claim(extent)
             places = {block.name: self._unpack(disk, block, window) for block in self.manifest.layout.blocks}
             disk.flush()
-        replace_file(self.folder.directory / "manifest", replace(self.manifest, places=places).encode())
+        self.folder.go_back(replace(self.manifest, places=places).encode())
 
     def _unpack(self, disk: DiskTier, block: Block, window: torch.Tensor) -> Committed:
         if not self.holds(block):

@@ -23,6 +23,7 @@ from outsize.model.export import write_safetensors
 from outsize.train.data import PackedDataset, batches, in_order
 from outsize.train.job import Job
 from outsize.train.progress import Progress
+from outsize.train.published import publish
 from outsize.train.report import Metrics, StepLine
 from outsize.train.retention import Retention
 from outsize.train.state import StateFolder
@@ -70,37 +71,60 @@ class Run:
         job.on_complete = self._completed
 
     def recover(self) -> int:
-        """Continue at the last committed step, if there is one. Returns the number of steps done.
+        """Continue at the last committed step, or at a later one that a keeper holds. Returns the number of steps done.
 
         Raises RunError when the state is not that of this run."""
         manifest = self.state.read()
         if manifest is None:
             self.state.write_layout(self.job.store)
             self.commit(0, wait=True)
+            self._publish(0)
             return 0
         self.state.check_layout(self.job.store)
-        known = manifest.facts["about"]
+        found = self.state.published
+        step, facts = (manifest.step, manifest.facts) if found is None else (found.step, found.facts)
+        self._restore(step, facts)
+        self._last_commit = manifest.step
+        if found is not None and found.memory is not self.job.store.shared:  # this plan has its state elsewhere
+            if found.step > manifest.step:
+                found.bring(manifest.layout, self.job.store)
+                self.commit(step, wait=True)
+            found.give_up()
+        self._publish(step)
+        return step
+
+    def _restore(self, step: int, facts: dict[str, Any]) -> None:
+        known = facts["about"]
         for what, value in self.about.items():
             if known.get(what) != value:
                 raise RunError(
                     f"{self.state.directory} holds the state of another {what}. Use the one that the run began with, "
                     "or another --out."
                 )
-        self.job.updater.restore(manifest.facts["optimizer"])
-        self.job.step_number = self._last_commit = manifest.step
-        torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(manifest.facts["random"])), dtype=torch.uint8))
-        return manifest.step
+        self.job.updater.restore(facts["optimizer"])
+        self.job.step_number = step
+        self.job.random_state = torch.frombuffer(bytearray(base64.b64decode(facts["random"])), dtype=torch.uint8)
+        torch.set_rng_state(self.job.random_state)
+
+    def _facts(self) -> dict[str, Any]:
+        """What a step is besides its blocks' bytes, in plain JSON."""
+        return {
+            "about": self.about,
+            "optimizer": self.job.updater.facts(),
+            "random": base64.b64encode(bytes(self.job.random_state.tolist())).decode(),
+        }
+
+    def _publish(self, step: int) -> None:
+        """The blocks hold `step`: where they lie in shared memory, a crash of this process loses nothing of it."""
+        if self.job.store.shared is not None:
+            publish(self.job.store.shared, self.state.layout(), step, self._facts())
 
     def commit(self, step: int, wait: bool = False) -> None:
         """Make `step` durable while the next one begins; a failure shows at the next commit at the latest."""
         if step == self._last_commit:
             return
         started = perf_counter()
-        facts = {
-            "about": self.about,
-            "optimizer": self.job.updater.facts(),
-            "random": base64.b64encode(bytes(self.job.random_state.tolist())).decode(),
-        }
+        facts = self._facts()
         asked = self.state.keep_asked()
         keep, drop = self.retention.choose(step, self.state.kept_names(), asked)
 
@@ -118,9 +142,11 @@ class Run:
     def _completed(self, step: int) -> None:
         """A held update is complete in the middle of the next step; otherwise the step's line is written first."""
         if self.job.plan.hold:
-            self._maybe_commit(step)
+            self._complete(step)
 
-    def _maybe_commit(self, step: int) -> None:
+    def _complete(self, step: int) -> None:
+        """Everything is that of `step`: publish it, and commit it if that is due."""
+        self._publish(step)
         if step % self.job.plan.commit_every == 0 or self.retention.is_kept(step) or self.state.keep_asked():
             self.commit(step)
 
@@ -137,7 +163,7 @@ class Run:
             line = self._step(step, next(source), scheduler, again=not last)
             metrics.append(line)
             if not self.job.plan.hold:
-                self._maybe_commit(step + 1)
+                self._complete(step + 1)
             self.progress.step(line)
             self._evaluate_if_due(metrics, step, schedule, evaluation)
             if schedule.sample_prompt and schedule.sample_every and ((step + 1) % schedule.sample_every == 0 or last):
@@ -148,12 +174,14 @@ class Run:
         self.metrics = None
 
     def finish(self) -> None:
-        """Apply and commit whatever is still due, and wait for it."""
+        """Apply and commit whatever is still due, and wait for it; nobody needs a keeper any more."""
         self.job.flush()
         self.job.store.flush()
         self.commit(self.job.step_number, wait=True)
         if self._committed is not None:
             self._committed.wait()
+        if self.job.store.shared is not None:
+            self.job.store.shared.dismiss()
 
     def _step(self, step: int, micro_batches: list[dict[str, torch.Tensor]], scheduler: Any, again: bool) -> StepLine:
         job, rate = self.job, scheduler.get_last_lr()[0]

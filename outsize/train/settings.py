@@ -17,7 +17,8 @@ FREE = {
 }  # fmt: skip
 """What may differ when a run is continued; all else must stay as it was."""
 PATHS = ("data", "eval_data", "optimizer_state", "out", "plan")
-BEGUN = {"train.npy", "eval.npy", "state", "companions"}  # what a run that never reached its first commit may leave
+# What a run that never reached its first commit may leave, whole or killed while it was written.
+BEGUN = {"train.npy", "eval.npy", "state", "companions", "run.json"}
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def continues(settings: TrainSettings) -> bool:
         return True
     try:
         settings.out.mkdir(parents=True, exist_ok=True)
-        strange = {path.name for path in settings.out.iterdir()} - BEGUN
+        strange = {path.name.removesuffix(".partial") for path in settings.out.iterdir()} - BEGUN
     except OSError as problem:
         raise StorageError(f"{settings.out} cannot be used: {problem.strerror}. Choose another --out.") from problem
     if strange:

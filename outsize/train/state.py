@@ -12,14 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from outsize.errors import RunError, StorageError
+from outsize.memory import shared
 from outsize.memory.disk import DiskTier
 from outsize.memory.homes import Committed
 from outsize.memory.host import HostTier, allocate_slab
+from outsize.memory.shared import Shared
 from outsize.memory.store import Store
 from outsize.memory.tier import Tier
 from outsize.memory.transfer import Transfers
+from outsize.model.new_folder import sync
 from outsize.plan import Plan
 from outsize.train.manifest import Layout, Manifest
+from outsize.train.published import Published, find_published
 
 
 class StateFolder:
@@ -30,6 +34,8 @@ class StateFolder:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.blocks, self.kept, self.packed = directory / "blocks", directory / "kept", directory / "packed"
+        self.published: Published | None = None
+        """What `open_store` has found in a keeper's memory, at least as new as the committed step."""
         self._layout: Layout | None = None
         self._lock = -1
 
@@ -171,11 +177,16 @@ class StateFolder:
         with _clear(self.kept):
             for name in names:
                 (self.kept / name).unlink(missing_ok=True)
-            sync_folder(self.kept)
+            sync(self.kept)
 
     def roll_back(self, name: str) -> None:
         """The kept step becomes the committed one."""
-        replace_file(self.directory / "manifest", (self.kept / name).read_bytes())
+        self.go_back((self.kept / name).read_bytes())
+
+    def go_back(self, manifest: bytes) -> None:
+        """That of an older step becomes the committed one. What a keeper holds is given up first: it is newer."""
+        shared.dismiss(self.directory)
+        replace_file(self.directory / "manifest", manifest)
 
 
 PARTIAL = ".partial"
@@ -199,7 +210,7 @@ def replace_file(path: Path, content: bytes) -> None:
     with _clear(path):
         _write_durably(partial, content)
         os.replace(partial, path)
-        sync_folder(path.parent)
+        sync(path.parent)
 
 
 @contextmanager
@@ -224,21 +235,12 @@ def _write_durably(path: Path, content: bytes) -> None:
         os.close(file)
 
 
-def sync_folder(folder: Path) -> None:
-    """Make names that were made, replaced or removed in `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _make_durable_folder(folder: Path) -> None:
     """Make a folder and those above it; a commit in a folder whose own name is lost would be lost too."""
     if not folder.exists():
         _make_durable_folder(folder.parent)
         folder.mkdir(exist_ok=True)
-        sync_folder(folder.parent)
+        sync(folder.parent)
 
 
 def _describe(block: Any) -> str:
@@ -251,10 +253,16 @@ def _describe(block: Any) -> str:
 
 def open_store(plan: Plan, folder: StateFolder, wrap_disk: Callable[[Tier], Tier] = lambda tier: tier) -> Store:
     """The store of a training job: an arena and host memory near, the folder's blocks on disk; whatever was committed
-    there is announced. `wrap_disk` puts a layer before the disk, such as one that throttles it."""
+    there is announced. Memory that a keeper holds for the run is used again, if the plan shares any. `wrap_disk` puts a
+    layer before the disk, such as one that throttles it."""
     manifest = folder.read()
+    found = folder.published = find_published(folder.directory, manifest)
+    memory = None
+    if plan.shared_bytes:
+        again = found is not None and found.memory.nbytes == plan.shared_bytes
+        memory = found.memory if found and again else Shared(folder.directory, plan.shared_bytes)
     tiers = {"host": HostTier(plan.memory_bytes or 1 << 60), "disk": wrap_disk(DiskTier(folder.blocks))}
-    store = Store(tiers, plan.arena_bytes, allocate_slab, Transfers(), checked=True)
+    store = Store(tiers, plan.arena_bytes, allocate_slab, Transfers(), checked=True, shared=memory)
     if manifest is not None:
         kept = {name: folder.read_kept(name).places for name in folder.kept_names()}
         store.homes.recover(
