@@ -124,9 +124,9 @@ def test_what_cannot_fit_is_refused_with_what_would() -> None:
 def test_the_search_finds_what_trying_everything_finds() -> None:
     """One layer's weights and states, near or not, in every combination that fits beside the arena it leaves."""
     request = replace(REQUEST, activations="recompute")
-    found = searches(task(request, layers=2), PLACE)[0]
+    found = next(searches(task(request, layers=2), PLACE))
     tight = replace(request, memory_bytes=found.needs.least + 4 * found.job.everything // 5)
-    search = searches(task(tight, layers=2), PLACE)[0]
+    search = next(searches(task(tight, layers=2), PLACE))
     best = search.best().forecast.seconds
     tried = [search.foretell(placement).seconds for placement in every(search)]
     assert len(tried) > 30

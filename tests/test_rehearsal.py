@@ -14,9 +14,10 @@ from outsize.memory.store import Store
 from outsize.model.units import find_units
 from outsize.plan import KEEP, MOVE, Activations
 from outsize.planner.clock import Rates
+from outsize.planner.play import play
 from outsize.planner.prices import RatedPrices
 from outsize.planner.rehearsal import homes, rehearse
-from outsize.planner.script import Event, Live, Spend, play
+from outsize.planner.script import Event, Live, Spend
 from outsize.train.job import always_near
 from outsize.train.optimizers import uniform_rule
 
@@ -85,14 +86,14 @@ def test_rehearsal_moves_what_the_real_run_moves(
         seen.accesses.clear()
         job.train_step(micro_batches, again=number + 1 < STEPS)
     job.store.flush()
-    foretold, moved = sum(rehearsal.moved, Counter()), job.store.ledger.moved - before
+    foretold, moved = rehearsal.moved, job.store.ledger.moved - before
     if setting.table_rows:  # whether a row is still near when the embedding asks is a matter of time
         rows = STEPS * sum(batch["input_ids"].unique().numel() for batch in steps[0])
         row_bytes = 4 * model.get_input_embeddings().weight.shape[1]
         ways = ("disk", "host", "weight")
         assert abs(foretold.pop(ways) - moved.pop(ways)) <= rows * row_bytes
     assert foretold == moved
-    assert list(rehearsal.accesses) == seen.accesses
+    assert list(rehearsal.steps[-1].accesses) == seen.accesses
     assert rehearsal.disk_bytes == job.store.tiers["disk"].used
     job.close()
 

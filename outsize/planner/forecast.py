@@ -6,14 +6,12 @@ from collections import Counter
 from dataclasses import dataclass, replace
 
 from outsize.planner.clock import Rates
+from outsize.planner.play import PlayedStep, play
 from outsize.planner.rehearsal import FEWEST, Rehearsed
-from outsize.planner.script import HomeOf, Played, Script, Touched, play
+from outsize.planner.script import HomeOf, Script, Touched
 
-STEPS = 4  # played: the first ones make state and traces, the one before the last is what all others are like
-FEW_EVENTS, MOST_EVENTS = (
-    2_000,
-    12_000,
-)  # that touch blocks, when placements are compared, and for the one that is chosen
+FEW_EVENTS = 2_000  # that touch blocks, when placements are compared
+MOST_EVENTS = 12_000  # for the one that is chosen
 
 
 @dataclass(frozen=True)
@@ -25,11 +23,21 @@ class Forecast:
     lanes: dict[str, float]
     waiting: dict[str, float]
     moved: dict[tuple[str, str, str], int]
-    played: Played
+    step: PlayedStep
     """As played: over fewer units when the script is long."""
     floating_operations: float
     commit_every: int = 1
     """Steps from commit to commit."""
+
+    @property
+    def work(self) -> float:
+        """Seconds of compute and update, which no placement makes shorter."""
+        return self.lanes.get("compute", 0.0) + self.lanes.get("update", 0.0)
+
+    @property
+    def hides_all(self) -> bool:
+        """Hardly anything is waited for: no placement is worth looking for."""
+        return self.seconds <= 1.01 * self.work
 
 
 def forecast(rehearsed: Rehearsed, arena_bytes: int, home_of: HomeOf, rates: Rates, closely: bool) -> Forecast:
@@ -40,8 +48,7 @@ def forecast(rehearsed: Rehearsed, arena_bytes: int, home_of: HomeOf, rates: Rat
     Raises BudgetError when leases leave no room in the arena."""
 
     def run(script: Script) -> Forecast:
-        played = play(script, arena_bytes, home_of, rates, STEPS)
-        return _forecast(script, played)
+        return _played(script if closely else script.lean, arena_bytes, home_of, rates)
 
     units = rehearsed.units
     if not units:
@@ -68,11 +75,14 @@ def with_snapshots(found: Forecast, snapshot: dict[str, int], every: int, rates:
     return replace(found, seconds=seconds, lanes=lanes, waiting=waiting, moved=moved, commit_every=every)
 
 
-def _forecast(script: Script, played: Played) -> Forecast:
-    """Reading ahead crosses the border between steps, so bytes are means over the steps that are alike."""
-    alike = played.moved[len(script.steps) - 1 :]
-    moved = {ways: nbytes // len(alike) for ways, nbytes in sum(alike, Counter()).items()}
-    return Forecast(played.seconds[-1], played.lanes, played.waiting, moved, played, script.floating_operations)
+def _played(script: Script, arena_bytes: int, home_of: HomeOf, rates: Rates) -> Forecast:
+    """The first steps record; of the three that follow, the one in the middle finds what was read ahead for it and reads
+    ahead for the next, as most do. Reading ahead crosses the border between steps, so bytes are means of the three."""
+    played = play(script, arena_bytes, home_of, rates, len(script.steps) + 3)
+    alike = played.steps[-3:]
+    moved = {ways: nbytes // 3 for ways, nbytes in sum((step.moved for step in alike), Counter()).items()}
+    step = alike[1]
+    return Forecast(step.seconds, step.lanes, step.waiting, moved, step, script.floating_operations)
 
 
 def _evenly(units: tuple[str, ...], number: int) -> list[str]:
@@ -88,6 +98,6 @@ def _carried_on(many: Forecast, few: Forecast, count: int, fewer: int, units: in
         {lane: on(value, few.lanes.get(lane, 0.0)) for lane, value in many.lanes.items()},
         {name: max(on(value, few.waiting[name]), 0.0) for name, value in many.waiting.items()},
         {ways: round(on(value, few.moved.get(ways, 0))) for ways, value in many.moved.items()},
-        many.played,
+        many.step,
         on(many.floating_operations, few.floating_operations),
     )

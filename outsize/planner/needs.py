@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
 
-from outsize.machine.allocator import LARGEST_RECYCLED
 from outsize.memory.disk import BOUNCE
 from outsize.memory.tier import PAGE, pages
 from outsize.model.units import Unit
@@ -32,12 +31,11 @@ class Needs:
     """Bytes of host memory by cause.
 
     `baseline` is what the process holds before it begins, `tensors` what the C library holds at most for the step's
-    tensors, `hoarding` the same when it keeps freed memory from step to step, `scratch` the buffers of the update and of
+    tensors, `scratch` the buffers of the update and of
     transfers, `always` the weights and states that never leave."""
 
     baseline: int
     tensors: int
-    hoarding: int
     scratch: int
     least_arena: int
     good_arena: int
@@ -71,8 +69,7 @@ def find_needs(
     largest_unit = max((_unit_bytes(unit, sizes, rows, always) for unit in units), default=0)
     return Needs(
         baseline=baseline,
-        tensors=_tensors(rehearsed, recycle),
-        hoarding=_tensors(rehearsed, LARGEST_RECYCLED),
+        tensors=tensor_bytes(rehearsed, recycle),
         scratch=scratch,
         least_arena=least,
         good_arena=pages(least + int(1.2 * largest_unit) + READ_AHEAD * largest_chunk),
@@ -99,7 +96,7 @@ def pinned_peak(script: Script, home_of: HomeOf) -> int:
     return peak
 
 
-def _tensors(rehearsed: Rehearsed, recycle: int) -> int:
+def tensor_bytes(rehearsed: Rehearsed, recycle: int) -> int:
     """What the C library takes for a step's tensors; of many units as many as it is asked for, the rest carried on."""
 
     def taken(count: int) -> int:

@@ -10,11 +10,12 @@ from typing import Any, Protocol
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 from outsize.machine.machine import Machine
 
+LARGEST_DONE = 256 << 20  # bytes that an operation may touch to be done for its price
 UPDATED = 28  # bytes of an element: its weight, low bits and two moments, each read and written, and its gradient
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -67,22 +68,23 @@ class RatedPrices:
 class MeasuredPrices:
     """Prices of the machine that this runs on: each operation is done once, on numbers of the same shapes and dtypes.
 
-    Memory held meanwhile is what one operation takes in and gives out, twice."""
+    Memory held meanwhile is what one operation takes in and gives out; one that needs too much of it is only rated."""
 
     rated: RatedPrices
     _known: dict[Any, Price] = field(default_factory=dict)
 
     def of(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Price:
-        rated = self.rated.of(function, args, kwargs, result)
-        if is_view(function):
-            return rated
-        key = (function, repr(tree_map(_looks, (args, kwargs))))
+        key = function if is_view(function) else (function, _looks(args), _looks(tuple(kwargs.items())))
         if key not in self._known:
-            seconds = _measure(function, args, kwargs)
-            passing = self.rated.machine.compute.operation_seconds  # through Python and autograd, once more
-            priced = None if seconds is None else Price(seconds + passing, rated.floating_operations)
-            self._known[key] = priced or rated
+            self._known[key] = self._price(function, args, kwargs, result)
         return self._known[key]
+
+    def _price(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Price:
+        rated = self.rated.of(function, args, kwargs, result)
+        held = sum(_nbytes(leaf) for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor))
+        seconds = None if is_view(function) or held > LARGEST_DONE else _measure(function, args, kwargs)
+        passing = self.rated.machine.compute.operation_seconds  # through Python and autograd, once more
+        return rated if seconds is None else Price(seconds + passing, rated.floating_operations)
 
     def update(self, elements: int) -> float:
         return self.rated.update(elements)
@@ -112,10 +114,11 @@ def _numbers(tensor: torch.Tensor) -> torch.Tensor:
     return storage.as_strided(tensor.shape, tensor.stride())
 
 
-def _looks(leaf: Any) -> Any:
-    if isinstance(leaf, torch.Tensor):
-        return tuple(leaf.shape), tuple(leaf.stride()), str(leaf.dtype)
-    return leaf
+def _looks(value: Any) -> Any:
+    """What the cost of an operation may depend on, to look it up by."""
+    if isinstance(value, torch.Tensor):
+        return value.shape, value.stride(), value.dtype
+    return tuple(map(_looks, value)) if isinstance(value, list | tuple) else value
 
 
 @cache

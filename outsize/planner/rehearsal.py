@@ -7,6 +7,7 @@ price, and each storage is counted while it lives."""
 from __future__ import annotations
 
 import copy
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -26,13 +26,13 @@ from outsize.model.units import find_units
 from outsize.plan import KEEP, NEAR, Plan
 from outsize.planner.clock import Rates, SimulatedClock, SimulatedTransfers
 from outsize.planner.prices import Prices, is_view
-from outsize.planner.script import Event, HomeOf, Live, Mark, Scribe, Script, spread
+from outsize.planner.script import ENDLESS, Event, HomeOf, Live, Mark, Scribe, Script
+from outsize.planner.spread import spread
 from outsize.train.job import Job, bind
 from outsize.train.optimizers import OptimizerRule
 from outsize.train.update import Chunk, Updater
 
 Batch = dict[str, torch.Tensor]
-ENDLESS = 1 << 60
 FEWEST = 6  # units, from which on four stand for all
 CPU = torch.device("cpu")
 
@@ -41,10 +41,14 @@ class Fakes(FakeTensorMode):
     """Fake tensors; but what is computed from real ones alone, the token ids, is real."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        if tensors and not any(isinstance(tensor, FakeTensor) for tensor in tensors):
+        if not _holds(args, FakeTensor) and _holds(args, torch.Tensor):
             return func(*args, **(kwargs or {}))
         return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def _holds(values: Any, kind: type) -> bool:
+    """One of the values, or of the values in them, is such a tensor."""
+    return any(isinstance(v, kind) or (isinstance(v, list | tuple) and _holds(v, kind)) for v in values)
 
 
 class LiveBytes:
@@ -54,27 +58,29 @@ class LiveBytes:
         self._tell = tell
         self._ignored: dict[int, torch.UntypedStorage] = {}  # held, so that none of them is mistaken for a later one
         self._count = 0
-        self._live: dict[int, tuple[StorageWeakRef, int, int]] = {}
+        self._live: dict[int, Any] = {}
 
     def ignore(self, tensors: Iterable[torch.Tensor]) -> None:
         storages = [tensor.untyped_storage() for tensor in tensors]
         self._ignored |= {storage._cdata: storage for storage in storages}
 
     def see(self, result: Any) -> None:
-        self.sweep()
         for tensor in tree_leaves(result):
             if isinstance(tensor, FakeTensor):
                 storage = tensor.untyped_storage()
                 if storage._cdata not in self._ignored and storage._cdata not in self._live and storage.nbytes():
-                    self._count += 1
-                    self._live[storage._cdata] = (StorageWeakRef(storage), storage.nbytes(), self._count)
-                    self._tell(Live((self._count, -1), storage.nbytes()))
+                    self._come(storage)
 
-    def sweep(self) -> None:
-        """Notice what has gone."""
-        for cdata in [cdata for cdata, (reference, _, _) in self._live.items() if reference.expired()]:
-            _, nbytes, number = self._live.pop(cdata)
-            self._tell(Live((number, -1), -nbytes))
+    def _come(self, storage: torch.UntypedStorage) -> None:
+        self._count += 1
+        cdata, key, nbytes = storage._cdata, (self._count, -1), storage.nbytes()
+
+        def go(_: Any) -> None:
+            del self._live[cdata]
+            self._tell(Live(key, -nbytes))
+
+        self._live[cdata] = weakref.ref(storage, go)  # the Python object lives as long as the storage
+        self._tell(Live(key, nbytes))
 
 
 class Priced(TorchDispatchMode):
@@ -190,14 +196,12 @@ class Rehearsal:
             yield
 
     def run(self, micro_batches: list[Batch]) -> Script:
-        """As many steps as it takes until the next does what every later one does: the second finds state where the
-        first makes it, and a held update is applied a step late."""
+        """As many steps as it takes until the next does what every later one does: a held update is applied a step late."""
         steps = []
         setup = self._taken()
-        for _ in range(3 if self.job.plan.hold else 2):
+        for _ in range(2 if self.job.plan.hold else 1):
             with self.modes():
                 self.job.train_step(micro_batches)
-            self.live.sweep()
             steps.append(self._taken())
         return Script(setup, tuple(steps))
 

@@ -19,7 +19,7 @@ from outsize.memory.tier import PAGE, pages
 from outsize.plan import KEEP, MOVE, NEAR, RECOMPUTE, Activations, Plan, Predicted, Request
 from outsize.planner.clock import Rates
 from outsize.planner.forecast import Forecast, forecast, with_snapshots
-from outsize.planner.needs import Needs, gradient_bytes
+from outsize.planner.needs import Needs, gradient_bytes, tensor_bytes
 from outsize.planner.rehearsal import Rehearsed, homes
 from outsize.planner.script import Create
 from outsize.planner.sizes_of import WeightSize
@@ -111,6 +111,11 @@ class Search:
         spare = min(int(SPARE * self.request.memory_bytes), self.request.memory_bytes - self.needs.least)
         return self.request.memory_bytes - self.needs.fixed - spare
 
+    @cached_property
+    def hoarding(self) -> int:
+        """Bytes for a step's tensors when the C library keeps large ones too."""
+        return tensor_bytes(self.rehearsed, LARGEST_RECYCLED)
+
     @property
     def moves(self) -> bool:
         """Activations pass through the arena."""
@@ -122,7 +127,7 @@ class Search:
         gradients = gradient_bytes(sizes) if self.request.accumulate > 1 and not self.job.hold else 0
         arena = self.needs.least_arena if self.moves else pages(1)
         if everything + gradients + arena <= self.room:
-            hoard = max(self.needs.hoarding - self.needs.tensors, 0)
+            hoard = max(self.hoarding - self.needs.tensors, 0)
             room = self.room - everything - gradients - arena
             every = Placement(frozenset(sizes), frozenset(sizes), arena, "host", "everything", generous=hoard <= room)
             room -= hoard if every.generous else 0
@@ -151,13 +156,17 @@ class Search:
         return Placement(frozenset(weights), frozenset(states), arena, "disk", order)
 
     def best(self) -> Choice:
-        """The fastest candidate. Raises BudgetError when every arena is too small for what is leased at once."""
+        """The fastest candidate, or the first that waits for hardly anything. Raises BudgetError when every arena is too
+        small for what is leased at once."""
         problem: BudgetError | None = None
         for placement in self.candidates():
             try:
                 self.tried.append(Choice(placement, self.foretell(placement)))
             except BudgetError as error:
                 problem = error
+            else:
+                if self.tried[-1].forecast.hides_all:
+                    break
         if not self.tried:
             raise problem or BudgetError("No placement fits; give more memory.")
         return min(self.tried, key=lambda choice: choice.forecast.seconds)
@@ -234,7 +243,7 @@ class Search:
             ("Python, libraries and the process as it stands", self.needs.baseline),
             ("weights, state and gradients that stay near", self.near_bytes(placement)),
             ("the arena for what streams", placement.arena_bytes),
-            (TENSORS, self.needs.hoarding if placement.generous else self.needs.tensors),
+            (TENSORS, self.hoarding if placement.generous else self.needs.tensors),
             ("buffers of update and transfers", self.needs.scratch),
             *(
                 (("a second copy of what changes, and the process that keeps it", self.kept(placement)),)
@@ -263,13 +272,13 @@ class Search:
             floating_operations=found.floating_operations,
             moved=tuple((*ways, nbytes) for ways, nbytes in sorted(found.moved.items())),
             memory=memory,
-            timeline=found.played.spans,
-            tensors=thinned(found.played.live),
+            timeline=found.step.spans,
+            tensors=thinned(found.step.live),
         )
 
     def _reasons(self, choice: Choice, predicted: Predicted) -> tuple[str, ...]:
         placement, needs = choice.placement, self.needs
-        work = choice.forecast.lanes.get("compute", 0.0) + choice.forecast.lanes.get("update", 0.0)
+        work = choice.forecast.work
         slowest = max(self.tried, key=lambda tried: tried.forecast.seconds)
         why = f"the fastest of {len(self.tried)} placements played; the slowest takes {slowest.forecast.seconds:.2f} s"
         return (

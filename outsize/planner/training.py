@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -19,7 +20,7 @@ from outsize.planner.clock import Rates
 from outsize.planner.needs import Needs, find_needs
 from outsize.planner.prices import MeasuredPrices, Prices, RatedPrices
 from outsize.planner.rehearsal import Batch, rehearse
-from outsize.planner.search import JobSizes, Search
+from outsize.planner.search import Choice, JobSizes, Search
 from outsize.planner.sizes_of import sizes_of
 from outsize.sizes import format_size
 from outsize.train.job import always_near, users_of
@@ -65,23 +66,29 @@ def plan_training(task: Task, place: Place) -> Plan:
     """The fastest plan within `task.request.memory_bytes`.
 
     Raises BudgetError, with the smallest budget that works, when the job does not fit memory or disk."""
-    request = task.request
-    found = searches(task, place)
-    fitting = [search for search in found if search.needs.least <= request.memory_bytes]
-    if not fitting:
-        raise BudgetError(_too_small(request, min((search.needs for search in found), key=lambda needs: needs.least)))
-    choice, search = min(((search.best(), search) for search in fitting), key=lambda pair: pair[0].forecast.seconds)
+    found: list[tuple[Choice, Search]] = []
+    needed: list[Needs] = []
+    for search in searches(task, place):
+        needed.append(search.needs)
+        if search.needs.least <= task.request.memory_bytes:
+            found.append((search.best(), search))
+            if found[-1][0].forecast.hides_all:
+                break  # what comes computes more
+    if not found:
+        raise BudgetError(_too_small(task.request, min(needed, key=lambda needs: needs.least)))
+    choice, search = min(found, key=lambda pair: pair[0].forecast.seconds)
     plan = search.finished(choice)
     check_disk(plan, place)
     return plan
 
 
-def searches(task: Task, place: Place) -> list[Search]:
-    """One for each way in which activations may wait, ready to search; not all of them need fit."""
+def searches(task: Task, place: Place) -> Iterator[Search]:
+    """One for each way in which activations may wait, ready to search, the least compute first; not all of them need
+    fit."""
     job = describe_job(task)
     names = [unit.name for unit in task.units if unit.repeated]
-    choices = _considered(task.request)
-    return [search_of(task, place, job, job.plan(task.request, tuple((n, how) for n in names))) for how in choices]
+    for how in _considered(task.request):
+        yield search_of(task, place, job, job.plan(task.request, tuple((n, how) for n in names)))
 
 
 def search_of(task: Task, place: Place, job: JobSizes, bare: Plan) -> Search:
