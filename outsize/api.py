@@ -199,7 +199,8 @@ def plan(
 
     `request` takes the fields of `outsize.plan.Request` (sequence_length, batch_size, accumulate, precision, moments,
     clip, loss, activations, commit_every). `machine` is the name or file of one described, None this one, whose disk is
-    that of `directory`. Raises OptionError, ModelError, or BudgetError with the smallest memory that works."""
+    that of `directory`. `model` may be a folder that holds nothing but config.json. Raises OptionError, ModelError, or
+    BudgetError with the smallest memory that works."""
     if task != "train":
         raise OptionError(f"task {task!r} cannot be planned; there is train.")
     known = {field.name for field in fields(Request)} - {"memory_bytes", "hold", "keeper"}
@@ -208,7 +209,8 @@ def plan(
     asked, place = Request(parse_size(memory), **request, keeper=True), _machine(machine, Path(directory))
     source = open_model(model)
     tokenizer = source.tokenizer()  # a run will hold it
-    module = source.build(find_precision(asked.precision).compute).train()
+    make = source.build if source.files.has_weights else source.outline
+    module = make(find_precision(asked.precision).compute).train()
     for parameter in module.parameters():
         parameter.requires_grad_(True)
     rule = rule_of(optimizer, optimizer_options or {})
