@@ -15,6 +15,7 @@ from outsize.planner.heap import heap_peak
 from outsize.planner.rehearsal import Rehearsed, homes
 from outsize.planner.script import Create, Event, HomeOf, Live, Script, Touched
 from outsize.planner.sizes_of import WeightSize
+from outsize.train.precision import find_precision
 from outsize.train.update import CHUNK
 
 READ_AHEAD = 2  # chunks of state that may be on their way while one is stepped
@@ -23,7 +24,7 @@ MANY = 48  # units that the C library is asked about
 RECYCLE = 4 << 20  # bytes; tensors up to this size are always kept by the C library for the next one
 THREADS = 4 << 20  # bytes: stacks of the transfer threads and of lanes, and what python keeps for each
 KERNELS = 64 << 20  # bytes that products and OpenMP keep for themselves; measured, docs/log.md
-SCRATCH = ("master", "gradient", "spare")  # fp32 buffers of a chunk that the updater keeps
+BUFFERS = {"split": 3, "none": 3, "same": 0}  # of a chunk in fp32, by how masters are kept: master, gradient, one more
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,7 @@ def find_needs(
     """`bare` is the rehearsed plan, with nothing near."""
     recycle = max(RECYCLE, _largest_recurring(rehearsed.script.steps[-1], sizes) + PAGE)
     largest_chunk = max((size.largest_state for size in sizes.values()), default=0)
-    uncut = max((size.largest_gradient for size in sizes.values() if not _chunked(size)), default=0)
-    scratch = len(SCRATCH) * max(4 * CHUNK, uncut) + THREADS + KERNELS + (3 * BOUNCE if rows else 0)
+    scratch = _updating(sizes, bare) + THREADS + KERNELS + (3 * BOUNCE if rows else 0)
     least = pages(int(LOOSE * (pinned_peak(rehearsed.script, homes(bare, always)) + 2 * largest_chunk)))
     largest_unit = max((_unit_bytes(unit, sizes, rows, always) for unit in units), default=0)
     return Needs(
@@ -116,6 +116,16 @@ def _largest_recurring(events: Iterable[Event], sizes: dict[str, WeightSize]) ->
     gradients = {block for size in sizes.values() for block in (size.bytes, pages(size.bytes))}
     counts = Counter(event.nbytes for event in events if isinstance(event, Live) and event.nbytes > 0)
     return max((n for n, count in counts.items() if count >= 4 and pages(n) not in gradients), default=0)
+
+
+def _updating(sizes: dict[str, WeightSize], plan: Plan) -> int:
+    """Buffers of the update, each of the largest chunk in fp32: those the updater keeps, and moments that are kept in
+    bf16 as the optimizer sees them."""
+    trainable = [size for size in sizes.values() if size.weight.trainable]
+    chunked = (min(size.largest_gradient, 4 * CHUNK) if _chunked(size) else size.largest_gradient for size in trainable)
+    master = find_precision(plan.precision).master
+    buffers = max(BUFFERS[master], plan.clip is not None) + (2 if plan.moments == "bf16" else 0)
+    return buffers * max(chunked, default=0)
 
 
 def gradient_bytes(sizes: dict[str, WeightSize]) -> int:
