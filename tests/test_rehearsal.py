@@ -13,7 +13,7 @@ from outsize.machine.find import find_machine
 from outsize.memory.store import Store
 from outsize.model.units import find_units
 from outsize.plan import KEEP, MOVE, Activations
-from outsize.planner.clock import Rates
+from outsize.planner.clock import ways_of
 from outsize.planner.play import play
 from outsize.planner.prices import RatedPrices
 from outsize.planner.rehearsal import homes, rehearse
@@ -76,7 +76,7 @@ def test_rehearsal_moves_what_the_real_run_moves(
     steps = [make_batches(1, setting.accumulate)[0]] * STEPS
     script = rehearse(model, plan, RULE, RatedPrices(LAPTOP), steps[0], torch.float32).whole
     always = always_near(find_units(model))
-    rehearsal = play(script, plan.arena_bytes, homes(plan, always), Rates.of(LAPTOP), STEPS, plan.commit_every)
+    rehearsal = play(script, plan.arena_bytes, homes(plan, always), ways_of(LAPTOP), STEPS, plan.commit_every)
 
     job = bind_job(model, RULE, plan, tmp_path)
     job.on_complete = lambda step: job.store.commit(lambda slots: None) if step % plan.commit_every == 0 else None

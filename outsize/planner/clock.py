@@ -1,13 +1,13 @@
 """Time that passes only when somebody says so: transfers are events, compute advances the clock by its price.
 
 Transfers run as in `outsize.memory.transfer`: some readers share one queue of pieces, one writer keeps the order of
-writes. What moves at once shares the disk: each direction has its bandwidth, and both together their limit."""
+writes. What moves at once shares the way: each direction has its bandwidth, and both together their limit."""
 
 from __future__ import annotations
 
 import threading
-from collections import deque
-from collections.abc import Callable
+from collections import Counter, deque
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ from outsize.memory.transfer import PIECE, Then
 
 @dataclass(frozen=True)
 class Rates:
-    """Bytes a second between disk and the memory near compute, alone and (`both`) when it reads and writes at once."""
+    """Bytes a second between a tier and the memory near compute, alone and (`both`) when it reads and writes at once."""
 
     read: float
     write: float
@@ -31,17 +31,28 @@ class Rates:
     """Seconds until what was written is durable."""
 
     @classmethod
-    def of(cls, machine: Machine) -> Rates:
-        read, write = machine.link("disk", "host"), machine.link("host", "disk")
+    def between(cls, machine: Machine, tier: str, near: str) -> Rates:
+        """Those of the direct links of a machine."""
+        read, write = machine.link(tier, near), machine.link(near, tier)
         shared = read.shared if read.shared == write.shared else None
         both = machine.limit(shared) if shared is not None else read.bytes_per_second + write.bytes_per_second
         return cls(read.bytes_per_second, write.bytes_per_second, both, max(read.latency, write.latency))
+
+
+Ways = Mapping[str, Rates]
+"""From each tier other than the one that computes."""
+
+
+def ways_of(machine: Machine) -> Ways:
+    """How bytes get to where the machine computes, and back."""
+    return {"disk": Rates.between(machine, "disk", "host")}
 
 
 @dataclass(eq=False)
 class Transfer:
     """A piece on its way: seconds of latency, then bytes, that are still to go."""
 
+    tier: str
     direction: str
     left: float
     latency: float
@@ -56,9 +67,9 @@ class Transfer:
 class SimulatedClock(Clock):
     """Seconds since the beginning. `spend` lets time pass in compute, `wait` until the next transfer ends."""
 
-    def __init__(self, rates: Rates, readers: int = 2) -> None:
+    def __init__(self, ways: Ways, readers: int = 2) -> None:
         super().__init__()
-        self.rates, self.time = rates, 0.0
+        self.ways, self.time = ways, 0.0
         self.spans: list[Span] = []
         self.seconds: dict[str, float] = {}
         self._slots = {"read": readers, "write": 1}
@@ -84,9 +95,11 @@ class SimulatedClock(Clock):
         self._run_to(self.time + seconds)
         self._note(lane, started)
 
-    def submit(self, direction: str, nbytes: int, finish: Callable[[], None], latency: float | None = None) -> None:
-        latency = self.rates.latency if latency is None else latency
-        self._queues[direction].append(Transfer(direction, float(nbytes), latency, finish))
+    def submit(
+        self, tier: str, direction: str, nbytes: int, finish: Callable[[], None], latency: float | None = None
+    ) -> None:
+        latency = self.ways[tier].latency if latency is None else latency
+        self._queues[direction].append(Transfer(tier, direction, float(nbytes), latency, finish))
         self._start()
 
     def _start(self) -> None:
@@ -98,14 +111,14 @@ class SimulatedClock(Clock):
         self._share()
 
     def _share(self) -> None:
-        """What moves in one direction shares its bandwidth; both directions together keep to theirs."""
-        alone = {"read": self.rates.read, "write": self.rates.write}
-        moving = {name: [t for t in self._moving if t.direction == name] for name in alone}
-        asked = sum(alone[name] for name in alone if moving[name])
-        scale = min(1.0, self.rates.both / asked) if moving["read"] and moving["write"] else 1.0
-        for name, transfers in moving.items():
-            for transfer in transfers:
-                transfer.rate = alone[name] * scale / len(transfers)
+        """What moves on one way in one direction shares its bandwidth; both directions together keep to theirs."""
+        moving = Counter((transfer.tier, transfer.direction) for transfer in self._moving)
+        for transfer in self._moving:
+            way, tier = self.ways[transfer.tier], transfer.tier
+            mixed = moving[tier, "read"] and moving[tier, "write"]
+            scale = min(1.0, way.both / (way.read + way.write)) if mixed else 1.0
+            alone = way.read if transfer.direction == "read" else way.write
+            transfer.rate = alone * scale / moving[tier, transfer.direction]
 
     def _run_to(self, end: float) -> None:
         while self._moving:
@@ -188,7 +201,7 @@ class SimulatedTransfers:
         ticket = SimulatedTicket(self.clock, then, len(starts))
         self.bytes["read"] += nbytes
         for start in starts:
-            self.clock.submit("read", min(PIECE, nbytes - start), ticket.piece_done)
+            self.clock.submit(tier.name, "read", min(PIECE, nbytes - start), ticket.piece_done)
         return ticket
 
     def write(
@@ -196,7 +209,7 @@ class SimulatedTransfers:
     ) -> SimulatedTicket:
         ticket = SimulatedTicket(self.clock, then, 1)
         self.bytes["write"] += source.numel()
-        self.clock.submit("write", source.numel(), ticket.piece_done)
+        self.clock.submit(tier.name, "write", source.numel(), ticket.piece_done)
         return ticket
 
     def after_writes(self, function: Callable[[], None]) -> SimulatedTicket:
@@ -207,7 +220,7 @@ class SimulatedTransfers:
             function()
             ticket.piece_done()
 
-        self.clock.submit("write", 0, finish, latency=self.clock.rates.flush)
+        self.clock.submit("disk", "write", 0, finish, latency=self.clock.ways["disk"].flush)
         return ticket
 
     def drain(self) -> None:

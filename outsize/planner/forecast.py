@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, replace
 
-from outsize.planner.clock import Rates
+from outsize.planner.clock import Ways
 from outsize.planner.play import PlayedStep, play
 from outsize.planner.rehearsal import FEWEST, Rehearsed
 from outsize.planner.script import HomeOf, Script, Touched
@@ -40,7 +40,7 @@ class Forecast:
         return self.seconds <= 1.01 * self.work
 
 
-def forecast(rehearsed: Rehearsed, arena_bytes: int, home_of: HomeOf, rates: Rates, closely: bool) -> Forecast:
+def forecast(rehearsed: Rehearsed, arena_bytes: int, home_of: HomeOf, ways: Ways, closely: bool) -> Forecast:
     """Play the step under a placement. A script too long to be played is played over some of the units, evenly taken,
     and over half as many; what those of the difference add is taken for what all others add. `closely` is slower: with more
     units.
@@ -48,7 +48,7 @@ def forecast(rehearsed: Rehearsed, arena_bytes: int, home_of: HomeOf, rates: Rat
     Raises BudgetError when leases leave no room in the arena."""
 
     def run(script: Script) -> Forecast:
-        return _played(script if closely else script.lean, arena_bytes, home_of, rates)
+        return _played(script if closely else script.lean, arena_bytes, home_of, ways)
 
     units = rehearsed.units
     if not units:
@@ -61,11 +61,11 @@ def forecast(rehearsed: Rehearsed, arena_bytes: int, home_of: HomeOf, rates: Rat
     return _carried_on(many, few, count, count // 2, len(units))
 
 
-def with_snapshots(found: Forecast, snapshot: dict[str, int], every: int, rates: Rates) -> Forecast:
+def with_snapshots(found: Forecast, snapshot: dict[str, int], every: int, ways: Ways) -> Forecast:
     """The mean of steps of which each `every`-th is committed, and `snapshot` (kind -> bytes) is then written from
     memory. That takes time only where the disk has none to spare."""
     written = {("host", "disk", kind): nbytes // every for kind, nbytes in snapshot.items()}
-    takes = sum(written.values()) / rates.write + rates.flush / every
+    takes = sum(written.values()) / ways["disk"].write + ways["disk"].flush / every
     busy = min(found.seconds, max(found.lanes.get("read", 0.0), found.lanes.get("write", 0.0)))
     lanes = found.lanes | {"write": found.lanes.get("write", 0.0) + takes}
     late = max(takes - (found.seconds - busy), 0.0)
@@ -75,10 +75,10 @@ def with_snapshots(found: Forecast, snapshot: dict[str, int], every: int, rates:
     return replace(found, seconds=seconds, lanes=lanes, waiting=waiting, moved=moved, commit_every=every)
 
 
-def _played(script: Script, arena_bytes: int, home_of: HomeOf, rates: Rates) -> Forecast:
+def _played(script: Script, arena_bytes: int, home_of: HomeOf, ways: Ways) -> Forecast:
     """The first steps record; of the three that follow, the one in the middle finds what was read ahead for it and reads
     ahead for the next, as most do. Reading ahead crosses the border between steps, so bytes are means of the three."""
-    played = play(script, arena_bytes, home_of, rates, len(script.steps) + 3)
+    played = play(script, arena_bytes, home_of, ways, len(script.steps) + 3)
     alike = played.steps[-3:]
     moved = {ways: nbytes // 3 for ways, nbytes in sum((step.moved for step in alike), Counter()).items()}
     step = alike[1]

@@ -11,7 +11,7 @@ from outsize.memory.clock import Span
 from outsize.memory.null import NullTier
 from outsize.memory.store import Lease, Store
 from outsize.memory.tier import Tier
-from outsize.planner.clock import Rates, SimulatedClock, SimulatedTransfers
+from outsize.planner.clock import SimulatedClock, SimulatedTransfers, Ways
 from outsize.planner.script import ENDLESS, Begin, Create, Event, HomeOf, Live, Mark, Rows, Script, Spend, Touched
 
 
@@ -66,12 +66,12 @@ class Played:
 
 
 def play(
-    script: Script, arena_bytes: int, home_of: HomeOf, rates: Rates, steps: int = 3, commit_every: int | None = None
+    script: Script, arena_bytes: int, home_of: HomeOf, ways: Ways, steps: int = 3, commit_every: int | None = None
 ) -> Played:
     """Play a run of `steps` steps; after the last nothing follows. Without `commit_every` nothing is committed.
 
     Raises BudgetError where the run itself would: when leases leave no room in the arena."""
-    clock = SimulatedClock(rates)
+    clock = SimulatedClock(ways)
     tiers: dict[str, Tier] = {"host": NullTier("host", ENDLESS), "disk": NullTier("disk", ENDLESS)}
     empty: Any = Nothing
     transfers: Any = SimulatedTransfers(clock)

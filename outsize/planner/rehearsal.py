@@ -151,7 +151,7 @@ class Rehearsal:
         self.job = self._bind(model, plan, rule, source_dtype, block_class)
 
     def _store(self) -> Scribe:
-        clock = SimulatedClock(Rates(1.0, 1.0, 1.0, 0.0))
+        clock = SimulatedClock({"disk": Rates(1.0, 1.0, 1.0, 0.0)})
         tiers = {"host": NullTier("host", ENDLESS), "disk": NullTier("disk", ENDLESS)}
         transfers: Any = SimulatedTransfers(clock)
         return Scribe(tiers, 0, self._allocate, transfers)

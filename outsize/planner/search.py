@@ -17,7 +17,7 @@ from outsize.machine.allocator import LARGEST_RECYCLED
 from outsize.memory.shared import AVAILABLE
 from outsize.memory.tier import PAGE, pages
 from outsize.plan import KEEP, MOVE, NEAR, RECOMPUTE, Activations, Plan, Predicted, Request
-from outsize.planner.clock import Rates
+from outsize.planner.clock import Ways
 from outsize.planner.forecast import Forecast, forecast, with_snapshots
 from outsize.planner.needs import Needs, gradient_bytes, tensor_bytes
 from outsize.planner.rehearsal import Rehearsed, homes
@@ -99,10 +99,10 @@ class Choice:
 
 class Search:
     def __init__(
-        self, bare: Plan, job: JobSizes, needs: Needs, request: Request, rates: Rates, rehearsed: Rehearsed
+        self, bare: Plan, job: JobSizes, needs: Needs, request: Request, ways: Ways, rehearsed: Rehearsed
     ) -> None:
         self.bare, self.job, self.needs, self.request = bare, job, needs, request
-        self.rates, self.rehearsed = rates, rehearsed
+        self.ways, self.rehearsed = ways, rehearsed
         self.tried: list[Choice] = []
 
     @property
@@ -185,8 +185,8 @@ class Search:
     def foretell(self, placement: Placement, closely: bool = False) -> Forecast:
         plan = self.plan(placement)
         home_of = homes(plan, self.job.always)
-        found = forecast(self.rehearsed, plan.arena_bytes, home_of, self.rates, closely)
-        return with_snapshots(found, self.snapshot(placement), self.commit_every(placement, found), self.rates)
+        found = forecast(self.rehearsed, plan.arena_bytes, home_of, self.ways, closely)
+        return with_snapshots(found, self.snapshot(placement), self.commit_every(placement, found), self.ways)
 
     def snapshot(self, placement: Placement) -> dict[str, int]:
         """Bytes by kind that a commit copies out of memory: of what stays near, all that a step changes."""

@@ -16,7 +16,7 @@ from outsize.machine.machine import Machine
 from outsize.model.units import Unit
 from outsize.model.vocabulary import Table
 from outsize.plan import KEEP, MOVE, RECOMPUTE, Activations, Plan, Request
-from outsize.planner.clock import Rates
+from outsize.planner.clock import ways_of
 from outsize.planner.needs import Needs, find_needs
 from outsize.planner.prices import MeasuredPrices, Prices, RatedPrices
 from outsize.planner.rehearsal import Batch, rehearse
@@ -99,7 +99,7 @@ def search_of(task: Task, place: Place, job: JobSizes, bare: Plan) -> Search:
     give_back()
     baseline = place.baseline_bytes + max(process_memory().resident_bytes - resident, 0)
     needs = find_needs(task.units, job.sizes, job.rows, job.always, baseline, found, bare)
-    return Search(bare, job, needs, task.request, Rates.of(place.machine), found)
+    return Search(bare, job, needs, task.request, ways_of(place.machine), found)
 
 
 def check_disk(plan: Plan, place: Place) -> None:
