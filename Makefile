@@ -8,10 +8,10 @@ export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test soak lint docs bench clean
+.PHONY: help demo test soak lint docs bench foresight clean
 
 help: ## say what can be made
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
 
 demo: $(READY) build/smollm2.gguf build/python-docs.txt ## fine-tune SmolLM2-135M within 1 GiB, then let it answer
 	rm -rf runs/demo
@@ -36,6 +36,9 @@ docs: $(READY) ## write docs/cli.md from the command line's own help
 
 bench: $(BENCH_READY) ## measure against plain PyTorch and DeepSpeed, side by side
 	$(VENV)/python bench/train.py
+
+foresight: $(READY) ## compare plans with what then happens, over many jobs; writes docs/foresight.md
+	$(VENV)/python bench/foresight.py
 
 clean: ## remove the environment and everything built; runs/ stays, but for the demo's
 	rm -rf .venv build runs/demo .pytest_cache .ruff_cache .hypothesis
