@@ -196,10 +196,12 @@ class Rehearsal:
             yield
 
     def run(self, micro_batches: list[Batch]) -> Script:
-        """As many steps as it takes until the next does what every later one does: a held update is applied a step late."""
+        """As many steps as it takes until the next does what every later one does: a held update is applied a step late,
+        and blocks for what moves are made in the first step and used again in the others."""
         steps = []
-        setup = self._taken()
-        for _ in range(2 if self.job.plan.hold else 1):
+        setup, plan = self._taken(), self.job.plan
+        moves = any(choice.home != NEAR for _, choice in plan.activations)
+        for _ in range(1 + plan.hold + moves):
             with self.modes():
                 self.job.train_step(micro_batches)
             steps.append(self._taken())
