@@ -160,6 +160,10 @@ class Store:
                 self._change(entry)
             return Lease(self, entry)
 
+    def alias(self, lease: Lease) -> torch.Tensor:
+        """A lease's bytes as a storage of their own, so that one can ask whether anybody uses it; not on a device."""
+        return lease.bytes if lease.bytes.is_cuda else torch.from_numpy(lease.bytes.numpy())
+
     def _take(self, entry: Entry, touch: Touch) -> None:
         if not self._arena.foresight.expect((touch, entry.block.name)):
             self._arena.rebuild()

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from outsize.memory.null import NullTier
@@ -56,13 +56,13 @@ class LiveBytes:
 
     def __init__(self, tell: Callable[[Live], None]) -> None:
         self._tell = tell
-        self._ignored: dict[int, torch.UntypedStorage] = {}  # held, so that none of them is mistaken for a later one
+        self._ignored: dict[int, Any] = {}
         self._count = 0
         self._live: dict[int, Any] = {}
 
     def ignore(self, tensors: Iterable[torch.Tensor]) -> None:
-        storages = [tensor.untyped_storage() for tensor in tensors]
-        self._ignored |= {storage._cdata: storage for storage in storages}
+        for storage in [tensor.untyped_storage() for tensor in tensors]:
+            self._watch(self._ignored, storage, lambda: None)
 
     def see(self, result: Any) -> None:
         for tensor in tree_leaves(result):
@@ -73,14 +73,19 @@ class LiveBytes:
 
     def _come(self, storage: torch.UntypedStorage) -> None:
         self._count += 1
-        cdata, key, nbytes = storage._cdata, (self._count, -1), storage.nbytes()
+        key, nbytes = (self._count, -1), storage.nbytes()
+        self._watch(self._live, storage, lambda: self._tell(Live(key, -nbytes)))
+        self._tell(Live(key, nbytes))
+
+    def _watch(self, among: dict[int, Any], storage: torch.UntypedStorage, then: Callable[[], None]) -> None:
+        """Until it dies, which its Python object does no sooner."""
+        cdata = storage._cdata
 
         def go(_: Any) -> None:
-            del self._live[cdata]
-            self._tell(Live(key, -nbytes))
+            del among[cdata]
+            then()
 
-        self._live[cdata] = weakref.ref(storage, go)  # the Python object lives as long as the storage
-        self._tell(Live(key, nbytes))
+        among[cdata] = weakref.ref(storage, go)
 
 
 class Priced(TorchDispatchMode):
@@ -157,7 +162,8 @@ class Rehearsal:
         return Scribe(tiers, 0, self._allocate, transfers)
 
     def _allocate(self, nbytes: int) -> torch.Tensor:
-        with self.mode:
+        """Memory of the store, which is nobody's tensor."""
+        with _disable_current_modes(), self.mode:
             slab = torch.empty(pages(nbytes), dtype=torch.uint8)
         if nbytes:
             self.live.ignore([slab])

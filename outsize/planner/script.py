@@ -147,6 +147,9 @@ class Scribe(Store):
             self.events.pop()  # the change that belongs to a fresh lease
         return lease
 
+    def alias(self, lease: Lease) -> Any:
+        return self._allocate_near(lease.bytes.numel())
+
     def _change(self, entry: Any) -> None:
         self.events.append(Touched("change", entry.block.name))
         super()._change(entry)
