@@ -38,7 +38,10 @@ class Bench:
     def measure(
         self, name: str, module: str, function: str, environment: dict[str, str] | None = None, **options: Any
     ) -> None:
-        """Run `module.function(**options)` in a new process; what it returns, or why it did not, becomes a result."""
+        """Run `module.function(**options)` in a new process; what it returns, or why it did not, becomes a result. What
+        is known already stays."""
+        if name in self.results:
+            return
         print(f"{name} ...", file=sys.stderr, flush=True)
         command = [sys.executable, str(HERE / "child.py"), module, function, json.dumps(options)]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **(environment or {})})
@@ -142,11 +145,14 @@ def main() -> None:
     parser.add_argument(
         "--folder", type=Path, default=Path("build/bench"), help="scratch space, on the disk to measure"
     )
+    parser.add_argument("--continue", dest="go_on", action="store_true", help="keep what an earlier run has measured")
     parser.add_argument("--plain-large", action="store_true", help="also the plain 1.3 B loop, which takes 22 GiB")
     parser.add_argument("--page", type=Path, default=HERE.parent / "docs" / "benchmarks.md")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     bench = Bench(arguments.folder.resolve(), arguments.steps)
+    if arguments.go_on:
+        bench.results = json.loads((bench.folder / "results.json").read_text())
     chosen = arguments.groups or [name for name in GROUPS if name != "soak"]
     for name in chosen:
         GROUPS[name](bench, arguments.plain_large)

@@ -73,7 +73,9 @@ class KvLayer:
 @dataclass(frozen=True)
 class Serving:
     """How much is served at once: `pages` of `page_tokens` tokens' keys and values, `seats` sequences in a step that
-    computes up to `step_tokens` tokens, each sequence up to `context` tokens long."""
+    computes up to `step_tokens` tokens, each sequence up to `context` tokens long. `far_pages`: of pages for which there
+    is no place near, so many lie on disk. `token_seconds`: what a token of a prompt takes to be computed, and its keys
+    and values to be read from there and written there, as far as that is known."""
 
     layers: tuple[KvLayer, ...]
     pages: int
@@ -82,6 +84,8 @@ class Serving:
     step_tokens: int
     seats: int
     context: int
+    far_pages: int = 0
+    token_seconds: tuple[float, float, float] = (1.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True)

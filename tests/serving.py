@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +14,7 @@ from models import Family, tiny_model
 from outsize.memory.disk import DiskTier
 from outsize.memory.host import HostTier, allocate_slab
 from outsize.memory.store import Store
+from outsize.memory.tier import Tier
 from outsize.memory.transfer import Transfers
 from outsize.model.attach import Attachment
 from outsize.model.units import find_units
@@ -21,6 +22,7 @@ from outsize.plan import KvLayer, Plan, Serving
 from outsize.planner.serving import discover, page_size
 from outsize.serve.attention import use_paged_attention
 from outsize.serve.engine import Engine
+from outsize.serve.far_index import FarIndex
 from outsize.serve.request import Event, Request, Sampling
 from outsize.serve.schedule import POLICIES
 from outsize.serve.weights import bind_for_inference
@@ -37,6 +39,7 @@ PROMPTS = [
     [(7 * n * n) % 250 + 3 for n in range(61)],
 ]
 LONGEST = 24
+MOVE, COMPUTE = (1.0, 0.0, 0.0), (0.0, 1.0, 1.0)  # seconds of a token: computed, read, written
 
 
 @dataclass
@@ -50,39 +53,63 @@ class Bound:
     layers: tuple[KvLayer, ...]
 
     @contextmanager
-    def engine(self, pages: int, seats: int, step_tokens: int, policy: str = "fcfs") -> Iterator[Engine]:
-        serving = Serving(self.layers, pages, 16, page_size(self.layers), step_tokens, seats, 16 * pages)
-        engine = Engine(self.model, self.attachment, self.store, serving, POLICIES[policy]())
+    def engine(
+        self,
+        pages: int,
+        seats: int,
+        step_tokens: int,
+        policy: str = "fcfs",
+        far_pages: int = 0,
+        token_seconds: tuple[float, float, float] = MOVE,
+        directory: Path | None = None,
+    ) -> Iterator[Engine]:
+        size = page_size(self.layers)
+        serving = Serving(self.layers, pages, 16, size, step_tokens, seats, 16 * pages, far_pages, token_seconds)
+        index = None if directory is None else FarIndex(directory, far_pages)
+        if index is not None:
+            self.store.tiers["kv"] = DiskTier(index.pages)
+        engine = Engine(self.model, self.attachment, self.store, serving, POLICIES[policy](), index=index)
         try:
             yield engine
             engine.check()
         finally:
             engine.fail(RuntimeError("the test is over"))
             engine.close()
+            if index is not None:
+                self.store.tiers.pop("kv").close()
 
 
 @contextmanager
 def bound(family: Family, streamed: bool = False) -> Iterator[Bound]:
     """`streamed`: no weight of a layer stays near."""
-    whole = tiny_model(family, tied=False).eval()
-    answers = [_answer(whole, prompt) for prompt in PROMPTS]
-    weights = {name: parameter.detach().clone() for name, parameter in whole.named_parameters()}
-    model = tiny_model(family, tied=False).eval()
+    with bound_model(lambda: tiny_model(family, tied=False).eval(), streamed) as found:
+        yield found
+
+
+@contextmanager
+def bound_model(
+    make: Callable[[], torch.nn.Module],
+    streamed: bool = False,
+    prompts: list[list[int]] = PROMPTS,
+    new: int = LONGEST,
+) -> Iterator[Bound]:
+    """A model in a store, and the `new` tokens that transformers answers. `make` gives equal models each time."""
+    whole = make()
+    answers = [_answer(whole, prompt, new) for prompt in prompts]
+    weights = {name: parameter.detach() for name, parameter in whole.named_parameters()}
+    model = make()
     use_paged_attention(model)
     units, layers = find_units(model), discover(model)
     near = {n for u in units for n, _ in u.parameters if not u.repeated} if streamed else set(weights)
     with tempfile.TemporaryDirectory() as folder:
-        tiers = {"host": HostTier(1 << 30), "disk": DiskTier(Path(folder) / "blocks")}
+        tiers: dict[str, Tier] = {"host": HostTier(8 << 30), "disk": DiskTier(Path(folder) / "blocks")}
         store = Store(tiers, 1 << 20, allocate_slab, Transfers())
         plan = Plan("stored", 1 << 20, frozenset(near))
-        attachment = bind_for_inference(
-            model,
-            units,
-            plan,
-            store,
-            lambda n, a, b: weights[n][a:b] if weights[n].dim() else weights[n],
-            _users(model),
-        )
+
+        def read(name: str, start: int, stop: int) -> torch.Tensor:
+            return weights[name][start:stop] if weights[name].dim() else weights[name]
+
+        attachment = bind_for_inference(model, units, plan, store, read, _users(model))
         yield Bound(model, attachment, store, answers, layers)
         attachment.detach()
         store.check()
@@ -93,9 +120,9 @@ def _users(model: torch.nn.Module):
     return lambda parameter: users_of(model, parameter)
 
 
-def _answer(model: torch.nn.Module, prompt: list[int]) -> list[int]:
+def _answer(model: torch.nn.Module, prompt: list[int], new: int) -> list[int]:
     found = model.generate(
-        torch.tensor([prompt]), max_new_tokens=LONGEST, min_new_tokens=LONGEST, do_sample=False, eos_token_id=None
+        torch.tensor([prompt]), max_new_tokens=new, min_new_tokens=new, do_sample=False, eos_token_id=None
     )
     return found[0, len(prompt) :].tolist()
 

@@ -8,13 +8,17 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from serving import LONGEST, PROMPTS, Bound, ask, bound, run
+from models import Family, random_model, tiny_config
+from serving import COMPUTE, LONGEST, MOVE, PROMPTS, Bound, ask, bound, bound_model, run
 
-from outsize.errors import ModelError, OptionError
-from outsize.serve.attention import use_paged_attention
+from outsize.errors import ModelError, OptionError, RunError
+from outsize.model.units import find_units
+from outsize.plan import ServeRequest
+from outsize.planner.serving import plan_serving
+from outsize.serve.attention import context_limit, use_paged_attention
 from outsize.serve.schedule import POLICIES
 
-FAMILIES = ["llama", "qwen3", "gemma3", "gpt2", "mixtral", "phi3"]
+FAMILIES = ["llama", "qwen3", "gemma3", "gemma2", "gpt2", "mixtral", "phi3"]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -24,9 +28,10 @@ def family(request: pytest.FixtureRequest) -> Iterator[Bound]:
 
 
 @pytest.fixture(scope="module")
-def streamed() -> Iterator[Bound]:
-    with bound("llama", streamed=True) as found:
-        yield found
+def several() -> Iterator[list[Bound]]:
+    """One whose layers stream, one with windows and soft caps, one with experts."""
+    with bound("llama", streamed=True) as one, bound("gemma2") as two, bound("mixtral") as three:
+        yield [one, two, three]
 
 
 @pytest.mark.parametrize("pages, seats, step_tokens", [(200, 8, 512), (6, 3, 7), (8, 8, 8)])
@@ -40,11 +45,14 @@ def test_tokens_are_those_of_transformers(family: Bound, pages: int, seats: int,
 
 
 @given(data=st.data())
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_no_schedule_changes_a_token(streamed: Bound, data: st.DataObject) -> None:
-    seats = data.draw(st.integers(1, 6), "seats")
-    pages, step_tokens = data.draw(st.integers(6, 24), "pages"), data.draw(st.integers(seats, 40), "step tokens")
-    with streamed.engine(pages, seats, step_tokens, data.draw(st.sampled_from(sorted(POLICIES)))) as engine:
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_no_schedule_changes_a_token(several: list[Bound], data: st.DataObject) -> None:
+    model = data.draw(st.sampled_from(several), "model")
+    seats, pages = data.draw(st.integers(1, 6), "seats"), data.draw(st.integers(6, 24), "pages")
+    step_tokens, policy = data.draw(st.integers(seats, 40), "step tokens"), data.draw(st.sampled_from(sorted(POLICIES)))
+    far = data.draw(st.sampled_from([0, 3, 40]), "far pages")
+    seconds = data.draw(st.sampled_from([MOVE, COMPUTE]), "seconds")
+    with model.engine(pages, seats, step_tokens, policy, far, seconds) as engine:
         engine.scheduler.sharing = data.draw(st.booleans(), "sharing")
         asked = []
         for _ in range(data.draw(st.integers(1, 10), "requests")):
@@ -52,7 +60,7 @@ def test_no_schedule_changes_a_token(streamed: Bound, data: st.DataObject) -> No
             who = {"key": data.draw(st.sampled_from("ab")), "priority": data.draw(st.integers(0, 2))}
             n = data.draw(st.integers(1, 2))
             request, heard = ask(engine, PROMPTS[number], max_new_tokens=new, n=n, **who)
-            asked.append((request, heard, streamed.answers[number][:new], n))
+            asked.append((request, heard, model.answers[number][:new], n))
             for _ in range(data.draw(st.integers(0, 4), "steps between")):
                 engine.step()
                 engine.check()
@@ -128,3 +136,46 @@ def test_what_cannot_be_served_is_refused_by_name(family: Bound) -> None:
             ask(engine, [1], top_p=1.5)
     with pytest.raises(ModelError, match="only its engine"), torch.no_grad():
         family.model(input_ids=torch.tensor([[1]]))
+
+
+@pytest.mark.parametrize("family, kind", [("phi3", "longrope"), ("llama", "dynamic")])
+def test_rotary_embeddings_that_change_with_length_are_served_below_that(family: Family, kind: str) -> None:
+    config = tiny_config(family, False, 3, 64, 256)
+    factors = {"short_factor": [1.1] * 8, "long_factor": [3.0] * 8} if kind == "longrope" else {}
+    config.rope_parameters = {"rope_type": kind, "rope_theta": 10_000.0, "factor": 4.0, **factors}
+    config.max_position_embeddings = 384 if factors else 96
+    config.original_max_position_embeddings = 96
+    with bound_model(lambda: random_model(config).eval()) as model:
+        assert context_limit(model.model)[0] == 96
+        with model.engine(20, 4, 32) as engine:
+            heard = [ask(engine, prompt, max_new_tokens=LONGEST)[1] for prompt in PROMPTS]
+            run(engine)
+            assert [one.tokens() for one in heard] == model.answers
+    fresh = random_model(config).eval()
+    use_paged_attention(fresh)
+    with pytest.raises(OptionError, match=f"{kind} rotary embeddings.*up to 96 tokens, not to 97"):
+        plan_serving(fresh, find_units(fresh), ServeRequest(1 << 30, 97), 0, 1 << 30)
+
+
+def test_one_request_of_no_numbers_is_no_concern_of_the_others(family: Bound) -> None:
+    """What NaN leaves behind in pages, and in a step's logits, reaches nobody else."""
+    weights = family.model.get_input_embeddings().weight
+    said = {token for words in (*PROMPTS, *family.answers) for token in words}
+    bad = next(token for token in range(3, 256) if token not in said)
+    kept = weights[bad].clone()
+    with torch.no_grad():
+        weights[bad] = float("nan")
+    try:
+        with family.engine(12, 4, 64) as engine:
+            for options in ({}, {"temperature": 1.0, "seed": 1}):
+                lost = [ask(engine, [bad] * 40, max_new_tokens=8, **options)[1] for _ in range(2)]
+                well = ask(engine, PROMPTS[6], max_new_tokens=LONGEST)[1]
+                run(engine)
+                assert [one.finished() for one in lost] == ["error", "error"] and not lost[0].tokens()
+                assert isinstance(lost[0].events[-1].error, RunError) and well.tokens() == family.answers[6]
+                again = [ask(engine, prompt, max_new_tokens=LONGEST)[1] for prompt in PROMPTS]
+                run(engine)
+                assert [one.tokens() for one in again] == family.answers
+    finally:
+        with torch.no_grad():
+            weights[bad] = kept

@@ -72,8 +72,9 @@ def name_case(case: dict) -> str:
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiny weights, too, are updated in several chunks."""
+    """Tiny weights, too, are updated in several chunks of several pieces."""
     monkeypatch.setattr("outsize.train.update.CHUNK", 4096)
+    monkeypatch.setattr("outsize.train.update.PIECE", 1024)
 
 
 def setting_of(case: dict) -> Setting:

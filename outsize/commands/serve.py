@@ -33,6 +33,9 @@ def serve(
     scratch: Annotated[
         Path | None, typer.Option(help="Folder for weights that stream; the system's own otherwise.")
     ] = None,
+    kv_directory: Annotated[
+        Path | None, typer.Option(help="Folder where keys and values of prompts outlive the server; none otherwise.")
+    ] = None,
 ) -> None:
     """Serve a model that may be bigger than memory over HTTP, as OpenAI does.
 
@@ -57,6 +60,7 @@ def serve(
         step_tokens=step_tokens,
         policy=policy,
         scratch=scratch,
+        kv_directory=kv_directory,
     ) as engine:
         for reason in engine.plan.reasons:
             typer.echo(reason, err=True)

@@ -108,8 +108,9 @@ class Store:
         if block.name in self.entries:
             raise ValueError(f"block {block.name} exists already")
         with self._turn:
-            entry = self.entries[block.name] = Entry(block, self.tiers[home], durable, Residency.EMPTY)
+            entry = Entry(block, self.tiers[home], durable, Residency.EMPTY)
             self.homes.settle(entry)
+            self.entries[block.name] = entry
         if home == self.near:
             self._settle_near(entry)
 

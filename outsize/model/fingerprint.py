@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from typing import Any
+
+import torch
+import xxhash
 
 INCIDENTAL = ("transformers_version", "_name_or_path")  # says nothing about the numbers
 
@@ -18,6 +22,25 @@ def fingerprint_model(config: Any) -> str:
 def fingerprint_tokenizer(tokenizer: Any) -> str:
     """Of its vocabulary and special tokens: 16 hexadecimal digits."""
     return _digest(json.dumps([sorted(tokenizer.get_vocab().items()), sorted(tokenizer.all_special_ids)]))
+
+
+class Summed:
+    """Reads weights and sums up what passes by, so that their digest tells them from all others. `read(name, start,
+    stop)` gives rows of a weight, on the host."""
+
+    def __init__(self, read: Callable[[str, int, int], torch.Tensor]) -> None:
+        self._read, self._sums = read, {}
+
+    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        rows = self._read(name, start, stop)
+        flat = rows.contiguous().view(-1).view(torch.uint8)
+        data = memoryview(flat.numpy())  # pyright: ignore[reportArgumentType]
+        self._sums[name, start] = xxhash.xxh3_128_hexdigest(data)
+        return rows
+
+    def digest(self, *facts: Any) -> str:
+        """Of everything read, and of whatever else is of account: 16 hexadecimal digits."""
+        return _digest(repr((sorted(self._sums.items()), facts)))
 
 
 def _digest(text: str) -> str:

@@ -16,7 +16,7 @@ from outsize.planner.rehearsal import Rehearsed, homes
 from outsize.planner.script import Create, Event, HomeOf, Live, Script, Touched
 from outsize.planner.sizes_of import WeightSize
 from outsize.train.precision import find_precision
-from outsize.train.update import CHUNK
+from outsize.train.update import CHUNK, PIECE
 
 READ_AHEAD = 2  # chunks of state that may be on their way while one is stepped
 LOOSE = 1.1  # leases end in another order than they begin, so that free room is in pieces
@@ -24,7 +24,7 @@ MANY = 48  # units that the C library is asked about
 RECYCLE = 4 << 20  # bytes; tensors up to this size are always kept by the C library for the next one
 THREADS = 4 << 20  # bytes: stacks of the transfer threads and of lanes, and what python keeps for each
 KERNELS = 64 << 20  # bytes that products and OpenMP keep for themselves; measured, docs/log.md
-BUFFERS = {"split": 3, "none": 3, "same": 0}  # of a chunk in fp32, by how masters are kept: master, gradient, one more
+BUFFERS = {"split": 3, "none": 3, "same": 0}  # of a piece in fp32, by how masters are kept: master, gradient, one more
 
 
 @dataclass(frozen=True)
@@ -119,10 +119,10 @@ def _largest_recurring(events: Iterable[Event], sizes: dict[str, WeightSize]) ->
 
 
 def _updating(sizes: dict[str, WeightSize], plan: Plan) -> int:
-    """Buffers of the update, each of the largest chunk in fp32: those the updater keeps, and moments that are kept in
+    """Buffers of the update, each of the largest piece in fp32: those the updater keeps, and moments that are kept in
     bf16 as the optimizer sees them."""
     trainable = [size for size in sizes.values() if size.weight.trainable]
-    chunked = (min(size.largest_gradient, 4 * CHUNK) if _chunked(size) else size.largest_gradient for size in trainable)
+    chunked = (min(size.largest_gradient, 4 * PIECE) if _chunked(size) else size.largest_gradient for size in trainable)
     master = find_precision(plan.precision).master
     buffers = max(BUFFERS[master], plan.clip is not None) + (2 if plan.moments == "bf16" else 0)
     return buffers * max(chunked, default=0)

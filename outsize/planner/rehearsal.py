@@ -177,7 +177,7 @@ class Rehearsal:
         class PricedUpdater(Updater):
             """Leases what an update leases; the arithmetic costs its price."""
 
-            def _change(self, chunk: Chunk, *rest: Any) -> None:
+            def _step(self, chunk: Chunk, *rest: Any) -> None:
                 chunk.stepped = True
                 scribe.spent("update", prices.update(chunk.stop - chunk.start))
 

@@ -18,7 +18,9 @@ from outsize.model.vocabulary import Table
 from outsize.plan import KEEP, KvLayer, Plan, Predicted, ServeRequest, Serving
 from outsize.planner.demand import measure_demand
 from outsize.planner.training import SMALL, TABLE_BLOCK, table_rows
-from outsize.serve.attention import Cache, Discovery, Layout, Paged, Span, context_limit
+from outsize.serve.attention import Discovery, Paged, context_limit
+from outsize.serve.cache import Cache, page_shape
+from outsize.serve.layout import Layout, Span
 from outsize.sizes import format_size
 from outsize.train.job import always_near, users_of
 
@@ -29,6 +31,8 @@ PAGE_TOKENS = 16
 FOR_MANY = (
     4  # while weights stream, one part in so many of the free memory goes to the keys and values of many requests
 )
+FAR_TIMES = 8  # as many pages as near may lie on disk, at most
+FAR_DISK = 4  # and take one part in so many of what the disk has free
 
 
 def plan_serving(
@@ -71,7 +75,10 @@ def plan_serving(
             f"{format_size(far)} of weights must stream from disk and {format_size(disk_free_bytes)} are free. "
             "Free space, or name another directory with --scratch."
         )
-    serving = Serving(layers, count, PAGE_TOKENS, room.page_bytes, request.step_tokens, request.seats, context)
+    far_pages = min(FAR_TIMES * count, (disk_free_bytes - far) // FAR_DISK // room.page_bytes)
+    serving = Serving(
+        layers, count, PAGE_TOKENS, room.page_bytes, request.step_tokens, request.seats, context, far_pages
+    )
     return Plan(
         "stored",
         arena,
@@ -151,10 +158,7 @@ def measure_step(model: nn.Module, layers: tuple[KvLayer, ...], context: int, re
 
 def page_size(layers: tuple[KvLayer, ...]) -> int:
     """Bytes of a page in all layers."""
-    return sum(
-        layer.heads * PAGE_TOKENS * (layer.key_size + layer.value_size) * getattr(torch, layer.dtype).itemsize
-        for layer in layers
-    )
+    return page_shape(layers, PAGE_TOKENS).nbytes
 
 
 def _in(dtype: torch.dtype, layers: tuple[KvLayer, ...]) -> tuple[KvLayer, ...]:
@@ -175,11 +179,9 @@ def _dtype(model: nn.Module) -> torch.dtype:
 
 
 def _context(model: nn.Module, request: ServeRequest) -> int:
-    most = context_limit(model)
+    most, why = context_limit(model)
     if request.context is not None and request.context > most:
-        raise OptionError(
-            f"The model attends to {most} tokens, not to {request.context}. Give --context {most} or less."
-        )
+        raise OptionError(f"{why}, not to {request.context}. Give --context {most} or less.")
     return request.context or min(most, 4096)
 
 
@@ -193,7 +195,8 @@ def _about_pages(serving: Serving) -> str:
     together = serving.pages * serving.page_tokens
     return (
         f"keys and values: {serving.pages} pages of {format_size(serving.page_bytes)}, {together} tokens; "
-        f"{max(1, together // serving.context)} requests of {serving.context} tokens at once"
+        f"{max(1, together // serving.context)} requests of {serving.context} tokens at once; "
+        f"{serving.far_pages} more pages on disk"
     )
 
 

@@ -8,21 +8,32 @@ from __future__ import annotations
 from collections import deque
 from contextlib import ExitStack
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Any
 
 import torch
 from torch import nn
 
-from outsize.errors import OptionError
+from outsize.errors import OptionError, RunError
 from outsize.memory.store import Store
 from outsize.model.attach import Attachment
 from outsize.plan import Serving
-from outsize.serve.attention import Cache, Layout, Paged, Span
+from outsize.serve.attention import Paged
+from outsize.serve.cache import Cache
+from outsize.serve.far import FarPages
+from outsize.serve.far_index import FarIndex
+from outsize.serve.layout import Layout, Span
+from outsize.serve.pace import Pace
 from outsize.serve.pages import Pages
 from outsize.serve.request import Chosen, Event, Request, Sampling, Sequence, State
 from outsize.serve.sampling import choose
 from outsize.serve.schedule import Policy, Scheduler, Turn
 from outsize.serve.text import TextStream
+
+NO_NUMBERS = (
+    "After {} tokens the model answers with NaN: its weights are damaged, or too large for their precision. Other requests "
+    "are not touched; check the model's files."
+)
 
 
 @dataclass
@@ -37,7 +48,7 @@ class Totals:
 
 class Engine:
     """Serves an attached `model` as `serving` says. `tokenizer`, if there is one, turns tokens into the text that events
-    carry; `end_tokens` finish a completion."""
+    carry; `end_tokens` finish a completion. `index` is of the tier `kv`, if pages are to outlive the process."""
 
     def __init__(
         self,
@@ -48,17 +59,25 @@ class Engine:
         policy: Policy,
         end_tokens: frozenset[int] = frozenset(),
         tokenizer: Any = None,
+        index: FarIndex | None = None,
     ) -> None:
         self.model, self.store, self.serving = model, store, serving
         self.end_tokens, self.tokenizer = end_tokens, tokenizer
-        self.pages = Pages(serving.pages, serving.page_tokens)
         self.cache = Cache(store, serving.layers, serving.pages, serving.page_tokens)
-        self.scheduler = Scheduler(self.pages, policy, serving.seats, serving.step_tokens)
+        self.pace, self.far = Pace.planned(serving), None
+        if serving.far_pages:
+            tier = "kv" if index is not None else "disk"
+            self.far = FarPages(store, self.cache, tier, serving.far_pages, self.pace, index)
+        self.pages = Pages(serving.pages, serving.page_tokens, self.far)
+        self.scheduler = Scheduler(self.pages, policy, serving.seats, serving.step_tokens, self.cache.copy, self.far)
         self.totals = Totals()
         self._incoming: deque[Request] = deque()
         self._arrivals = 0
         self._open = ExitStack()
         self._open.callback(self.cache.close)
+        if self.far is not None:
+            self._open.callback(self.far.close)
+        self._open.callback(self.scheduler.close)
         self._open.enter_context(attachment.call_by_call("step"))
 
     # -- from any thread ------------------------------------------------------------------------------------------
@@ -89,7 +108,7 @@ class Engine:
 
     @property
     def idle(self) -> bool:
-        return not self._incoming and not self.scheduler.sequences
+        return not self._incoming and not self.scheduler.sequences and not self.scheduler.coming
 
     # -- the loop -------------------------------------------------------------------------------------------------
 
@@ -99,9 +118,14 @@ class Engine:
         turns = self.scheduler.schedule()
         if not turns:
             return False
+        started = perf_counter()
         logits = self._run(turns)
+        self.pace.step(sum(turn.count for turn in turns), perf_counter() - started, self.store.transfers)
         self.scheduler.done(turns)
         self._sample([turn.sequence for turn in turns if turn.sequence.pending == 0], logits)
+        if self.far is not None:
+            self.far.collect()
+            self.pages.save_ahead()
         self.totals.steps += 1
         return True
 
@@ -116,9 +140,8 @@ class Engine:
 
     def _run(self, turns: list[Turn]) -> torch.Tensor:
         """One packed forward: logits `[B, vocabulary]` after the last known token of each sequence that comes that far."""
-        for source, target in self.scheduler.copies:
-            self.cache.copy(source, target)
         layout = Layout([_span(turn) for turn in turns], self.serving.page_tokens, self.cache.device)
+        self.cache.clear(layout.begun())
         tokens = [t for turn in turns for t in turn.sequence.tokens[turn.sequence.computed :][: turn.count]]
         wanted = [
             first + turn.count - 1
@@ -141,7 +164,10 @@ class Engine:
         rows = torch.tensor([row for _, row in pairs], device=logits.device)
         chosen = choose(logits if len(pairs) == len(ready) else logits[rows], [sequence for sequence, _ in pairs])
         for (sequence, _), choice in zip(pairs, chosen, strict=True):
-            self._continue(sequence, choice)
+            if choice is not None:
+                self._continue(sequence, choice)
+            else:
+                self._finish(sequence, "error", RunError(NO_NUMBERS.format(len(sequence.tokens))))
 
     def _siblings(self, sequence: Sequence) -> list[Sequence]:
         request = sequence.request
@@ -193,7 +219,9 @@ class Engine:
 
     def check(self) -> None:
         """Integrity between steps: raises AssertionError unless every page is held by those that say so."""
-        self.pages.check([sequence.pages for sequence in self.scheduler.sequences])
+        self.pages.check(self.scheduler.holding())
+        if self.far is not None:
+            self.far.check()
 
     def close(self) -> None:
         self._open.close()

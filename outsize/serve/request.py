@@ -88,7 +88,7 @@ class State(Enum):
 
     WAITING = "waiting"  # no page is held
     RUNNING = "running"  # pages for all computed tokens
-    AWAY = "away"  # no page; the keys and values are in a block of another tier
+    COMING = "coming"  # pages for tokens whose keys and values are on their way from another tier
     FINISHED = "finished"  # no page is held
 
 

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from collections import Counter
+from math import isnan
 
 import torch
 
 from outsize.serve.request import Chosen, Sampling, Sequence
 
 
-def choose(logits: torch.Tensor, sequences: list[Sequence]) -> list[Chosen]:
-    """One token for each row of `logits` [B, vocabulary]. Rows that only want the likeliest token share one argmax; each
-    of the others is worked out alone, so that nobody's draw depends on its neighbours."""
-    likeliest = logits.argmax(dim=-1).tolist()
+def choose(logits: torch.Tensor, sequences: list[Sequence]) -> list[Chosen | None]:
+    """One token for each row of `logits` [B, vocabulary]; None where they are not numbers. Rows that only want the
+    likeliest token share one search; each of the others is worked out alone, so that nobody's draw depends on its
+    neighbours."""
+    highest, likeliest = (found.tolist() for found in logits.max(dim=-1))
     return [
-        Chosen(likeliest[row]) if sequence.request.sampling.plain else choose_one(logits[row], sequence)
+        None
+        if isnan(highest[row])
+        else Chosen(likeliest[row])
+        if sequence.request.sampling.plain
+        else choose_one(logits[row], sequence)
         for row, sequence in enumerate(sequences)
     ]
 

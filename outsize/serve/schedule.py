@@ -7,9 +7,12 @@ policy puts last gives up its own, never for one that the policy puts after it: 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Protocol
 
+from outsize.serve.far import Coming, FarPages
 from outsize.serve.pages import Pages
 from outsize.serve.request import Sequence, State
 
@@ -108,15 +111,23 @@ class Turn:
 
 class Scheduler:
     """Chooses turns and hands out pages. `seats`: sequences in a step, `step_tokens`: tokens in a step, at most, and no
-    fewer than seats. `copies` are (from, to) of pages to be copied before the step runs."""
+    fewer than seats. `copy(source, target)` fills a page with what another holds; `far` is where pages come back from."""
 
-    def __init__(self, pages: Pages, policy: Policy, seats: int, step_tokens: int) -> None:
-        self.pages, self.policy = pages, policy
+    def __init__(
+        self,
+        pages: Pages,
+        policy: Policy,
+        seats: int,
+        step_tokens: int,
+        copy: Callable[[int, int], None] = lambda source, target: None,
+        far: FarPages | None = None,
+    ) -> None:
+        self.pages, self.policy, self.copy, self.far = pages, policy, copy, far
         self.seats, self.step_tokens = seats, step_tokens
         self.sequences: list[Sequence] = []
         self.preemptions = 0
         self.sharing = True
-        self.copies: list[tuple[int, int]] = []
+        self.coming: list[tuple[Coming, Sequence]] = []
 
     def add(self, sequence: Sequence) -> None:
         self.policy.arrived(sequence, self.sequences)
@@ -128,8 +139,15 @@ class Scheduler:
         self.sequences.remove(sequence)
 
     def schedule(self) -> list[Turn]:
-        """The turns of the next step; none when there is nothing to do."""
-        self.copies.clear()
+        """The turns of the next step; none when there is nothing to do. Waits for pages only when nobody else gets on."""
+        self._arrive(wait=False)
+        turns = self._turns()
+        while not turns and self.coming:
+            self._arrive(wait=True)
+            turns = self._turns()
+        return turns
+
+    def _turns(self) -> list[Turn]:
         order = sorted(self.sequences, key=self._rank)
         seated = order[: self.seats]
         decoding = {id(s) for s in seated if s.state is State.RUNNING and s.pending == 1}
@@ -140,9 +158,10 @@ class Scheduler:
             if id(sequence) in decoding:
                 reserved -= 1
                 count = self._admit(sequence, 1, order, turns) if sequence.state is State.RUNNING else 0
-            elif not closed:
+            elif not closed and sequence.state is not State.COMING:
                 count = self._admit(sequence, left - reserved, order, turns)
-                closed = count == 0  # nobody overtakes: whoever is first would wait for ever
+                # Nobody overtakes: whoever is first would wait for ever. Whose pages are coming has them already.
+                closed = count == 0 and sequence.state is not State.COMING
             closed = closed or self.preemptions > before
             if count:
                 turns.append(Turn(sequence, count))
@@ -167,15 +186,15 @@ class Scheduler:
         self.add(sibling)
 
     def _rank(self, sequence: Sequence) -> tuple[float, ...]:
-        waits = sequence.state is not State.RUNNING and not self.policy.preempts
+        waits = sequence.state is State.WAITING and not self.policy.preempts
         return (waits, *self.policy.rank(sequence))
 
     def _admit(self, sequence: Sequence, left: int, order: list[Sequence], turns: list[Turn]) -> int:
         """Give the sequence pages for its next tokens, and say for how many."""
         if left == 0 or sequence.state is State.FINISHED:
             return 0
-        if sequence.state is State.WAITING and self.sharing:
-            self._find_prefix(sequence)
+        if sequence.state is State.WAITING and self.sharing and not self._find_prefix(sequence, order, turns):
+            return 0
         count = min(left, sequence.pending)
         while not self._provide(sequence, count):
             if not self._make_room(sequence, order, turns):
@@ -187,11 +206,65 @@ class Scheduler:
         sequence.state = State.RUNNING
         return count
 
-    def _find_prefix(self, sequence: Sequence) -> None:
-        sequence.pages = self.pages.find(sequence.tokens)
+    def _find_prefix(self, sequence: Sequence, order: list[Sequence], turns: list[Turn]) -> bool:
+        """Hold the pages of the known prefix. False when some of them have to come first, or there is no place yet where
+        they could: bringing them later is better than computing them now."""
+        found = self.pages.find(sequence.tokens)
+        if self.far is None or not self.far.worth_loading:
+            found = list(takewhile(lambda known: known[1] is not None, found))
+        near = {key: self.pages.hold(page) for key, page in found if page is not None}
+        missing = [key for key, page in found if page is None]
+        while len(missing) > self.pages.available:
+            if not self._make_room(sequence, order, turns):
+                self.pages.release(list(near.values()))
+                return False
+        wanted = [(key, self.pages.take()) for key in missing]
+        places = near | dict(wanted)
+        sequence.pages = [places[key] for key, _ in found]
+        if wanted and self.far is not None:
+            self.coming.append((self.far.load(wanted), sequence))
+            sequence.state = State.COMING
+            return False
+        self._know_prefix(sequence)
+        return True
+
+    def _know_prefix(self, sequence: Sequence) -> None:
         sequence.computed = len(sequence.pages) * self.pages.page_tokens
         if sequence.new_tokens == 0 and sequence.index == 0:
             sequence.request.cached_tokens = max(sequence.request.cached_tokens, sequence.computed)
+
+    def _arrive(self, wait: bool) -> None:
+        """Take in the pages that have come; `wait` for the first."""
+        for coming, sequence in list(self.coming):
+            if not (wait or coming.arrived) or self.far is None:
+                continue
+            wait = False
+            self.coming.remove((coming, sequence))
+            sound = self.far.finish(coming)
+            for key, page in sound:
+                self.pages.learn(key, page)
+            if sequence.state is State.COMING:
+                lost = set(coming.pages) - {page for _, page in sound}
+                self._resume(sequence, lost)
+            else:  # nobody waits for them any more
+                self.pages.release(coming.pages)
+
+    def _resume(self, sequence: Sequence, lost: set[int]) -> None:
+        """Go on behind the pages that have come; what comes after one that was lost is computed again."""
+        whole = list(takewhile(lambda page: page not in lost, sequence.pages))
+        self.pages.release(sequence.pages[len(whole) :])
+        sequence.pages, sequence.state = whole, State.RUNNING if whole else State.WAITING
+        self._know_prefix(sequence)
+
+    def close(self) -> None:
+        """Wait until nothing comes any more."""
+        while self.coming:
+            self._arrive(wait=True)
+
+    def holding(self) -> list[list[int]]:
+        """The pages of all who hold some."""
+        abandoned = [list(c.pages) for c, sequence in self.coming if sequence.state is not State.COMING]
+        return [*(sequence.pages for sequence in self.sequences), *abandoned]
 
     def _unless_running(self, sequence: Sequence) -> None:
         if sequence.state is State.WAITING:
@@ -212,7 +285,7 @@ class Scheduler:
         if shared:
             source = sequence.pages[number]
             sequence.pages[number] = self.pages.take()
-            self.copies.append((source, sequence.pages[number]))
+            self.copy(source, sequence.pages[number])
             self.pages.release([source])
         sequence.pages += [self.pages.take() for _ in range(missing)]
         return True
@@ -223,12 +296,14 @@ class Scheduler:
         for other in reversed(order):
             if other is sequence:
                 return False
-            if other.pages and id(other) not in taken:
+            if other.pages and other.state is State.RUNNING and id(other) not in taken:
                 self._let_go(other, State.WAITING)
                 self.preemptions += 1
                 return True
         return False
 
     def _let_go(self, sequence: Sequence, state: State) -> None:
-        self.pages.release(sequence.pages)
+        """Pages that are still coming stay held until they have come."""
+        coming = {page for c, whose in self.coming if whose is sequence for page in c.pages}
+        self.pages.release([page for page in sequence.pages if page not in coming])
         sequence.pages, sequence.computed, sequence.state = [], 0, state

@@ -23,6 +23,7 @@ from outsize.train.optimizers import OptimizerRule, StateLayout, is_elementwise,
 from outsize.train.precision import Precision
 
 CHUNK = 1 << 22  # elements stepped at once; each transfer of their state costs its threads a fifth of a millisecond
+PIECE = 1 << 20  # elements joined, stepped and split before the next ones: as many as the caches hold
 
 
 @dataclass
@@ -138,7 +139,7 @@ class Updater:
             return
         for chunk in self.chunks[block.name]:
             low = torch.empty(chunk.stop - chunk.start, dtype=torch.int16)
-            master = self._buffer("master", low).copy_(source[chunk.start : chunk.stop])
+            master = torch.empty(chunk.stop - chunk.start).copy_(source[chunk.start : chunk.stop])
             split_master(master, target[chunk.start : chunk.stop], low)
             if source.dtype is not torch.bfloat16:
                 with self.store.lease(chunk.state, fresh=True) as lease:
@@ -153,7 +154,7 @@ class Updater:
         for chunk in self.chunks[block.name]:
             span = slice(chunk.start, chunk.stop)
             with self.store.lease(chunk.state) as lease:
-                join_master(weight[span], lease.tensors["low"], out[span], self._buffer("spare", out[span]))
+                join_master(weight[span], lease.tensors["low"], out[span], torch.empty_like(out[span]))
         return out
 
     # -- stepping ---------------------------------------------------------------------------------------------------
@@ -202,30 +203,36 @@ class Updater:
         method: str,
     ) -> None:
         if not self._parts(chunk):
-            self._change(chunk, weight, gradient, None, groups, scale, method)
+            self._step(chunk, weight, gradient, {}, groups, scale, method)
             return
         with self.store.lease(chunk.state) as lease:
             lease.change()
-            self._change(chunk, weight, gradient, lease, groups, scale, method)
+            self._step(chunk, weight, gradient, lease.tensors, groups, scale, method)
 
-    def _change(
+    def _step(
         self,
         chunk: Chunk,
         weight: torch.Tensor,
         gradient: torch.Tensor | None,
-        lease: Lease | None,
+        held: dict[str, torch.Tensor],
         groups: list[dict[str, Any]],
         scale: float | None,
         method: str,
     ) -> None:
-        """The arithmetic of one chunk, whose state is leased if it has any."""
-        near = {} if lease is None else lease.tensors
-        master = self._master(chunk, weight, near.get("low"))
-        state = {name[6:]: tensor for name, tensor in near.items() if name.startswith("state.")}
-        self._call(chunk, master, self._gradient(gradient, scale), state, groups, method)
-        self._keep(chunk, master, weight, near.get("low"))
+        """A piece after the other, where the arithmetic allows it: what was joined is still in the cache when it is split."""
+        size = PIECE if is_elementwise(chunk.kind.cls) else max(weight.numel(), 1)
+        scalars, group = chunk.scalars, chunk.group
+        for start in range(0, weight.numel(), size):
+            piece = slice(start, start + size)
+            low = held["low"][piece] if "low" in held else None
+            state = {name[6:]: tensor[piece] for name, tensor in held.items() if name.startswith("state.")}
+            master = self._master(weight[piece], low)
+            given = None if gradient is None else self._gradient(gradient[piece], scale)
+            scalars, group = self._call(chunk, master, given, state, groups, method)
+            self._keep(f"{chunk.state} {start}", master, weight[piece], low)
+        chunk.stepped, chunk.scalars, chunk.group = True, scalars, group
 
-    def _master(self, chunk: Chunk, weight: torch.Tensor, low: torch.Tensor | None) -> torch.Tensor:
+    def _master(self, weight: torch.Tensor, low: torch.Tensor | None) -> torch.Tensor:
         if self.precision.master == "same":
             return weight
         master = self._buffer("master", weight)
@@ -255,8 +262,9 @@ class Updater:
         state: dict[str, torch.Tensor],
         groups: list[dict[str, Any]],
         method: str,
-    ) -> None:
-        """Let the optimizer see this chunk as its only parameter, and take back what it has changed."""
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Let the optimizer see a piece of this chunk as its only parameter, and take back what it has changed. Returns
+        what it remembers besides tensors: of the parameter, and of the group."""
         optimizer = chunk.kind.optimizer
         group = optimizer.param_groups[0]
         evolving = chunk.kind.evolving(chunk.layout)
@@ -264,28 +272,29 @@ class Updater:
         group.update({k: v for k, v in groups[self.kinds.index(chunk.kind)].items() if k not in evolving})
         group.update(chunk.group)
         parameter = group["params"][0]
-        parameter.data = master.view(chunk.shape)
-        parameter.grad = None if gradient is None else gradient.view(chunk.shape)
+        shape = chunk.shape if master.numel() == prod(chunk.shape) else master.shape
+        parameter.data = master.view(shape)
+        parameter.grad = None if gradient is None else gradient.view(shape)
         optimizer.state.clear()
         dtypes = {name: dtype for name, _, dtype in chunk.layout.tensors}
         if chunk.stepped:
-            optimizer.state[parameter] = chunk.scalars | {k: t.to(dtypes[k]) for k, t in state.items()}
+            scalars = {k: v.clone() if torch.is_tensor(v) else v for k, v in chunk.scalars.items()}
+            optimizer.state[parameter] = scalars | {k: t.to(dtypes[k]) for k, t in state.items()}
         getattr(optimizer, method)()
         kept = optimizer.state[parameter]
         for name, home in state.items():
             if kept[name].data_ptr() != home.data_ptr():
                 home.copy_(kept[name])
-        chunk.scalars = {name: value for name, value in kept.items() if name not in state}
-        chunk.group = {name: group[name] for name in evolving}
-        chunk.stepped = True
+        scalars = {name: value for name, value in kept.items() if name not in state}
         optimizer.state.clear()
         parameter.grad = None
+        return scalars, {name: group[name] for name in evolving}
 
-    def _keep(self, chunk: Chunk, master: torch.Tensor, weight: torch.Tensor, low: torch.Tensor | None) -> None:
+    def _keep(self, name: str, master: torch.Tensor, weight: torch.Tensor, low: torch.Tensor | None) -> None:
         if self.precision.master == "split":
             split_master(master, weight, low)
         elif self.precision.master == "none":
-            seed = zlib.crc32(f"{self.seed} {self.step_number} {chunk.state}".encode())
+            seed = zlib.crc32(f"{self.seed} {self.step_number} {name}".encode())
             stochastic_round(master, weight, torch.Generator(weight.device).manual_seed(seed))
 
     # -- what the manifest keeps --------------------------------------------------------------------------------------

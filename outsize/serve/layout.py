@@ -1,0 +1,160 @@
+"""Which rows of the cache a step writes and reads: worked out once a step, not once a layer.
+
+Tokens of all sequences lie one after the other in one row `[1, tokens]`; a *span* is one sequence's run of them. Shapes
+are written with B sequences, N tokens, K key-value heads, P pages of a sequence, T keys."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from outsize.plan import KvLayer
+from outsize.serve.cache import Rows
+
+GATHER_BYTES = 4 << 20  # keys of several decoding sequences that are gathered at once, at most
+WASTE = 1.25  # keys gathered over keys needed, within a group of decoding sequences
+
+
+@dataclass(frozen=True)
+class Span:
+    """Tokens `start` to `start` + `count` of a sequence whose keys and values lie in `pages`."""
+
+    pages: Sequence[int]
+    start: int
+    count: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.count
+
+
+@dataclass(frozen=True)
+class DecodeGroup:
+    """Sequences of about one length that attend with one query each: `where` [B] in the packed row; rows [B * K * P] of
+    keys and of values; `hidden` [B, 1, T] true where a gathered key is not the sequence's, None if there is no such key."""
+
+    where: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    hidden: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A span of several queries: packed tokens `first` to `first` + `count`, the first of them at position `start`, see
+    keys from position `low` on, gathered by rows `keys` and `values`."""
+
+    first: int
+    count: int
+    start: int
+    low: int
+    keys: torch.Tensor
+    values: torch.Tensor
+
+
+class Layout:
+    """What one step reads and writes in the cache, for layers of each kind."""
+
+    def __init__(self, spans: list[Span], page_tokens: int, device: torch.device) -> None:
+        self.spans, self.page_tokens, self.device = spans, page_tokens, device
+        firsts, first = [], 0
+        for span in spans:
+            firsts.append(first)
+            first += span.count
+        self.firsts, self.tokens = firsts, first
+        self._writes: dict[tuple[int, int], torch.Tensor] = {}
+        self._reads: dict[KvLayer, tuple[list[DecodeGroup], list[Chunk]]] = {}
+
+    def begun(self) -> list[int]:
+        """Pages that this step begins to fill and leaves unfilled."""
+        size = self.page_tokens
+        last = [(span, (span.end - 1) // size) for span in self.spans if span.end % size]
+        return [span.pages[number] for span, number in last if number * size >= span.start]
+
+    def positions(self) -> torch.Tensor:
+        """Position of every packed token in its sequence `[1, N]`."""
+        return self._index(p for span in self.spans for p in range(span.start, span.end)).unsqueeze(0)
+
+    def writes(self, heads: int, stride: int) -> torch.Tensor:
+        """Slots that take the new keys, or values, token by token `[N * K]`; `stride`: rows of a page."""
+        key = heads, stride
+        if key not in self._writes:
+            size = self.page_tokens
+            slots = self._index(
+                span.pages[position // size] * stride * size + position % size
+                for span in self.spans
+                for position in range(span.start, span.end)
+            )
+            by_head = torch.arange(heads, device=self.device) * size
+            self._writes[key] = (slots.unsqueeze(1) + by_head).view(-1)
+        return self._writes[key]
+
+    def reads(self, layer: KvLayer, keys: Rows, values: Rows) -> tuple[list[DecodeGroup], list[Chunk]]:
+        """Groups of single queries and chunks of many."""
+        if layer not in self._reads:
+            token_bytes = layer.heads * layer.key_size * keys.rows.element_size()
+            single = [i for i, span in enumerate(self.spans) if span.count == 1]
+            alike = self._alike(single, layer.window, token_bytes)
+            groups = [self._group(members, layer, keys.stride, values.stride) for members in alike]
+            several = [i for i, span in enumerate(self.spans) if span.count > 1]
+            self._reads[layer] = groups, [self._chunk(i, layer, keys.stride, values.stride) for i in several]
+        return self._reads[layer]
+
+    def _low(self, span: Span, window: int | None) -> int:
+        """The first page with a key that some query of the span may see."""
+        return 0 if window is None else max(0, span.start - window + 1) // self.page_tokens
+
+    def _pages_seen(self, span: Span, window: int | None) -> Sequence[int]:
+        return span.pages[self._low(span, window) : -(-span.end // self.page_tokens)]
+
+    def _alike(self, single: list[int], window: int | None, token_bytes: int) -> list[list[int]]:
+        """Sequences sorted by length and cut where a group would gather too much, or too much in vain."""
+        lengths = {i: len(self._pages_seen(self.spans[i], window)) for i in single}
+        most = max(1, GATHER_BYTES // (token_bytes * self.page_tokens))
+        groups: list[list[int]] = []
+        needed = 0
+        for i in sorted(single, key=lambda i: lengths[i]):
+            size = (len(groups[-1]) + 1) * lengths[i] if groups else 0
+            if groups and size <= most and size <= WASTE * (needed + lengths[i]):
+                groups[-1].append(i)
+                needed += lengths[i]
+            else:
+                groups.append([i])
+                needed = lengths[i]
+        return groups
+
+    def _group(self, members: list[int], layer: KvLayer, keys: int, values: int) -> DecodeGroup:
+        spans = [self.spans[i] for i in members]
+        seen = [list(self._pages_seen(span, layer.window)) for span in spans]
+        width = max(len(pages) for pages in seen)
+        padded = torch.tensor([pages + pages[-1:] * (width - len(pages)) for pages in seen], device=self.device)
+        low = [self._low(span, layer.window) * self.page_tokens for span in spans]
+        complete = all(span.end - first == width * self.page_tokens for span, first in zip(spans, low, strict=True))
+        whole = complete and (layer.window is None or all(span.end <= layer.window for span in spans))
+        where = self._index(self.firsts[i] for i in members)
+        hidden = None if whole else self._unseen(spans, low, width, layer.window)
+        return DecodeGroup(where, self._rows(padded, layer, keys), self._rows(padded, layer, values), hidden)
+
+    def _unseen(self, spans: list[Span], low: list[int], width: int, window: int | None) -> torch.Tensor:
+        here = self._index(span.start for span in spans).unsqueeze(1)
+        keys = self._index(low).unsqueeze(1) + torch.arange(width * self.page_tokens, device=self.device)
+        hidden = keys > here
+        if window is not None:
+            hidden |= keys <= here - window
+        return hidden.unsqueeze(1)
+
+    def _chunk(self, i: int, layer: KvLayer, keys: int, values: int) -> Chunk:
+        span, low = self.spans[i], self._low(self.spans[i], layer.window) * self.page_tokens
+        pages = torch.tensor([list(self._pages_seen(span, layer.window))], device=self.device)
+        rows = self._rows(pages, layer, keys), self._rows(pages, layer, values)
+        return Chunk(self.firsts[i], span.count, span.start, low, *rows)
+
+    def _rows(self, pages: torch.Tensor, layer: KvLayer, stride: int) -> torch.Tensor:
+        """Head by head: `pages` [B, P] gives [B * K * P]."""
+        by_head = torch.arange(layer.heads, device=self.device).view(1, layer.heads, 1)
+        return (pages.unsqueeze(1) * stride + by_head).view(-1)
+
+    def _index(self, numbers: Iterable[int]) -> torch.Tensor:
+        return torch.tensor(list(numbers), dtype=torch.long, device=self.device)
