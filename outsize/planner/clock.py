@@ -6,7 +6,7 @@ writes. What moves at once shares the way: each direction has its bandwidth, and
 from __future__ import annotations
 
 import threading
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -72,6 +72,7 @@ class SimulatedClock(Clock):
         self.ways, self.time = ways, 0.0
         self.spans: list[Span] = []
         self.seconds: dict[str, float] = {}
+        self._last: dict[str, int] = {}  # the last span of each lane
         self._slots = {"read": readers, "write": 1}
         self._queues: dict[str, deque[Transfer]] = {"read": deque(), "write": deque()}
         self._moving: list[Transfer] = []
@@ -112,13 +113,12 @@ class SimulatedClock(Clock):
 
     def _share(self) -> None:
         """What moves on one way in one direction shares its bandwidth; both directions together keep to theirs."""
-        moving = Counter((transfer.tier, transfer.direction) for transfer in self._moving)
         for transfer in self._moving:
-            way, tier = self.ways[transfer.tier], transfer.tier
-            mixed = moving[tier, "read"] and moving[tier, "write"]
-            scale = min(1.0, way.both / (way.read + way.write)) if mixed else 1.0
-            alone = way.read if transfer.direction == "read" else way.write
-            transfer.rate = alone * scale / moving[tier, transfer.direction]
+            way = self.ways[transfer.tier]
+            beside = [other.direction for other in self._moving if other.tier == transfer.tier]
+            share = beside.count(transfer.direction)
+            scale = min(1.0, way.both / (way.read + way.write)) if len(beside) > share else 1.0
+            transfer.rate = (way.read if transfer.direction == "read" else way.write) * scale / share
 
     def _run_to(self, end: float) -> None:
         while self._moving:
@@ -155,14 +155,16 @@ class SimulatedClock(Clock):
         """Keep a span, joined to the one before it in its lane when it goes on where that ended."""
         lane, start, end = span
         self.seconds[lane] = self.seconds.get(lane, 0.0) + end - start
-        for index in range(len(self.spans) - 1, max(len(self.spans) - 6, -1), -1):
-            last, first, until = self.spans[index]
-            if last == lane:
-                if start - until < 1e-9:
-                    self.spans[index] = (lane, first, end)
-                    return
-                break
+        index = self._last.get(lane)
+        if index is not None and start - self.spans[index][2] < 1e-9:
+            self.spans[index] = (lane, self.spans[index][1], end)
+            return
+        self._last[lane] = len(self.spans)
         self.spans.append(span)
+
+    def forget_spans(self) -> None:
+        self.spans.clear()
+        self._last.clear()
 
 
 @dataclass

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from outsize.planner.clock import Ways
 from outsize.planner.play import PlayedStep, play
 from outsize.planner.rehearsal import FEWEST, Rehearsed
 from outsize.planner.script import HomeOf, Script, Touched
 
+Name = TypeVar("Name")
 FEW_EVENTS = 2_000  # that touch blocks, when placements are compared
 MOST_EVENTS = 12_000  # for the one that is chosen
 
@@ -48,14 +51,14 @@ def forecast(rehearsed: Rehearsed, arena_bytes: int, home_of: HomeOf, ways: Ways
     Raises BudgetError when leases leave no room in the arena."""
 
     def run(script: Script) -> Forecast:
-        return _played(script if closely else script.lean, arena_bytes, home_of, ways)
+        return _played(script if closely else script.lean, arena_bytes, home_of, ways, 3 if closely else 2)
 
     units = rehearsed.units
     if not units:
         return run(rehearsed.script)
     a_unit = sum(isinstance(event, Touched) for event in rehearsed.script.steps[-1]) / 4
     count = max(2 * FEWEST, int((MOST_EVENTS if closely else FEW_EVENTS) / a_unit))
-    if len(units) <= count:
+    if len(units) <= 2 * count:
         return run(rehearsed.whole)
     many, few = (run(rehearsed.over(_evenly(units, number))) for number in (count, count // 2))
     return _carried_on(many, few, count, count // 2, len(units))
@@ -75,14 +78,26 @@ def with_snapshots(found: Forecast, snapshot: dict[str, int], every: int, ways: 
     return replace(found, seconds=seconds, lanes=lanes, waiting=waiting, moved=moved, commit_every=every)
 
 
-def _played(script: Script, arena_bytes: int, home_of: HomeOf, ways: Ways) -> Forecast:
-    """The first steps record; of the three that follow, the one in the middle finds what was read ahead for it and reads
-    ahead for the next, as most do. Reading ahead crosses the border between steps, so bytes are means of the three."""
-    played = play(script, arena_bytes, home_of, ways, len(script.steps) + 3)
-    alike = played.steps[-3:]
-    moved = {ways: nbytes // 3 for ways, nbytes in sum((step.moved for step in alike), Counter()).items()}
-    step = alike[1]
-    return Forecast(step.seconds, step.lanes, step.waiting, moved, step, script.floating_operations)
+def _played(script: Script, arena_bytes: int, home_of: HomeOf, ways: Ways, steps: int) -> Forecast:
+    """The first steps record; of the `steps` that follow everything is the mean, for what is read ahead crosses the
+    border between them."""
+    played = play(script, arena_bytes, home_of, ways, len(script.steps) + steps)
+    alike = played.steps[-steps:]
+
+    def mean(found: Iterable[Mapping[Name, float]]) -> dict[Name, float]:
+        total: Counter[Name] = Counter()
+        for one in found:
+            total.update(one)
+        return {name: amount / steps for name, amount in total.items()}
+
+    return Forecast(
+        sum(step.seconds for step in alike) / steps,
+        mean(step.lanes for step in alike),
+        mean(step.waiting for step in alike),
+        {ways: int(nbytes) for ways, nbytes in mean(step.moved for step in alike).items()},
+        alike[len(alike) // 2],
+        script.floating_operations,
+    )
 
 
 def _evenly(units: tuple[str, ...], number: int) -> list[str]:

@@ -105,7 +105,7 @@ class _Player:
         """`again`: another follows at once."""
         store, clock = self.store, self.clock
         moved, waited, spent = Counter(store.ledger.moved), dict(store.waiting_seconds), dict(clock.seconds)
-        clock.spans.clear()
+        clock.forget_spans()
         self.accesses.clear()
         self.live.clear()
         self._live, self._again, started = 0, again, clock.time
