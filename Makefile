@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test soak soak-serve lint docs bench clean
+.PHONY: help demo test soak soak-serve lint docs bench foresight clean
 
 help: ## say what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -39,6 +39,9 @@ docs: $(READY) ## write docs/cli.md from the command line's own help
 
 bench: $(BENCH_READY) ## measure against plain PyTorch and DeepSpeed, side by side
 	$(VENV)/python bench/train.py
+
+foresight: $(READY) ## compare plans with what then happens, over many jobs; writes docs/foresight.md
+	$(VENV)/python bench/foresight.py
 
 clean: ## remove the environment and everything built; runs/ stays, but for the demo's
 	rm -rf .venv build runs/demo .pytest_cache .ruff_cache .hypothesis

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 SEQUENCE_LENGTH = 512
+LONGEST = 4096  # tokens that a model has positions for
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A Llama. `heads` attend, `kv_heads` hold keys and values; `tied`: the head is the embedding."""
+    """A Llama, or one of another `family`. `heads` attend, `kv_heads` hold keys and values; `tied`: the head is the
+    embedding."""
 
     name: str
     vocabulary: int
@@ -22,6 +24,7 @@ class Shape:
     heads: int
     kv_heads: int
     tied: bool
+    family: str = "llama"
 
     @property
     def layer_parameters(self) -> int:
@@ -34,27 +37,38 @@ class Shape:
         return self.layers * self.layer_parameters + tables + self.hidden
 
     def config(self) -> Any:
-        from transformers import LlamaConfig
+        from transformers import AutoConfig
 
-        return LlamaConfig(
+        names = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM", "gpt2": "GPT2LMHeadModel"}
+        own = {
+            "num_hidden_layers": self.layers,
+            "intermediate_size": self.intermediate,
+            "num_key_value_heads": self.kv_heads,
+            "max_position_embeddings": LONGEST,
+            **({"head_dim": self.hidden // self.heads} if self.family == "qwen3" else {}),
+        }
+        gpt2 = {"n_layer": self.layers, "n_inner": self.intermediate, "n_positions": LONGEST, "resid_pdrop": 0.0}
+        gpt2 |= {"embd_pdrop": 0.0, "attn_pdrop": 0.0}
+        return AutoConfig.for_model(
+            self.family,
             vocab_size=self.vocabulary,
             hidden_size=self.hidden,
-            intermediate_size=self.intermediate,
-            num_hidden_layers=self.layers,
             num_attention_heads=self.heads,
-            num_key_value_heads=self.kv_heads,
             tie_word_embeddings=self.tied,
-            max_position_embeddings=2048,
             bos_token_id=0,
             eos_token_id=0,
             dtype="bfloat16",
-            architectures=["LlamaForCausalLM"],
+            architectures=[names[self.family]],
+            **(gpt2 if self.family == "gpt2" else own),
         )
 
 
 SMOLLM2 = Shape("SmolLM2-135M", 49152, 576, 1536, 30, 9, 3, tied=True)
 LLAMA = Shape("Llama 1.3B", 32000, 2048, 5504, 24, 16, 16, tied=False)
 STACK = Shape("hidden 1024", 8192, 1024, 2816, 12, 8, 8, tied=False)
+WIDE = Shape("4 layers of 2048", 32000, 2048, 5504, 4, 16, 16, tied=False)
+GPT2 = Shape("GPT-2, 6 layers", 50257, 768, 3072, 6, 12, 12, tied=True, family="gpt2")
+QWEN3 = Shape("Qwen3, 6 layers", 32000, 1024, 3072, 6, 16, 8, tied=True, family="qwen3")
 TINY = Shape("tiny", 8192, 512, 1408, 4, 8, 4, tied=True)
 
 
@@ -63,7 +77,10 @@ def stack(layers: int) -> Shape:
     return replace(STACK, name=f"{STACK.name}, {layers} layers", layers=layers)
 
 
-SHAPES = {shape.name: shape for shape in (SMOLLM2, LLAMA, TINY, *(stack(layers) for layers in (12, 24, 48)))}
+SHAPES = {
+    shape.name: shape
+    for shape in (SMOLLM2, LLAMA, WIDE, GPT2, QWEN3, TINY, *(stack(layers) for layers in (4, 12, 24, 48)))
+}
 
 
 def token_ids(vocabulary: int) -> list[int]:

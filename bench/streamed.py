@@ -24,48 +24,45 @@ def prepare(place: str, shape: str) -> dict[str, Any]:
     return {}
 
 
-def train(
-    place: str,
-    memory: int,
-    steps: int,
-    accumulate: int = 1,
-    activations: str = "auto",
-    throttled: bool = False,
-    sequence_length: int = SEQUENCE_LENGTH,
-) -> dict[str, Any]:
-    """Train what `prepare` wrote, within `memory` bytes. The run's own folder is removed at the end."""
+def train(place: str, throttled: bool = False, **settings: Any) -> dict[str, Any]:
+    """Train what `prepare` wrote, with these settings. Returns medians, and whether anything grew."""
+    if throttled:
+        from throttle import ThrottledDisk
+
+        from outsize import api
+
+        api.open_store = partial(api.open_store, wrap_disk=ThrottledDisk)
+    watch = Watch()
+    try:
+        report, lines = _trained(place, settings)
+    finally:
+        watch.stop()
+    return summarise(lines) | {"planned_peak_bytes": report["planned"]["host_peak_bytes"], **watch.found()}
+
+
+def foretell(place: str, **settings: Any) -> dict[str, Any]:
+    """Train what `prepare` wrote, with these settings. Returns what was planned and what was measured."""
+    return _trained(place, settings)[0]
+
+
+def _trained(place: str, settings: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The report and the lines of a run, whose own folder is removed at the end."""
     from outsize.machine.allocator import use_one_heap
 
     use_one_heap()
     from outsize import api
     from outsize.train.report import each_line
 
-    if throttled:
-        from throttle import ThrottledDisk
-
-        api.open_store = partial(api.open_store, wrap_disk=ThrottledDisk)
     out = Path(place) / "run"
     shutil.rmtree(out, ignore_errors=True)
-    watch = Watch()
+    chosen = {"sequence_length": SEQUENCE_LENGTH, "json": True, **settings}
     try:
         report = api.train(
-            api.TrainSettings(
-                model=str(Path(place) / "model"),
-                data=Path(place) / "text.txt",
-                out=out,
-                memory=memory,
-                steps=steps,
-                sequence_length=sequence_length,
-                accumulate=accumulate,
-                activations=activations,
-                json=True,
-            )
+            api.TrainSettings(model=str(Path(place) / "model"), data=Path(place) / "text.txt", out=out, **chosen)
         )
-        lines = list(each_line(out / "metrics.jsonl"))
+        return report, list(each_line(out / "metrics.jsonl"))
     finally:
-        watch.stop()
         shutil.rmtree(out, ignore_errors=True)
-    return summarise(lines) | {"planned_peak_bytes": report["planned"]["host_peak_bytes"], **watch.found()}
 
 
 def summarise(lines: list[dict[str, Any]]) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def write_page(results: Results, page: Path, command: str, folder: Path) -> None
 
 
 def _body(results: Results, command: str, folder: Path, page: Path) -> Iterator[str]:
-    yield f"`{command}`, {date.today()}: {_machine(folder)}.\n"
+    yield f"`{command}`, {date.today()}: {describe_machine(folder)}.\n"
     yield f"![Seconds a step and peak memory]({page.with_suffix('.png').name})\n"
     for shape in dict.fromkeys(name.split(": ")[0] for name in results):
         rows = list(_rows(shape, results))
@@ -133,7 +133,7 @@ def _moved(found: dict[str, Any]) -> float:
     return found["bytes_read"] + found["bytes_written"]
 
 
-def _machine(folder: Path) -> str:
+def describe_machine(folder: Path) -> str:
     import torch
     import transformers
 

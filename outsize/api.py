@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,17 @@ from torch import nn
 from outsize.errors import DamageError, OptionError
 from outsize.machine.allocator import give_back
 from outsize.machine.describe import describe, process_memory
+from outsize.machine.find import find_machine, this_machine
+from outsize.machine.machine import Machine
 from outsize.memory.shared import dismiss
 from outsize.model.companions import COMPANIONS, keep_companions
 from outsize.model.fingerprint import fingerprint_model, fingerprint_tokenizer
 from outsize.model.load import ModelSource, open_model
 from outsize.model.units import Unit, describe_units, find_units
 from outsize.plan import Plan, Request
-from outsize.planner.training import plan_training
-from outsize.sizes import format_size, parse_size
+from outsize.planner.check import check_plan
+from outsize.planner.training import Place, Task, plan_training
+from outsize.sizes import parse_size
 from outsize.train.checkpoint import open_checkpoint
 from outsize.train.data import PackedDataset, prepare
 from outsize.train.export import Exported, export_checkpoint
@@ -28,8 +31,8 @@ from outsize.train.job import Job, bind
 from outsize.train.optimizer_file import read_optimizer
 from outsize.train.optimizers import OptimizerRule, uniform_rule
 from outsize.train.precision import find_precision
-from outsize.train.progress import Progress, plan_table
-from outsize.train.recipe import groups_at, optimizer_rule, scheduler_for
+from outsize.train.progress import Progress
+from outsize.train.recipe import groups_at, optimizer_rule, rule_of, scheduler_for
 from outsize.train.report import each_line, held_by_tier, measured, moved_a_step, write_report
 from outsize.train.retention import Retention
 from outsize.train.run import Run, Schedule, export
@@ -79,7 +82,8 @@ def attach(
     )
     folder = StateFolder(directory).lock()
     baseline = max(process_memory().resident_bytes - in_memory, 0)
-    plan = plan_training(model, units, rule, request, baseline, describe(directory).disk_free_bytes)
+    task = Task(model, units, rule, request, block_class=block_class)
+    plan = plan_training(task, Place(this_machine(directory), baseline, describe(directory).disk_free_bytes))
     store = open_store(plan, folder)
 
     def read(name: str, start: int, stop: int) -> torch.Tensor:
@@ -130,10 +134,13 @@ def _train(
     if begin is not None:
         check_optimizer(begin, model, rule)
     units = find_units(model, settings.block_class)
-    request = _request(settings, memory)
+    batches = [data.batch(list(range(min(data.count, settings.batch_size))))] * settings.accumulate
+    request, stored = _request(settings, memory), _stored_dtype(source)
+    task = Task(model, units, rule, request, batches, stored, settings.block_class)
     disk = describe(settings.out).disk_free_bytes + (state.blocks.stat().st_size if state.blocks.exists() else 0)
-    plan = plan_training(model, units, rule, request, process_memory().resident_bytes, disk)
-    _show(plan, units, progress, settings)
+    place = Place(this_machine(settings.out), process_memory().resident_bytes, disk)
+    plan = plan_training(task, place) if settings.plan is None else check_plan(read_plan(settings.plan), task, place)
+    _show(plan, settings)
     store = open_store(plan, state)
     progress.message("bringing the weights into the store")
     job = bind(model, units, plan, rule, store, source.read, CPU)
@@ -160,6 +167,64 @@ def _train(
     finally:
         progress.stop()
     return _report(settings, run, units, settings.steps - first)
+
+
+def read_plan(path: Path) -> Plan:
+    """The plan that `outsize plan --save` wrote, as it may have been edited since. Raises OptionError."""
+    try:
+        return Plan.from_json(path.read_text(encoding="utf-8"), str(path))
+    except OSError as problem:
+        raise OptionError(
+            f"{path} cannot be read: {problem.strerror}. Write a plan with `outsize plan --save`."
+        ) from problem
+
+
+def _stored_dtype(source: ModelSource) -> torch.dtype:
+    return source.config.dtype if isinstance(source.config.dtype, torch.dtype) else torch.float32
+
+
+def plan(
+    model: str,
+    *,
+    memory: str | int,
+    task: str = "train",
+    machine: str | Path | Machine | None = None,
+    directory: str | Path = ".",
+    optimizer: str = "adamw",
+    optimizer_options: dict[str, Any] | None = None,
+    block_class: str | None = None,
+    **request: Any,
+) -> Plan:
+    """What `task` with `model` would do within `memory`, without doing it. The plan prints itself as a table.
+
+    `request` takes the fields of `outsize.plan.Request` (sequence_length, batch_size, accumulate, precision, moments,
+    clip, loss, activations, commit_every). `machine` is the name or file of one described, None this one, whose disk is
+    that of `directory`. `model` may be a folder that holds nothing but config.json. Raises OptionError, ModelError, or
+    BudgetError with the smallest memory that works."""
+    if task != "train":
+        raise OptionError(f"task {task!r} cannot be planned; there is train.")
+    known = {field.name for field in fields(Request)} - {"memory_bytes", "hold", "keeper"}
+    if unknown := sorted(request.keys() - known):
+        raise OptionError(f"plan has no option {unknown[0]!r}; it has {', '.join(sorted(known))}.")
+    asked, place = Request(parse_size(memory), **request, keeper=True), _machine(machine, Path(directory))
+    source = open_model(model)
+    tokenizer = source.tokenizer()  # a run will hold it
+    make = source.build if source.files.has_weights else source.outline
+    module = make(find_precision(asked.precision).compute).train()
+    for parameter in module.parameters():
+        parameter.requires_grad_(True)
+    rule = rule_of(optimizer, optimizer_options or {})
+    units = find_units(module, block_class)
+    here = Place(place, process_memory().resident_bytes, place.capacity("disk"))
+    found = plan_training(Task(module, units, rule, asked, [], _stored_dtype(source), block_class), here)
+    del tokenizer
+    return found
+
+
+def _machine(machine: str | Path | Machine | None, directory: Path) -> Machine:
+    if isinstance(machine, Machine):
+        return machine
+    return this_machine(directory) if machine is None else find_machine(str(machine))
 
 
 def _free_memory() -> int:
@@ -220,35 +285,26 @@ def _check_loss(job: Job, data: PackedDataset) -> None:
         )
 
 
-def _show(plan: Plan, units: list[Unit], progress: Progress, settings: TrainSettings) -> None:
+def _show(plan: Plan, settings: TrainSettings) -> None:
     from rich.console import Console
 
-    if settings.json:
-        return
-    assert plan.predicted is not None and plan.memory_bytes is not None
-    rows = [
-        ("memory", format_size(plan.memory_bytes), f"peak will be {format_size(plan.predicted.host_peak_bytes)}"),
-        ("disk", format_size(plan.predicted.disk_bytes), "the state; it is also the checkpoint"),
-        (
-            "a step moves",
-            f"{format_size(plan.predicted.bytes_read)} read, {format_size(plan.predicted.bytes_written)} written",
-            "at most",
-        ),
-        ("numbers", plan.exactness, find_precision(plan.precision).why),
-        ("units", str(len(units)), describe_units(units)),
-    ]
-    rows += [(what, why, "") for what, why in (reason.split(": ", 1) for reason in plan.reasons)]
-    Console(stderr=True).print(plan_table(rows))
+    if not settings.json:
+        Console(stderr=True).print(str(plan), markup=False, highlight=False)
 
 
 def _report(settings: TrainSettings, run: Run, units: list[Unit], steps_done: int) -> dict[str, Any]:
+    from outsize.planner.pictures import draw_step, write_trace
     from outsize.train.pictures import draw
 
     job, plan = run.job, run.job.plan
     held = held_by_tier(job.store.ledger.held)
     moved = moved_a_step(run.moved, max(steps_done, 1))
     assert plan.predicted is not None
-    planned = {**asdict(plan.predicted), "seconds_per_step": None}
+    planned = {
+        name: value for name, value in asdict(plan.predicted).items() if value is None or isinstance(value, int | float)
+    }
+    planned["mean_seconds_per_step"] = plan.predicted.seconds_per_step
+    steps = {"predicted": plan.predicted.timeline, "measured": run.timeline()}
     found = measured(each_line(settings.out / "metrics.jsonl")) | {"disk_bytes": job.store.tiers["disk"].used}
     job.close()
     facts = {
@@ -261,6 +317,8 @@ def _report(settings: TrainSettings, run: Run, units: list[Unit], steps_done: in
     }
     write_report(settings.out, planned, found, facts, memory_bytes=plan.memory_bytes, held=held, moved=moved)
     draw(settings.out)
+    draw_step(steps, plan, settings.out / "timeline.png")
+    write_trace(steps, settings.out / "trace.json")
     return {"planned": planned, "measured": found}
 
 

@@ -13,6 +13,7 @@ from outsize.commands.checkpoint_diff import diff
 from outsize.commands.checkpoint_export import export
 from outsize.commands.checkpoint_import import import_checkpoint
 from outsize.commands.generate import generate
+from outsize.commands.plan import plan
 from outsize.commands.probe import probe
 from outsize.commands.serve import serve
 from outsize.commands.train import train
@@ -36,6 +37,7 @@ def common(debug: Debug = False) -> None:
 
 app.command()(train)
 app.command()(generate)
+app.command()(plan)
 app.command()(serve)
 app.command()(probe)
 checkpoint.app.command()(export)

@@ -2,20 +2,39 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import json
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from outsize.errors import OptionError
+from outsize.sizes import format_size
 
 
 @dataclass(frozen=True)
 class Predicted:
-    """What a plan says will be measured. Bytes, per step where it says so; 0 device bytes without a GPU."""
+    """What a plan says will be measured. Bytes and seconds, of one step where it says so; 0 device bytes without a GPU.
+
+    `moved` is (source, destination, kind, bytes) of a step; `memory` is (cause, bytes), which add up to the peak.
+    `timeline` is what one step does when: (compute, update, waiting, read or write, begin, end); `tensors` is (time,
+    bytes of its tensors from then on). None: not predicted."""
 
     host_peak_bytes: int
     device_peak_bytes: int
     bytes_read: int
     bytes_written: int
     disk_bytes: int
+    seconds_per_step: float | None = None
+    tokens_per_second: float | None = None
+    compute_seconds: float | None = None
+    update_seconds: float | None = None
+    read_wait_seconds: float | None = None
+    write_wait_seconds: float | None = None
+    floating_operations: float | None = None
+    moved: tuple[tuple[str, str, str, int], ...] = ()
+    memory: tuple[tuple[str, int], ...] = ()
+    timeline: tuple[tuple[str, float, float], ...] = field(default=(), repr=False)
+    tensors: tuple[tuple[float, int], ...] = field(default=(), repr=False)
 
 
 NEAR = "near"  # as the home of activations: they stay where they came into being
@@ -110,6 +129,85 @@ class Plan:
         if self.precision == "bf16" or self.moments == "bf16":
             return "approximate"
         return "rounding" if self.blocked_loss else "exact"
+
+    def to_json(self) -> str:
+        """The plan as a file that people can read and change."""
+        plain = {name: sorted(v) if isinstance(v, frozenset) else v for name, v in asdict(self).items()}
+        return json.dumps(plain, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str, place: str = "the plan") -> Plan:
+        """The inverse of `to_json`. Raises OptionError naming what is unknown, missing or of another type in `place`."""
+        try:
+            values = json.loads(text)
+        except ValueError as problem:
+            raise OptionError(f"{place} is no JSON: {problem}. Write it with `outsize plan --save`.") from problem
+        return cls(**_read_fields(cls, values, place))
+
+    def __str__(self) -> str:
+        """The table that `outsize plan` prints."""
+        predicted = self.predicted
+        lines = [reason.partition(": ") for reason in self.reasons]
+        rows = [(what, why) for what, _, why in lines]
+        if predicted is not None:
+            rows[:0] = _outcome(self, predicted)
+        width = max((len(what) for what, _ in rows), default=0)
+        return "\n".join(f"{what:<{width}}  {why}" for what, why in rows)
+
+
+def _outcome(plan: Plan, predicted: Predicted) -> list[tuple[str, str]]:
+    """What a user asks first: does it fit, how long does it take, what does it move, is it exact."""
+    budget = "" if plan.memory_bytes is None else f" of {format_size(plan.memory_bytes)}"
+    rows = [("memory", f"the process peaks at {format_size(predicted.host_peak_bytes)}{budget}")]
+    rows += [("", f"{format_size(nbytes)} {cause}") for cause, nbytes in predicted.memory]
+    rows += [("disk", f"{format_size(predicted.disk_bytes)}, the state; it is also the checkpoint")]
+    if predicted.seconds_per_step is not None:
+        rows += [("a step takes", f"{predicted.seconds_per_step:.2f} s, {predicted.tokens_per_second:,.0f} tokens/s")]
+        causes = ("compute_seconds", "update_seconds", "read_wait_seconds", "write_wait_seconds")
+        named = ("compute", "update", "waiting for reads", "waiting for writes")
+        rows += [
+            ("", f"{getattr(predicted, key) or 0.0:.2f} s {name}") for key, name in zip(causes, named, strict=True)
+        ]
+    read, written = format_size(predicted.bytes_read), format_size(predicted.bytes_written)
+    rows += [("a step moves", f"{read} read from disk, {written} written to it")]
+    rows += [("", f"{format_size(n)} {kind} {source} to {target}") for source, target, kind, n in predicted.moved]
+    return [*rows, ("numbers", plan.exactness)]
+
+
+def _read_fields(cls: type, values: Any, place: str) -> dict[str, Any]:
+    """What a JSON object says of a class's fields, each of the type that the field's default or annotation has."""
+    hints = get_type_hints(cls)
+    known = {field.name: hints[field.name] for field in fields(cls)}
+    if not isinstance(values, dict):
+        raise OptionError(f"{place} must be keys and values, not {values!r}.")
+    unknown = sorted(values.keys() - known.keys())
+    if unknown:
+        raise OptionError(f"{place} has no key {unknown[0]!r}; it has: {', '.join(known)}.")
+    required = {f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING}
+    missing = sorted(required - values.keys())
+    if missing:
+        raise OptionError(f"{place} lacks {missing[0]!r}.")
+    return {name: _read_value(value, known[name], f"{place}: {name}") for name, value in values.items()}
+
+
+def _read_value(value: Any, wanted: Any, place: str) -> Any:
+    origin, inside = get_origin(wanted) or wanted, get_args(wanted)
+    if origin in (Union, UnionType):
+        return None if value is None else _read_value(value, next(i for i in inside if i is not NoneType), place)
+    if is_dataclass(wanted):
+        return origin(**_read_fields(origin, value, place))
+    if origin in (frozenset, tuple) and isinstance(value, list):
+        if origin is frozenset or inside[-1] is Ellipsis:
+            return origin(_read_value(item, inside[0], place) for item in value)
+        if len(value) == len(inside):
+            return tuple(_read_value(item, kind, place) for item, kind in zip(value, inside, strict=True))
+    fits = (int, float) if origin is float else origin
+    exact = isinstance(value, fits) and (origin is bool or not isinstance(value, bool))
+    if not exact or (isinstance(value, (int, float)) and value < 0):
+        raise OptionError(
+            f"{place} cannot be {value!r}; it must be {getattr(wanted, '__name__', wanted)}, not negative."
+        )
+    return value
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,14 @@
 """What a run says on the terminal: lines for people on stderr, lines for scripts on stdout, never both."""
 
-import io
 import json
 import os
 import pty
 import subprocess
 import sys
 
-from rich.console import Console
 from test_report import HERE, MIB, line
 
-from outsize.train.progress import Progress, plan_table
+from outsize.train.progress import Progress
 
 
 def run_through(progress: Progress, steps: int = 4) -> None:
@@ -83,10 +81,3 @@ run_through(Progress(memory_bytes=1024 * MIB))
     text = shown.decode()
     assert "step 4/4" in text and "memory 900.00 MiB of 1.00 GiB" in text and "[bold]The [/x]" in text
     assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")
-
-
-def test_a_plan_says_what_and_why_and_brackets_are_no_markup():
-    console = Console(width=80, record=True, file=io.StringIO())
-    console.print(plan_table([("weights", "disk [/x]", "they do not fit"), ("memory", "1.00 GiB", "")]))
-    text = console.export_text()
-    assert all(word in text for word in ("what", "value", "why", "weights", "disk [/x]", "they do not fit", "1.00 GiB"))

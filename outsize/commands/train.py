@@ -80,6 +80,9 @@ def train(
     sample_every: Annotated[int, typer.Option(min=0)] = 50,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     block_class: Annotated[str | None, typer.Option(help="Class of the repeated block, if it is not found.")] = None,
+    plan: Annotated[
+        Path | None, typer.Option(help="Obey this plan, written by `outsize plan --save`; refused if it does not fit.")
+    ] = None,
     json_lines: Json = False,
 ) -> None:
     """Fine-tune a model within a memory budget. State lives on disk where it does not fit.
@@ -121,6 +124,7 @@ def train(
         "sample_every": sample_every,
         "seed": seed,
         "block_class": block_class,
+        "plan": plan,
         "json": json_lines,
     }
     settings = _settings(context, told, resume)

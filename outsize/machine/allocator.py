@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import platform
+from functools import cache
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # malloc.h
 LARGEST_RECYCLED = 32 << 20  # bytes; glibc refuses a higher mmap threshold
@@ -38,5 +39,35 @@ def _set(parameter: int, value: int) -> None:
         library.mallopt(parameter, value)
 
 
+@cache
 def _glibc() -> ctypes.CDLL | None:
     return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
+
+
+class Heap:
+    """The C library's allocator, asked directly. `find` returns None where it is not a glibc that tells."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+        library.posix_memalign.argtypes = [ctypes.POINTER(ctypes.c_void_p), ctypes.c_size_t, ctypes.c_size_t]
+        library.free.argtypes = [ctypes.c_void_p]
+
+    @classmethod
+    def find(cls) -> Heap | None:
+        library = _glibc()
+        return cls(library) if library is not None else None
+
+    def allocate(self, nbytes: int, alignment: int) -> int:
+        """Returns the address."""
+        pointer = ctypes.c_void_p()
+        if self._library.posix_memalign(ctypes.byref(pointer), alignment, nbytes) != 0:
+            raise MemoryError(nbytes)
+        return pointer.value or 0
+
+    def is_mapped(self, address: int) -> bool:
+        """The allocation has a map of its own, which goes back to the system as soon as it is freed (bit 1 of the size
+        before each allocation: malloc/malloc.c of glibc)."""
+        return bool(ctypes.c_size_t.from_address(address - ctypes.sizeof(ctypes.c_size_t)).value & 2)
+
+    def free(self, address: int) -> None:
+        self._library.free(address)

@@ -14,7 +14,7 @@ from outsize.machine.machine import Processor, Rate, Spread
 ROWS = (1, 8, 32, 128, 512, 2048)  # tokens that pass through a weight together, from decoding to training
 TOUCHED = (1 << 20, 8 << 20, 64 << 20, 512 << 20)  # bytes of one elementwise operation, from cached to not
 COPIED = 256 << 20  # bytes
-CHUNK = 1 << 22  # elements; the streamed update steps the optimizer in chunks of this size
+CHUNK = 1 << 20  # elements; the streamed update steps the optimizer in pieces of this size
 COLD = 256 << 20  # bytes that are gone through before one is used again, so that no cache still holds it
 OPERATIONS = 1000
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

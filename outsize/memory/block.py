@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -68,3 +68,12 @@ def make_block(name: str, tensors: Iterable[tuple[str, str, torch.dtype, tuple[i
         parts.append(part)
         offset = -(-(offset + part.nbytes) // ALIGNMENT) * ALIGNMENT
     return Block(name, tuple(parts), pages(offset))
+
+
+def runs(rows: list[int]) -> Iterator[tuple[int, int]]:
+    """Index ranges of `rows` in which each row follows the one before."""
+    first = 0
+    for index in range(1, len(rows) + 1):
+        if index == len(rows) or rows[index] != rows[index - 1] + 1:
+            yield first, index
+            first = index

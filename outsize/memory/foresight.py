@@ -9,6 +9,7 @@ time, whatever the disk does; only *when* a decision can be carried out depends 
 
 from __future__ import annotations
 
+import sys
 from bisect import bisect_left, bisect_right, insort
 from collections import Counter
 from collections.abc import Callable
@@ -59,6 +60,9 @@ def evict_farthest(resident: Resident, next_use: Callable[[str], int]) -> float:
     return -next_use(resident.name)
 
 
+DEAREST = sys.float_info.max  # what a resident may be worth; a pinned one is worth more
+
+
 class Layout:
     """The near arena as the virtual run sees it: residents by offset, no two overlapping."""
 
@@ -80,20 +84,22 @@ class Layout:
         Among equals the window that wastes least is chosen, then the lowest."""
         edges = [0, *(resident.end for resident in self.by_offset)]
         worths = [float("inf") if resident.pins else worth(resident) for resident in self.by_offset]
-        best: tuple[float, int, int] | None = None
-        found: tuple[int, list[str]] | None = None
+        offsets = [*(resident.offset for resident in self.by_offset), self.capacity]
+        best, found, limit = (float("inf"), 0, 0), None, DEAREST
         for first, start in enumerate(edges):
-            last, price = first, float("-inf")
-            while last < len(self.by_offset) and self.by_offset[last].offset < start + nbytes:
+            last, price, end = first, float("-inf"), start + nbytes
+            if end > self.capacity:
+                break
+            while offsets[last] < end and price <= limit:
                 price = max(price, worths[last])
                 last += 1
-            if price == float("inf") or start + nbytes > self.capacity:
-                continue
-            room_end = self.by_offset[last].offset if last < len(self.by_offset) else self.capacity
-            key = (price, room_end - start - nbytes, start)
-            if best is None or key < best:
-                best, found = key, (start, [resident.name for resident in self.by_offset[first:last]])
-        return found
+            key = (price, offsets[last] - end, start)
+            if price <= limit and key < best:
+                best, found, limit = key, (start, first, last), price
+        if found is None:
+            return None
+        start, first, last = found
+        return start, [resident.name for resident in self.by_offset[first:last]]
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,13 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
-from time import perf_counter
 from typing import Any
 
 import torch
 
 from outsize.errors import BudgetError
 from outsize.memory.arena import Arena
-from outsize.memory.block import Block
+from outsize.memory.block import Block, Part, runs
 from outsize.memory.entry import Entry, Residency
 from outsize.memory.foresight import Policy, Touch, evict_oldest
 from outsize.memory.homes import Committed, Homes
@@ -42,6 +41,7 @@ class Lease:
 
     @cached_property
     def tensors(self) -> dict[str, torch.Tensor]:
+        """The block's parts by name, as they lie in `bytes`."""
         return self._entry.block.views(self.bytes)
 
     @property
@@ -84,7 +84,7 @@ class Store:
         checked: bool = False,
         shared: Shared | None = None,
     ) -> None:
-        self.tiers, self.near, self.shared = tiers, near, shared
+        self.tiers, self.near, self.shared, self.clock = tiers, near, shared, transfers.clock
         self.ledger = Ledger()
         self.transfers = transfers
         self.entries: dict[str, Entry] = {}
@@ -161,6 +161,10 @@ class Store:
                 self._change(entry)
             return Lease(self, entry)
 
+    def alias(self, lease: Lease) -> torch.Tensor:
+        """A lease's bytes as a storage of their own, so that one can ask whether anybody uses it; not on a device."""
+        return lease.bytes if lease.bytes.is_cuda else torch.from_numpy(lease.bytes.numpy())
+
     def _take(self, entry: Entry, touch: Touch) -> None:
         if not self._arena.foresight.expect((touch, entry.block.name)):
             self._arena.rebuild()
@@ -191,17 +195,19 @@ class Store:
                 f"{format_size(self._arena.memory.numel())} leases hold {format_size(pinned)}. Give more memory, "
                 "or a shorter sequence."
             )
-        started = perf_counter()
-        self._turn.wait(timeout=60)
+        started = self.clock.now()
+        self.clock.wait(self._turn)
         self._raise_failure()
-        self.waiting_seconds["write"] += perf_counter() - started
+        self.waiting_seconds["write"] += self.clock.note("waiting", started)
 
     def _wait(self, entry: Entry, direction: str) -> None:
-        started = perf_counter()
+        if entry.ticket is None:
+            return
+        started = self.clock.now()
         while entry.ticket is not None:
-            self._turn.wait(timeout=60)
+            self.clock.wait(self._turn)
             self._raise_failure()
-        self.waiting_seconds[direction] += perf_counter() - started
+        self.waiting_seconds[direction] += self.clock.note("waiting", started)
 
     def _raise_failure(self) -> None:
         if self._failure is not None:
@@ -255,7 +261,7 @@ class Store:
         place = entry.block.part(part)
         with self._turn:
             if entry.storage is not None and entry.residency not in (Residency.COMING, Residency.RESERVED):
-                torch.index_select(place.view(entry.storage), 0, torch.tensor(rows), out=out)
+                self._copy_rows(place, entry.storage, rows, out)
                 return
             extent = entry.extent
             assert extent is not None
@@ -263,15 +269,18 @@ class Store:
         target = out.view(-1).view(torch.uint8)
         self.ledger.move(entry.home.name, self.near, {place.kind: len(rows) * row_bytes})
         tickets = []
-        for first, last in _runs(rows):
+        for first, last in runs(rows):
             span = target[first * row_bytes : last * row_bytes]
             tickets.append(
                 self.transfers.read(self.homes.moves(entry), extent, place.offset + rows[first] * row_bytes, span)
             )
-        started = perf_counter()
+        started = self.clock.now()
         for ticket in tickets:
             ticket.wait()
-        self.waiting_seconds["read"] += perf_counter() - started
+        self.waiting_seconds["read"] += self.clock.note("waiting", started)
+
+    def _copy_rows(self, place: Part, storage: torch.Tensor, rows: list[int], out: torch.Tensor) -> None:
+        torch.index_select(place.view(storage), 0, torch.tensor(rows), out=out)
 
     def has_bytes(self, name: str) -> bool:
         """Something was written into the block, near or at home."""
@@ -390,12 +399,3 @@ class Store:
             tier.close()
         if self.shared is not None:
             self.shared.close()
-
-
-def _runs(rows: list[int]) -> Iterator[tuple[int, int]]:
-    """Index ranges of `rows` in which each row follows the one before."""
-    first = 0
-    for index in range(1, len(rows) + 1):
-        if index == len(rows) or rows[index] != rows[index - 1] + 1:
-            yield first, index
-            first = index

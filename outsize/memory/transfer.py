@@ -5,11 +5,11 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
-from time import perf_counter
 from typing import Any
 
 import torch
 
+from outsize.memory.clock import Clock
 from outsize.memory.tier import Extent, Moves
 
 PIECE = 16 << 20  # bytes; reads are cut so that the threads share them and the first asked for is there first
@@ -56,6 +56,7 @@ class Transfers:
     than the time that passed."""
 
     def __init__(self, readers: int = 2) -> None:
+        self.clock = Clock()
         self.busy_seconds = {"read": 0.0, "write": 0.0}
         self.bytes = {"read": 0, "write": 0}
         self._lock = threading.Lock()
@@ -166,10 +167,10 @@ class Transfers:
     def _work(self, direction: str) -> None:
         while (item := self._next(direction)) is not None:
             job, nbytes, ticket = item
-            started = perf_counter()
+            started = self.clock.now()
             error = _error_of(job)
             with self._lock:
-                self.busy_seconds[direction] += perf_counter() - started
+                self.busy_seconds[direction] += self.clock.note(direction, started)
                 self.bytes[direction] += 0 if error else nbytes
                 if direction == "write":
                     self._failure = self._failure or error

@@ -154,7 +154,7 @@ class Mover:
         stay = parcel.content.stay
         if stay.near is None:
             stay.lease = self.store.lease(stay.block)
-            stay.near = _with_lifetime(stay.lease.bytes)
+            stay.near = self.store.alias(stay.lease)
             stay.version = stay.near._version
         elif stay.near._version != stay.version:
             raise ModelError(CHANGED)
@@ -167,7 +167,9 @@ class Mover:
         for _ in range(len(self._ended)):
             stay = self._ended[0]
             if stay.near is not None:
-                stay.loose = _lifetime(stay.near)
+                assert stay.lease is not None
+                aliased = stay.near is not stay.lease.bytes
+                stay.loose = StorageWeakRef(stay.near.untyped_storage()) if aliased else None
                 stay.near = None
             if stay.in_use:
                 self._ended.rotate(-1)
@@ -211,18 +213,6 @@ def _unusual(tensor: torch.Tensor) -> bool:
     """Not simply numbers at an offset of a storage."""
     lazy = tensor.is_conj() or tensor.is_neg()
     return lazy or tensor.is_quantized or tensor.untyped_storage().nbytes() % tensor.element_size() != 0
-
-
-def _with_lifetime(near: torch.Tensor) -> torch.Tensor:
-    """The same bytes as a storage of their own, of which one can ask whether anybody still uses it; on a device, and in
-    a rehearsal, where that cannot be had, the arena's own."""
-    plain = type(near) is torch.Tensor and near.device.type == "cpu"
-    return torch.from_numpy(near.numpy()) if plain else near
-
-
-def _lifetime(near: torch.Tensor) -> StorageWeakRef | None:
-    plain = type(near) is torch.Tensor and near.device.type == "cpu"
-    return StorageWeakRef(near.untyped_storage()) if plain else None
 
 
 # -- results that are dear to compute ---------------------------------------------------------------------------------

@@ -158,18 +158,18 @@ class Attachment:
             return without_graph(tensor) if stays else self._mover.pack(tensor, activations.home)
         attached, weight = found
         base = attached.leases[weight.name].tensors[WEIGHT]
-        offset = (tensor.data_ptr() - base.data_ptr()) // base.element_size()
+        offset = (place_of(tensor)[1] - place_of(base)[1]) // base.element_size()
         return Ticket(attached, weight, offset, tuple(tensor.shape), tuple(tensor.stride()))
 
     def _owner(self, tensor: torch.Tensor) -> tuple[AttachedUnit, Weight] | None:
-        """The leased weight in whose bytes the tensor lies, if any: views count, so identity is by address."""
-        address = tensor.data_ptr()
+        """The leased weight in whose bytes the tensor lies, if any: views count, so identity is by place."""
+        storage, address = place_of(tensor)
         for attached in {id(a): a for a in self._at.values()}.values():
             for weight in attached.weights:
                 lease = attached.leases.get(weight.name)
                 if lease is not None:
-                    start = lease.bytes.data_ptr()
-                    if start <= address < start + lease.bytes.numel():
+                    base, start = place_of(lease.bytes)
+                    if base == storage and start <= address < start + lease.bytes.numel():
                         return attached, weight
         return None
 
@@ -289,6 +289,11 @@ class Attachment:
             self.weights[name].parameter.data = lease.tensors[WEIGHT].clone()
             lease.release()
         self._resident.clear()
+
+
+def place_of(tensor: torch.Tensor) -> tuple[int, int]:
+    """Where a tensor begins: its storage and the byte in it. Tensors of a rehearsal have no address."""
+    return tensor.untyped_storage()._cdata, int(tensor.storage_offset()) * tensor.element_size()
 
 
 def _refuse_state(module: nn.Module, *args: Any) -> None:

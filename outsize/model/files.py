@@ -28,6 +28,8 @@ class ModelFiles(Protocol):
         """Whether `save_pretrained` should undo the conversions that loading used."""
         ...
 
+    @property
+    def has_weights(self) -> bool: ...
     def config(self) -> "PreTrainedConfig": ...
     def generation_config(self) -> "GenerationConfig | None":
         """None: the one that the module makes of its configuration."""
@@ -45,6 +47,10 @@ class HuggingFaceFolder:
 
     path: Path
     reverses_conversions = True
+
+    @property
+    def has_weights(self) -> bool:
+        return any(self.path.glob("*.safetensors"))
 
     def config(self) -> "PreTrainedConfig":
         from transformers import AutoConfig
@@ -77,6 +83,7 @@ class GgufFile:
 
     path: Path
     reverses_conversions = False
+    has_weights = True
 
     def config(self) -> "PreTrainedConfig":
         try:

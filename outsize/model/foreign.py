@@ -105,6 +105,7 @@ class ForeignFiles:
     beside: ModelFiles
     weights: Mapping[str, FileTensor]
     reverses_conversions = True
+    has_weights = True
 
     def config(self) -> PreTrainedConfig:
         return self.beside.config()

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar
 
 Result = TypeVar("Result")
 
@@ -19,6 +20,7 @@ class Lanes:
     """A ring of lanes; exactly one runs. A single lane runs in the caller's thread and `pass_turn` does nothing."""
 
     def __init__(self) -> None:
+        self.around: Callable[[], AbstractContextManager[Any]] = nullcontext  # what every lane's thread works within
         self.count = 1
         self.current = 0
         self._turn = threading.Condition()
@@ -43,7 +45,8 @@ class Lanes:
         def lane(index: int) -> None:
             try:
                 self._await_turn(index)
-                results[index] = bodies[index]()
+                with self.around():
+                    results[index] = bodies[index]()
             except LaneStopped:
                 pass
             except BaseException as failure:

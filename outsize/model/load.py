@@ -6,6 +6,7 @@ resident memory.
 """
 
 import re
+from collections.abc import Mapping
 from contextlib import ExitStack
 from copy import deepcopy
 from functools import cached_property
@@ -16,6 +17,7 @@ import torch
 
 from outsize.errors import ModelError
 from outsize.model.contents import Contents, find_contents, tie
+from outsize.model.conversion import FileTensor
 from outsize.model.files import GgufFile, HuggingFaceFolder, ModelFiles
 from outsize.model.safetensors_file import PICKLES, refuse_pickles
 
@@ -79,9 +81,17 @@ class ModelSource:
         for name in _kept_in_float32(model, dtype):
             parameter_or_buffer = model.get_parameter_or_buffer(name)
             parameter_or_buffer.data = parameter_or_buffer.data.float()
-        _fill_buffers(model, contents)
+        _fill_buffers(model, contents.tensors)
         # So that `save_pretrained` writes the files' layout.
         model._weight_conversions = contents.conversions  # pyright: ignore[reportArgumentType]
+        return model.eval()
+
+    def outline(self, dtype: torch.dtype) -> torch.nn.Module:
+        """The module as `build` gives it, of the configuration alone: for a folder without weights, which can be planned
+        for. What is tied is what the configuration ties; buffers are on the CPU. Raises ModelError as `build`."""
+        model = self._construct(dtype)
+        tie(model, set(model.all_tied_weights_keys), [])
+        _fill_buffers(model, {})
         return model.eval()
 
     def shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -169,12 +179,12 @@ def _kept_in_float32(model: "PreTrainedModel", dtype: torch.dtype) -> list[str]:
     return [name for name in model.state_dict() if any(re.search(pattern, name) for pattern in patterns)]
 
 
-def _fill_buffers(model: "PreTrainedModel", contents: Contents) -> None:
+def _fill_buffers(model: "PreTrainedModel", tensors: Mapping[str, FileTensor]) -> None:
     """Buffers from the files or by the module's initialisation, told that parameters have their values."""
     for name, buffer in list(model.named_buffers()):
         value = torch.empty_like(buffer, device="cpu")
-        if name in contents.tensors:
-            value.copy_(contents.tensors[name].read())
+        if name in tensors:
+            value.copy_(tensors[name].read())
             value._is_hf_initialized = True  # pyright: ignore[reportAttributeAccessIssue]
         module, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(module), leaf, value)

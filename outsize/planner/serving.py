@@ -17,12 +17,15 @@ from outsize.model.units import Unit
 from outsize.model.vocabulary import Table
 from outsize.plan import KEEP, KvLayer, Plan, Predicted, ServeRequest, Serving
 from outsize.planner.demand import measure_demand
-from outsize.planner.training import ALLOCATOR, FIXED, SMALL, TABLE_BLOCK, table_rows
+from outsize.planner.training import SMALL, TABLE_BLOCK, table_rows
 from outsize.serve.attention import Discovery, Paged, context_limit
 from outsize.serve.cache import Cache, page_shape
 from outsize.serve.layout import Layout, Span
 from outsize.sizes import format_size
 from outsize.train.job import always_near, users_of
+
+ALLOCATOR = 2.0  # resident over live bytes of torch's CPU allocator; docs/log.md has the measurement
+FIXED = 232 << 20  # bytes: what glibc's heap hoards beside, thread stacks, kernels' scratch; docs/log.md
 
 PAGE_TOKENS = 16
 FOR_MANY = (

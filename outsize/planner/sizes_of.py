@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -18,14 +19,18 @@ from outsize.train.update import Updater
 
 @dataclass(frozen=True)
 class WeightSize:
-    """Bytes of one weight's blocks, of its optimizer state, and of the largest single block of each."""
+    """Bytes of one weight's blocks, of its optimizer state by kind, and of the largest single block of each."""
 
     weight: Weight
     bytes: int
     largest_block: int
-    state_bytes: int
+    state_kinds: dict[str, int]
     largest_state: int
     largest_gradient: int
+
+    @property
+    def state_bytes(self) -> int:
+        return sum(self.state_kinds.values())
 
 
 def sizes_of(
@@ -59,6 +64,8 @@ def sizes_of(
 def _size(store: Store, updater: Updater, weight: Weight) -> WeightSize:
     blocks = [store.entries[block.name].block.nbytes for block in weight.blocks]
     chunks = [chunk.state for block in weight.blocks for chunk in updater.chunks.get(block.name, [])]
-    states = [store.entries[name].block.nbytes for name in chunks if name in store.entries]
+    states = [store.entries[name].block for name in chunks if name in store.entries]
+    kinds = sum((Counter(block.bytes_by_kind) for block in states), Counter())
     gradient = max(torch.Size(weight.block_shape(block)).numel() * 4 for block in weight.blocks)
-    return WeightSize(weight, sum(blocks), max(blocks), sum(states), max(states, default=0), gradient)
+    largest_state = max((block.nbytes for block in states), default=0)
+    return WeightSize(weight, sum(blocks), max(blocks), dict(kinds), largest_state, gradient)

@@ -95,7 +95,7 @@ class Job:
         Raises RunError when the loss or a gradient is not finite; nothing of the step is then kept."""
         tokens = sum(batch["input_ids"].numel() for batch in micro_batches)
         self.updater.step_number = self.step_number
-        with self.store.phase("step", again):
+        with self.store.phase(self._phase(), again):
             self.gradients.begin_step(self.groups())
             with torch.autograd.set_multithreading_enabled(False):
                 loss = self._blocked_step(micro_batches) if self.plan.blocked_loss else self._module_step(micro_batches)
@@ -105,6 +105,10 @@ class Job:
         if not self.plan.hold:
             self._completed()
         return StepResult(loss, norm, tokens)
+
+    def _phase(self) -> str:
+        """A held update is applied a step late: a run's first step touches blocks otherwise than all later ones."""
+        return "step, nothing to apply" if self.plan.hold and not self.gradients.settled else "step"
 
     def _completed(self) -> None:
         """Every weight and state is that of step `step_number`: the moment at which it can be committed."""
@@ -324,13 +328,14 @@ def bind(
     read: Read,
     device: torch.device,
     progress: Callable[[str], None] | None = None,
+    make_updater: type[Updater] = Updater,
 ) -> Job:
     """Bring a model's weights into the store as the plan says, and attach the module to it. `progress` hears of each
     weight that is there. Memory held is one block and its source rows."""
     leave_meta(model, device)
     precision = find_precision(plan.precision)
     moments = torch.bfloat16 if plan.moments == "bf16" else None
-    updater = Updater(store, precision, rule, moments)
+    updater = make_updater(store, precision, rule, moments)
     weights: dict[str, Weight] = {}
     rows = dict(plan.table_rows)
     near = plan.near_weights | always_near(

@@ -54,12 +54,12 @@ def draw(directory: Path) -> list[Path]:
     report_file = directory / "report.json"
     report = json.loads(report_file.read_text(encoding="utf-8")) if report_file.exists() else {}
     return [
-        _save(_loss(columns), directory / "loss.png"),
-        _save(_memory(columns, report), directory / "memory.png"),
+        save_figure(_loss(columns), directory / "loss.png"),
+        save_figure(_memory(columns, report), directory / "memory.png"),
     ]
 
 
-def _figure(height: float) -> Figure:
+def new_figure(height: float) -> Figure:
     """An empty figure that draws itself; pyplot would keep global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -71,7 +71,7 @@ def _figure(height: float) -> Figure:
     return figure
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save_figure(figure: Figure, path: Path) -> Path:
     partial = path.with_name(path.name + ".partial")
     try:
         figure.savefig(partial, format="png")
@@ -85,7 +85,7 @@ def _save(figure: Figure, path: Path) -> Path:
 
 
 def _loss(columns: Mapping[str, array[float]]) -> Figure:
-    figure = _figure(height=5)
+    figure = new_figure(height=5)
     axes = figure.add_subplot()
     steps, losses = columns["step"], columns["loss"]
     if len(losses) > SMOOTH_FROM:
@@ -102,7 +102,7 @@ def _loss(columns: Mapping[str, array[float]]) -> Figure:
         axes.yaxis.set_major_formatter("{x:g}")
     axes.set_ylabel("cross-entropy loss (nats per token)")
     _over_steps(axes)
-    _title(axes, _fall(losses))
+    set_title(axes, _fall(losses))
     axes.legend(frameon=False)
     return figure
 
@@ -136,12 +136,12 @@ def _memory(columns: Mapping[str, array[float]], report: Mapping[str, Any]) -> F
     held = {tier: held[tier] for tier in NEAR_TO_FAR if tier in held}
     bars = [(sizes, title) for sizes, title in ((held, _held), (moved, _moved)) if any(sizes.values())]
     heights = [3.4, *(0.9 + 0.5 * len(sizes) for sizes, _ in bars)]
-    figure = _figure(height=sum(heights) + 0.6)
+    figure = new_figure(height=sum(heights) + 0.6)
     panels = figure.subplots(len(heights), squeeze=False, height_ratios=heights)[:, 0]
     _peaks(panels[0], columns, report.get("memory_bytes"))
     for axes, (sizes, title) in zip(panels[1:], bars, strict=True):
         _stack(axes, sizes)
-        _title(axes, title(sizes))
+        set_title(axes, title(sizes))
     _name_kinds(figure, [kind for sizes, _ in bars for by_kind in sizes.values() for kind in by_kind])
     return figure
 
@@ -167,7 +167,7 @@ def _peaks(axes: Axes, columns: Mapping[str, array[float]], budget: int | None) 
     axes.set_ylim(0, 1.12 * max(*host, *device, budget or 0) / power)
     axes.set_ylabel(f"peak so far ({unit})")
     _over_steps(axes)
-    _title(axes, text)
+    set_title(axes, text)
     if len(axes.get_lines()) > 1:
         axes.legend(frameon=False)
 
@@ -227,7 +227,7 @@ def _over_steps(axes: Axes) -> None:
     axes.grid(color="#DDDDDD", linewidth=0.7)
 
 
-def _title(axes: Axes, text: str) -> None:
+def set_title(axes: Axes, text: str) -> None:
     axes.set_title(text, loc="left", fontweight="bold", pad=9)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

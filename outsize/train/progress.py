@@ -13,7 +13,6 @@ from outsize.train.report import StepLine, evaluation_json, format_duration
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-    from rich.table import Table
 
 
 class Progress:
@@ -112,17 +111,3 @@ class Progress:
         if remaining <= 0:
             return f"done in {format_duration(elapsed)}"
         return f"{format_duration(elapsed / (self._done - self._done_before) * remaining)} left"
-
-
-def plan_table(rows: list[tuple[str, str, str]]) -> Table:
-    """Return the plan as it is shown before a run: what, its value, and why it was chosen."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=box.SIMPLE_HEAD)
-    for head in ("what", "value", "why"):
-        table.add_column(head, no_wrap=head == "what")
-    for row in rows:
-        table.add_row(*map(Text, row))  # a path with brackets in it is no markup
-    return table

@@ -16,9 +16,12 @@ from outsize.train.settings import TrainSettings
 
 def optimizer_rule(settings: TrainSettings) -> OptimizerRule:
     """Raises OptionError for an unknown optimizer or option."""
-    cls = find_optimizer(settings.optimizer)
-    options = {"lr": settings.learning_rate, **settings.optimizer_options}
-    rule = default_rule(settings.optimizer, options)
+    return rule_of(settings.optimizer, {"lr": settings.learning_rate, **settings.optimizer_options})
+
+
+def rule_of(name: str, options: dict[str, Any]) -> OptimizerRule:
+    """The optimizer of that name. Raises OptionError for an unknown optimizer or option."""
+    cls, rule = find_optimizer(name), default_rule(name, options)
     return UniformRule(cls, {**fused_options(cls), **options}) if isinstance(rule, UniformRule) else rule
 
 

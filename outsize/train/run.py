@@ -14,6 +14,7 @@ import torch
 from outsize.errors import RunError
 from outsize.machine.allocator import recycle_up_to
 from outsize.machine.describe import process_memory
+from outsize.memory.clock import Span
 from outsize.memory.homes import Committed
 from outsize.memory.ledger import Ledger
 from outsize.memory.transfer import Ticket
@@ -26,6 +27,7 @@ from outsize.train.published import publish
 from outsize.train.report import Metrics, StepLine
 from outsize.train.retention import Retention
 from outsize.train.state import StateFolder
+from outsize.train.timeline import timeline
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class Run:
         self._committed: Ticket | None = None
         self._last_commit = -1
         self._warm = False
+        self._steady: tuple[float, float] | None = None  # when the last step that others followed began and ended
         job.on_complete = self._completed
 
     def recover(self) -> int:
@@ -182,12 +185,14 @@ class Run:
 
     def _step(self, step: int, micro_batches: list[dict[str, torch.Tensor]], scheduler: Any, again: bool) -> StepLine:
         job, rate = self.job, scheduler.get_last_lr()[0]
-        before, started = _counts(job), perf_counter()
+        before, started = _counts(job), job.store.clock.now()
         # Optimizers make their state in their first step: large allocations that must not be kept for reuse.
         recycle_up_to(job.plan.recycle_bytes if self._warm else 0)
         self._warm = True
         result = job.train_step(micro_batches, again)
-        seconds, after = perf_counter() - started, _counts(job)
+        ended, after = job.store.clock.now(), _counts(job)
+        if again:
+            self._steady = started, ended
         scheduler.step()
         spent = {name: after[name] - before[name] for name in after}
         return StepLine(
@@ -195,7 +200,7 @@ class Run:
             loss=result.loss,
             lr=rate,
             gradient_norm=result.norm,
-            seconds=seconds,
+            seconds=ended - started,
             tokens=result.tokens,
             bytes_read=int(spent["bytes_read"]),
             bytes_written=int(spent["bytes_written"]),
@@ -205,6 +210,10 @@ class Run:
             write_wait_seconds=spent["write_wait"],
             update_seconds=spent["update"],
         )
+
+    def timeline(self) -> tuple[Span, ...]:
+        """What the last step that another followed did when; nothing if there was none."""
+        return () if self._steady is None else timeline(self.job.store.clock.noted, *self._steady)
 
     def _evaluate_if_due(
         self, metrics: Metrics, step: int, schedule: Schedule, evaluation: PackedDataset | None

@@ -13,10 +13,10 @@ from outsize.train.state import replace_file
 VERSION = 1  # of run.json
 FREE = {
     "memory", "out", "activations", "commit_every", "keep_last", "keep_every", "eval_data", "eval_every", "sample_prompt",
-    "sample_every", "json",
+    "sample_every", "plan", "json",
 }  # fmt: skip
 """What may differ when a run is continued; all else must stay as it was."""
-PATHS = ("data", "eval_data", "optimizer_state", "out")
+PATHS = ("data", "eval_data", "optimizer_state", "out", "plan")
 # What a run that never reached its first commit may leave, whole or killed while it was written.
 BEGUN = {"train.npy", "eval.npy", "state", "companions", "run.json"}
 
@@ -52,6 +52,7 @@ class TrainSettings:
     sample_every: int = 50
     seed: int = 0
     block_class: str | None = None
+    plan: Path | None = None
     optimizer_state: Path | None = None
     json: bool = False
 

@@ -10,7 +10,6 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import prod
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -166,14 +165,15 @@ class Updater:
         """Apply `gradient` (the block's shape, any float dtype, times `scale`) to the leased weight and its state.
 
         `groups` are the hyper-parameters of each kind now."""
-        started = perf_counter() - sum(self.store.waiting_seconds.values())
+        waited, started = sum(self.store.waiting_seconds.values()), self.store.clock.now()
         weight.change()
         flat_weight = weight.tensors[WEIGHT].view(-1)
         flat_gradient = gradient.reshape(-1)
         for chunk in self.chunks[block.name]:
             span = slice(chunk.start, chunk.stop)
             self._visit(chunk, flat_weight[span], flat_gradient[span], groups, scale, "step")
-        self.seconds += perf_counter() - sum(self.store.waiting_seconds.values()) - started
+        waited = sum(self.store.waiting_seconds.values()) - waited
+        self.seconds += self.store.clock.note("update", started) - waited
 
     def visit_all(self, method: str, groups: list[dict[str, Any]]) -> None:
         """Call the optimizer's own `method` ("train" or "eval", as schedulefree has them) on every chunk."""

@@ -1,0 +1,137 @@
+"""`outsize plan`: what a job would do, before anything is done."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from outsize.commands.common import Json, Model, interruptible
+from outsize.errors import BudgetError, OptionError, StorageError
+from outsize.sizes import format_size, parse_size
+
+if TYPE_CHECKING:
+    from outsize.plan import Plan
+
+
+def plan(
+    model: Model,
+    memory: Annotated[str, typer.Option(help="Peak memory of the whole process, such as 3GiB or 800MiB.")],
+    task: Annotated[str, typer.Option(help="What is planned: train.")] = "train",
+    machine: Annotated[
+        str | None, typer.Option(help="A described machine by name, or the TOML file of one; otherwise this machine.")
+    ] = None,
+    directory: Annotated[Path, typer.Option(help="Where the run would live: its disk counts.")] = Path(),
+    sequence_length: Annotated[int, typer.Option(min=2, help="Tokens in a sequence.")] = 512,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences that pass through a layer together.")] = 1,
+    accumulate: Annotated[int, typer.Option(min=1, help="Micro-batches a step.")] = 1,
+    precision: Annotated[str, typer.Option(help="mixed, fp32 or bf16 (approximate).")] = "mixed",
+    moments: Annotated[str, typer.Option(help="fp32, or bf16 (approximate).")] = "fp32",
+    optimizer: Annotated[str, typer.Option(help="As in `outsize train`.")] = "adamw",
+    clip: Annotated[float | None, typer.Option(min=0.0, help="Largest global gradient norm.")] = None,
+    loss: Annotated[str, typer.Option(help="auto, blocked or module.")] = "auto",
+    activations: Annotated[
+        str, typer.Option(help="keep, recompute or move (to disk) what forward leaves for backward; or auto.")
+    ] = "auto",
+    commit_every: Annotated[int | None, typer.Option(min=1, help="Steps between commits.")] = None,
+    block_class: Annotated[str | None, typer.Option(help="Class of the repeated block, if it is not found.")] = None,
+    compare: Annotated[str | None, typer.Option(help="Other memory sizes, as 2GiB,4GiB,8GiB, in one table.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Draw the step, or time against memory with --compare.")] = None,
+    trace: Annotated[Path | None, typer.Option(help="Write the step as a trace that Perfetto opens.")] = None,
+    save: Annotated[Path | None, typer.Option(help="Keep the plan, for `outsize train --plan`.")] = None,
+    json_lines: Json = False,
+) -> None:
+    """Say whether a job fits, where its bytes will live and how long a step takes, before anything is done.
+
+    Example: outsize plan --model my-model --memory 3GiB --save plan.json
+    """
+    parse_size(memory)
+    sizes = [size.strip() for size in compare.split(",")] if compare else []
+    for size in sizes:
+        parse_size(size)
+    from outsize.api import plan as make
+
+    where = {"task": task, "machine": machine, "directory": directory, "block_class": block_class}
+    amounts = {"sequence_length": sequence_length, "batch_size": batch_size, "accumulate": accumulate, "clip": clip}
+    how: dict[str, Any] = {
+        "precision": precision,
+        "moments": moments,
+        "optimizer": optimizer,
+        "loss": loss,
+        "activations": activations,
+    }
+
+    def planned(size: str) -> Plan:
+        return make(model, memory=size, commit_every=commit_every, **where, **amounts, **how)
+
+    with interruptible("Nothing was kept."):
+        if sizes:
+            _compare(planned, dict.fromkeys([memory, *sizes]), picture, json_lines)
+            return
+        found = planned(memory)
+        _keep(found, save, picture, trace)
+    print(found.to_json() if json_lines else str(found))
+
+
+def _keep(plan: Plan, save: Path | None, picture: Path | None, trace: Path | None) -> None:
+    from outsize.planner.pictures import draw_step, write_trace
+
+    assert plan.predicted is not None
+    steps = {"predicted": plan.predicted.timeline}
+    if save is not None:
+        _write(save, plan.to_json())
+    if picture is not None:
+        draw_step(steps, plan, picture)
+    if trace is not None:
+        write_trace(steps, trace)
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as problem:
+        raise StorageError(f"{path} cannot be written: {problem.strerror}. Choose another place.") from problem
+
+
+def _compare(planned: Any, sizes: dict[str, None], picture: Path | None, json_lines: bool) -> None:
+    """One line for each size; one that is too small says so."""
+    found: dict[str, Plan | str] = {}
+    for size in sorted(sizes, key=parse_size):
+        try:
+            found[size] = planned(size)
+        except BudgetError as problem:
+            found[size] = str(problem)
+    plans = {size: plan for size, plan in found.items() if not isinstance(plan, str)}
+    if picture is not None:
+        from outsize.planner.pictures import draw_comparison
+
+        if not plans:
+            raise OptionError("No size of --compare is enough, so there is nothing to draw.")
+        draw_comparison(list(plans.values()), picture)
+    if json_lines:
+        print(json.dumps({size: p if isinstance(p, str) else json.loads(p.to_json()) for size, p in found.items()}))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("memory", "peak", "seconds a step", "tokens/s", "waiting", "read", "written", "numbers")
+    for size, plan in found.items():
+        table.add_row(size, *(_columns(plan) if not isinstance(plan, str) else ["does not fit"]))
+    Console().print(table)
+
+
+def _columns(plan: Plan) -> list[str]:
+    predicted = plan.predicted
+    assert predicted is not None
+    waiting = (predicted.read_wait_seconds or 0.0) + (predicted.write_wait_seconds or 0.0)
+    return [
+        format_size(predicted.host_peak_bytes),
+        f"{predicted.seconds_per_step:.2f}",
+        f"{predicted.tokens_per_second:,.0f}",
+        f"{waiting:.2f}",
+        format_size(predicted.bytes_read),
+        format_size(predicted.bytes_written),
+        plan.exactness,
+    ]

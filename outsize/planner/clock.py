@@ -1,0 +1,232 @@
+"""Time that passes only when somebody says so: transfers are events, compute advances the clock by its price.
+
+Transfers run as in `outsize.memory.transfer`: some readers share one queue of pieces, one writer keeps the order of
+writes. What moves at once shares the way: each direction has its bandwidth, and both together their limit."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from outsize.machine.machine import Machine
+from outsize.memory.clock import Clock, Span
+from outsize.memory.tier import Extent, Tier
+from outsize.memory.transfer import PIECE, Then
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Bytes a second between a tier and the memory near compute, alone and (`both`) when it reads and writes at once."""
+
+    read: float
+    write: float
+    both: float
+    latency: float
+    flush: float = 0.02
+    """Seconds until what was written is durable."""
+
+    @classmethod
+    def between(cls, machine: Machine, tier: str, near: str) -> Rates:
+        """Those of the direct links of a machine."""
+        read, write = machine.link(tier, near), machine.link(near, tier)
+        shared = read.shared if read.shared == write.shared else None
+        both = machine.limit(shared) if shared is not None else read.bytes_per_second + write.bytes_per_second
+        return cls(read.bytes_per_second, write.bytes_per_second, both, max(read.latency, write.latency))
+
+
+Ways = Mapping[str, Rates]
+"""From each tier other than the one that computes."""
+
+
+def ways_of(machine: Machine) -> Ways:
+    """How bytes get to where the machine computes, and back."""
+    return {"disk": Rates.between(machine, "disk", "host")}
+
+
+@dataclass(eq=False)
+class Transfer:
+    """A piece on its way: seconds of latency, then bytes, that are still to go."""
+
+    tier: str
+    direction: str
+    left: float
+    latency: float
+    finish: Callable[[], None]
+    rate: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        return self.latency + self.left / self.rate
+
+
+class SimulatedClock(Clock):
+    """Seconds since the beginning. `spend` lets time pass in compute, `wait` until the next transfer ends."""
+
+    def __init__(self, ways: Ways, readers: int = 2) -> None:
+        super().__init__()
+        self.ways, self.time = ways, 0.0
+        self.spans: list[Span] = []
+        self.seconds: dict[str, float] = {}
+        self._last: dict[str, int] = {}  # the last span of each lane
+        self._slots = {"read": readers, "write": 1}
+        self._queues: dict[str, deque[Transfer]] = {"read": deque(), "write": deque()}
+        self._moving: list[Transfer] = []
+
+    def now(self) -> float:
+        return self.time
+
+    def wait(self, condition: threading.Condition) -> None:
+        self.step()
+
+    def step(self) -> None:
+        """Let time pass until a transfer ends."""
+        assert self._moving, "the step waits for a transfer, and none is under way"
+        started = self.time
+        self._run_to(self.time + min(transfer.seconds for transfer in self._moving))
+        self._note("waiting", started)
+
+    def spend(self, lane: str, seconds: float) -> None:
+        """`lane` (compute or update) works for so long; transfers go on meanwhile."""
+        started = self.time
+        self._run_to(self.time + seconds)
+        self._note(lane, started)
+
+    def submit(
+        self, tier: str, direction: str, nbytes: int, finish: Callable[[], None], latency: float | None = None
+    ) -> None:
+        latency = self.ways[tier].latency if latency is None else latency
+        self._queues[direction].append(Transfer(tier, direction, float(nbytes), latency, finish))
+        self._start()
+
+    def _start(self) -> None:
+        for direction, queue in self._queues.items():
+            busy = sum(transfer.direction == direction for transfer in self._moving)
+            while queue and busy < self._slots[direction]:
+                self._moving.append(queue.popleft())
+                busy += 1
+        self._share()
+
+    def _share(self) -> None:
+        """What moves on one way in one direction shares its bandwidth; both directions together keep to theirs."""
+        for transfer in self._moving:
+            way = self.ways[transfer.tier]
+            beside = [other.direction for other in self._moving if other.tier == transfer.tier]
+            share = beside.count(transfer.direction)
+            scale = min(1.0, way.both / (way.read + way.write)) if len(beside) > share else 1.0
+            transfer.rate = (way.read if transfer.direction == "read" else way.write) * scale / share
+
+    def _run_to(self, end: float) -> None:
+        while self._moving:
+            first = min(self._moving, key=lambda transfer: transfer.seconds)
+            if self.time + first.seconds > end:
+                break
+            self._progress(first.seconds)
+            self._moving.remove(first)
+            self._start()
+            first.finish()
+        self._progress(max(end - self.time, 0.0))
+
+    def _progress(self, seconds: float) -> None:
+        if not self._moving:
+            self.time += seconds
+            return
+        for transfer in self._moving:
+            late = min(transfer.latency, seconds)
+            transfer.latency -= late
+            transfer.left = max(transfer.left - (seconds - late) * transfer.rate, 0.0)
+        for direction in {transfer.direction for transfer in self._moving}:
+            self._append((direction, self.time, self.time + seconds))
+        self.time += seconds
+
+    def _note(self, lane: str, started: float) -> None:
+        if self.time > started:
+            self._append((lane, started, self.time))
+
+    def note(self, what: str, started: float) -> float:
+        """The clock has seen for itself what took time."""
+        return self.time - started
+
+    def _append(self, span: Span) -> None:
+        """Keep a span, joined to the one before it in its lane when it goes on where that ended."""
+        lane, start, end = span
+        self.seconds[lane] = self.seconds.get(lane, 0.0) + end - start
+        index = self._last.get(lane)
+        if index is not None and start - self.spans[index][2] < 1e-9:
+            self.spans[index] = (lane, self.spans[index][1], end)
+            return
+        self._last[lane] = len(self.spans)
+        self.spans.append(span)
+
+    def forget_spans(self) -> None:
+        self.spans.clear()
+        self._last.clear()
+
+
+@dataclass
+class SimulatedTicket:
+    """A transfer's receipt, as `outsize.memory.transfer.Ticket`; waiting lets simulated time pass."""
+
+    clock: SimulatedClock
+    then: Then | None
+    left: int
+    done: bool = False
+
+    def wait(self) -> None:
+        while not self.done:
+            self.clock.step()
+
+    def piece_done(self) -> None:
+        self.left -= 1
+        if self.left == 0:
+            self.done = True
+            if self.then is not None:
+                self.then(None)
+
+
+@dataclass
+class SimulatedTransfers:
+    """The interface of `outsize.memory.transfer.Transfers`; nothing is carried but time."""
+
+    clock: SimulatedClock
+    bytes: dict[str, int] = field(default_factory=lambda: {"read": 0, "write": 0})
+
+    def read(
+        self, tier: Tier, extent: Extent, offset: int, target: torch.Tensor, then: Then | None = None, fence: Any = None
+    ) -> SimulatedTicket:
+        nbytes = target.numel()
+        starts = range(0, max(nbytes, 1), PIECE)
+        ticket = SimulatedTicket(self.clock, then, len(starts))
+        self.bytes["read"] += nbytes
+        for start in starts:
+            self.clock.submit(tier.name, "read", min(PIECE, nbytes - start), ticket.piece_done)
+        return ticket
+
+    def write(
+        self, tier: Tier, extent: Extent, offset: int, source: torch.Tensor, then: Then | None = None, fence: Any = None
+    ) -> SimulatedTicket:
+        ticket = SimulatedTicket(self.clock, then, 1)
+        self.bytes["write"] += source.numel()
+        self.clock.submit(tier.name, "write", source.numel(), ticket.piece_done)
+        return ticket
+
+    def after_writes(self, function: Callable[[], None]) -> SimulatedTicket:
+        """`function` runs when all writes before it are through and made durable."""
+        ticket = SimulatedTicket(self.clock, None, 1)
+
+        def finish() -> None:
+            function()
+            ticket.piece_done()
+
+        self.clock.submit("disk", "write", 0, finish, latency=self.clock.ways["disk"].flush)
+        return ticket
+
+    def drain(self) -> None:
+        self.after_writes(lambda: None).wait()
+
+    def close(self) -> None:
+        """Nothing to end."""

@@ -1,0 +1,140 @@
+"""What a training run's process will hold, cause by cause, before any choice of what stays near."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import chain
+
+from outsize.memory.disk import BOUNCE
+from outsize.memory.tier import PAGE, pages
+from outsize.model.units import Unit
+from outsize.plan import Plan
+from outsize.planner.heap import heap_peak
+from outsize.planner.rehearsal import Rehearsed, homes
+from outsize.planner.script import Create, Event, HomeOf, Live, Script, Touched
+from outsize.planner.sizes_of import WeightSize
+from outsize.train.precision import find_precision
+from outsize.train.update import CHUNK, PIECE
+
+READ_AHEAD = 2  # chunks of state that may be on their way while one is stepped
+LOOSE = 1.1  # leases end in another order than they begin, so that free room is in pieces
+MANY = 48  # units that the C library is asked about
+RECYCLE = 4 << 20  # bytes; tensors up to this size are always kept by the C library for the next one
+THREADS = 4 << 20  # bytes: stacks of the transfer threads and of lanes, and what python keeps for each
+KERNELS = 64 << 20  # bytes that products and OpenMP keep for themselves; measured, docs/log.md
+BUFFERS = {"split": 3, "none": 3, "same": 0}  # of a piece in fp32, by how masters are kept: master, gradient, one more
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes of host memory by cause.
+
+    `baseline` is what the process holds before it begins, `tensors` what the C library holds at most for the step's
+    tensors, `scratch` the buffers of the update and of
+    transfers, `always` the weights and states that never leave."""
+
+    baseline: int
+    tensors: int
+    scratch: int
+    least_arena: int
+    good_arena: int
+    always: int
+    recycle: int
+
+    @property
+    def fixed(self) -> int:
+        return self.baseline + self.tensors + self.scratch + self.always
+
+    @property
+    def least(self) -> int:
+        return self.fixed + self.least_arena
+
+
+def find_needs(
+    units: list[Unit],
+    sizes: dict[str, WeightSize],
+    rows: dict[str, int],
+    always: set[str],
+    baseline: int,
+    rehearsed: Rehearsed,
+    bare: Plan,
+) -> Needs:
+    """`bare` is the rehearsed plan, with nothing near."""
+    recycle = max(RECYCLE, _largest_recurring(rehearsed.script.steps[-1], sizes) + PAGE)
+    largest_chunk = max((size.largest_state for size in sizes.values()), default=0)
+    scratch = _updating(sizes, bare) + THREADS + KERNELS + (3 * BOUNCE if rows else 0)
+    least = pages(int(LOOSE * (pinned_peak(rehearsed.script, homes(bare, always)) + 2 * largest_chunk)))
+    largest_unit = max((_unit_bytes(unit, sizes, rows, always) for unit in units), default=0)
+    return Needs(
+        baseline=baseline,
+        tensors=tensor_bytes(rehearsed, recycle),
+        scratch=scratch,
+        least_arena=least,
+        good_arena=pages(least + int(1.2 * largest_unit) + READ_AHEAD * largest_chunk),
+        always=sum(sizes[name].bytes + sizes[name].state_bytes for name in always),
+        recycle=recycle,
+    )
+
+
+def pinned_peak(script: Script, home_of: HomeOf) -> int:
+    """Near memory that the leases of blocks with another home pin at once, at most."""
+    sizes: dict[str, int] = {}
+    pins: Counter[str] = Counter()
+    now = peak = 0
+    for event in chain(script.setup, *script.steps):
+        if isinstance(event, Create):
+            away = home_of(event.block.name) != "host"
+            sizes[event.block.name] = event.block.nbytes if away else 0
+        elif isinstance(event, Touched) and event.what != "change":
+            before = pins[event.name]
+            pins[event.name] += 1 if event.what in ("take", "fresh") else -1
+            if not before or not pins[event.name]:
+                now += sizes[event.name] if not before else -sizes[event.name]
+                peak = max(peak, now)
+    return peak
+
+
+def tensor_bytes(rehearsed: Rehearsed, recycle: int) -> int:
+    """What the C library takes for a step's tensors; of many units as many as it is asked for, the rest carried on."""
+
+    def taken(count: int) -> int:
+        units = rehearsed.units
+        script = rehearsed.over(units[:count]) if units else rehearsed.script
+        return heap_peak([script.steps[-1]] * 2, recycle)
+
+    if len(rehearsed.units) <= MANY:
+        return taken(len(rehearsed.units))
+    many, few = taken(MANY), taken(MANY // 2)
+    return many + max(many - few, 0) * (len(rehearsed.units) - MANY) // (MANY - MANY // 2)
+
+
+def _largest_recurring(events: Iterable[Event], sizes: dict[str, WeightSize]) -> int:
+    """Bytes of the largest tensor that comes again and again in a step, gradients of weights not counted: they are
+    larger than most, and as many come from other places."""
+    gradients = {block for size in sizes.values() for block in (size.bytes, pages(size.bytes))}
+    counts = Counter(event.nbytes for event in events if isinstance(event, Live) and event.nbytes > 0)
+    return max((n for n, count in counts.items() if count >= 4 and pages(n) not in gradients), default=0)
+
+
+def _updating(sizes: dict[str, WeightSize], plan: Plan) -> int:
+    """Buffers of the update, each of the largest piece in fp32: those the updater keeps, and moments that are kept in
+    bf16 as the optimizer sees them."""
+    trainable = [size for size in sizes.values() if size.weight.trainable]
+    chunked = (min(size.largest_gradient, 4 * PIECE) if _chunked(size) else size.largest_gradient for size in trainable)
+    master = find_precision(plan.precision).master
+    buffers = max(BUFFERS[master], plan.clip is not None) + (2 if plan.moments == "bf16" else 0)
+    return buffers * max(chunked, default=0)
+
+
+def gradient_bytes(sizes: dict[str, WeightSize]) -> int:
+    return sum(4 * size.weight.numel for size in sizes.values() if size.weight.trainable)
+
+
+def _chunked(size: WeightSize) -> bool:
+    return size.state_bytes == 0 or size.largest_state < size.state_bytes or size.weight.numel <= CHUNK
+
+
+def _unit_bytes(unit: Unit, sizes: dict[str, WeightSize], rows: dict[str, int], always: set[str]) -> int:
+    return sum(sizes[name].bytes for name, _ in unit.parameters if name not in always and name not in rows)

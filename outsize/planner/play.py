@@ -1,0 +1,182 @@
+"""A script played from any placement: the real store, on tiers that hold nothing, under a clock that only events move."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from outsize.memory.clock import Span
+from outsize.memory.null import NullTier
+from outsize.memory.store import Lease, Store
+from outsize.memory.tier import Tier
+from outsize.planner.clock import SimulatedClock, SimulatedTransfers, Ways
+from outsize.planner.script import ENDLESS, Begin, Create, Event, HomeOf, Live, Mark, Rows, Script, Spend, Touched
+
+
+class Nothing:
+    """Stands for memory of which only the size matters."""
+
+    is_cuda = False
+
+    def __init__(self, nbytes: int) -> None:
+        self._nbytes = nbytes
+
+    def numel(self) -> int:
+        return self._nbytes
+
+    def __getitem__(self, span: slice) -> Nothing:
+        return Nothing((self._nbytes if span.stop is None else span.stop) - (span.start or 0))
+
+    def view(self, *_: Any) -> Nothing:
+        return self
+
+    def zero_(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class PlayedStep:
+    """What one step did. `moved` is as the ledger counts it: (source, destination, kind) -> bytes."""
+
+    moved: Counter[tuple[str, str, str]]
+    seconds: float
+    spans: tuple[Span, ...] = field(repr=False)
+    lanes: dict[str, float]
+    """Seconds of compute, update and waiting, and how long the disk read and wrote."""
+    waiting: dict[str, float]
+    """Seconds in which compute waited, for reads and for writes."""
+    accesses: tuple[tuple[str, str], ...] = field(repr=False)
+    live: tuple[tuple[float, int], ...] = field(repr=False)
+    """(seconds, bytes of tensors alive from then on)."""
+
+
+@dataclass(frozen=True)
+class Played:
+    """What the steps of a script did under a placement, and what is held at their end: (tier, kind) -> bytes."""
+
+    steps: tuple[PlayedStep, ...]
+    disk_bytes: int
+    held: dict[tuple[str, str], int]
+
+    @property
+    def moved(self) -> Counter[tuple[str, str, str]]:
+        """By all steps together."""
+        return sum((step.moved for step in self.steps), Counter())
+
+
+def play(
+    script: Script, arena_bytes: int, home_of: HomeOf, ways: Ways, steps: int = 3, commit_every: int | None = None
+) -> Played:
+    """Play a run of `steps` steps; after the last nothing follows. Without `commit_every` nothing is committed.
+
+    Raises BudgetError where the run itself would: when leases leave no room in the arena."""
+    clock = SimulatedClock(ways)
+    tiers: dict[str, Tier] = {"host": NullTier("host", ENDLESS), "disk": NullTier("disk", ENDLESS)}
+    empty: Any = Nothing
+    transfers: Any = SimulatedTransfers(clock)
+    player = _Player(_Bare(tiers, arena_bytes, empty, transfers), clock, home_of, commit_every)
+    player.run(script.setup)
+    player.store.flush()
+    played = tuple(player.step(script.step(number), again=number + 1 < steps) for number in range(steps))
+    return Played(played, player.store.tiers["disk"].used, dict(player.store.ledger.held))
+
+
+class _Player:
+    def __init__(self, store: Store, clock: SimulatedClock, home_of: HomeOf, commit_every: int | None) -> None:
+        self.store, self.clock, self.home_of, self.commit_every = store, clock, home_of, commit_every
+        self.accesses: list[tuple[str, str]] = []
+        self.live: list[tuple[float, int]] = []
+        self._live = self._steps = 0
+        self._lane, self._due = "compute", 0.0
+        self._leases: dict[str, list[Lease]] = {}
+        self._act: dict[type, Callable[[Any], None]] = {
+            Create: self._create,
+            Touched: self._touch,
+            Rows: self._rows,
+            Spend: self._spend,
+            Begin: self._begin,
+            Mark: self._mark,
+        }
+        self._again = False
+        self._phase: Any = None
+
+    def step(self, events: Iterable[Event], again: bool) -> PlayedStep:
+        """`again`: another follows at once."""
+        store, clock = self.store, self.clock
+        moved, waited, spent = Counter(store.ledger.moved), dict(store.waiting_seconds), dict(clock.seconds)
+        clock.forget_spans()
+        self.accesses.clear()
+        self.live.clear()
+        self._live, self._again, started = 0, again, clock.time
+        self.run(events)
+        return PlayedStep(
+            moved=store.ledger.moved - moved,
+            seconds=clock.time - started,
+            spans=tuple((lane, max(start - started, 0.0), end - started) for lane, start, end in clock.spans),
+            lanes={lane: total - spent.get(lane, 0.0) for lane, total in clock.seconds.items()},
+            waiting={name: total - waited[name] for name, total in store.waiting_seconds.items()},
+            accesses=tuple(self.accesses),
+            live=tuple((time - started, nbytes) for time, nbytes in self.live),
+        )
+
+    def run(self, events: Iterable[Event]) -> None:
+        """Stretches of one lane between two events of the store are one: time passes only where somebody may look."""
+        for event in events:
+            if isinstance(event, Spend) and event.lane == self._lane:
+                self._due += event.seconds
+            elif isinstance(event, Live):
+                self._live += event.nbytes
+                self.live.append((self.clock.time + self._due, self._live))
+            else:
+                self._pass_time()
+                self._act[type(event)](event)
+        self._pass_time()
+
+    def _spend(self, event: Spend) -> None:
+        self._lane, self._due = event.lane, event.seconds
+
+    def _pass_time(self) -> None:
+        if self._due:
+            self.clock.spend(self._lane, self._due)
+            self._due = 0.0
+
+    def _create(self, event: Create) -> None:
+        if event.block.name not in self.store.entries:  # a gradient's block outlives the step that made it
+            self.store.create(event.block, self.home_of(event.block.name), event.durable)
+
+    def _touch(self, event: Touched) -> None:
+        leases = self._leases.setdefault(event.name, [])
+        if event.what in ("take", "fresh"):
+            self.accesses.append((event.what, event.name))
+            leases.append(self.store.lease(event.name, event.what == "fresh"))
+        elif event.what == "change":
+            leases[-1].change()
+        else:
+            self.accesses.append((event.what, event.name))
+            lease = leases.pop()
+            lease.drop() if event.what == "drop" else lease.release()
+
+    def _rows(self, event: Rows) -> None:
+        part = self.store.entries[event.name].block.part(event.part)
+        out: Any = Nothing(len(event.rows) * (part.nbytes // part.shape[0]))
+        self.store.read_rows(event.name, event.part, list(event.rows), out)
+
+    def _begin(self, event: Begin) -> None:
+        self._phase = self.store.phase(event.phase, self._again)
+        self._phase.__enter__()
+
+    def _mark(self, event: Mark) -> None:
+        if event is Mark.END:
+            self._phase.__exit__(None, None, None)
+        else:
+            self._steps += 1
+            if self.commit_every and self._steps % self.commit_every == 0:
+                self.store.commit(lambda slots: None)
+
+
+class _Bare(Store):
+    """A store over nothing."""
+
+    def _copy_rows(self, place: Any, storage: Any, rows: list[int], out: Any) -> None:
+        pass

@@ -1,0 +1,149 @@
+"""What an operation costs on a machine: floating-point operations by rate, bytes by bandwidth, and a fixed cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from time import perf_counter
+from typing import Any, Protocol
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import flop_registry
+
+from outsize.machine.machine import Machine
+
+LARGEST_DONE = 256 << 20  # bytes that an operation may touch to be done for its price
+UPDATED = 28  # bytes of an element: its weight, low bits and two moments, each read and written, and its gradient
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+@dataclass(frozen=True)
+class Price:
+    seconds: float
+    floating_operations: float = 0.0
+
+
+FREE = Price(0.0)
+
+
+class Prices(Protocol):
+    """Seconds of each torch operation, and of the optimizer by the elements it steps."""
+
+    def of(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Price: ...
+
+    def update(self, elements: int) -> float: ...
+
+
+@dataclass(frozen=True)
+class RatedPrices:
+    """Prices from a described machine's rates."""
+
+    machine: Machine
+
+    def of(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Price:
+        processor = self.machine.compute
+        count = operations_of(function)
+        if count is not None:
+            done = float(count(*args, **kwargs, out_val=result))
+            matrix = next(
+                leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor) and leaf.dim() > 1
+            )
+            rate = processor.matmul_rate(DTYPES.get(matrix.dtype, "fp32"), _rows(args))
+            return Price(done / rate + processor.operation_seconds, done)
+        if is_view(function):
+            return Price(processor.operation_seconds)
+        touched = sum(_nbytes(leaf) for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor))
+        return Price(touched / processor.elementwise.at(max(touched, 1)) + processor.operation_seconds)
+
+    def update(self, elements: int) -> float:
+        """The arithmetic on a chunk that is in a cache, and the bytes that come from memory and go back there."""
+        processor = self.machine.compute
+        return elements / processor.update + elements * UPDATED / processor.copy
+
+
+@dataclass(frozen=True)
+class MeasuredPrices:
+    """Prices of the machine that this runs on: each operation is done once, on numbers of the same shapes and dtypes.
+
+    Memory held meanwhile is what one operation takes in and gives out; one that needs too much of it is only rated."""
+
+    rated: RatedPrices
+    _known: dict[Any, Price] = field(default_factory=dict)
+
+    def of(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Price:
+        key = function if is_view(function) else (function, _looks(args), _looks(tuple(kwargs.items())))
+        if key not in self._known:
+            self._known[key] = self._price(function, args, kwargs, result)
+        return self._known[key]
+
+    def _price(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Price:
+        rated = self.rated.of(function, args, kwargs, result)
+        held = sum(_nbytes(leaf) for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor))
+        seconds = None if is_view(function) or held > LARGEST_DONE else _measure(function, args, kwargs)
+        passing = self.rated.machine.compute.operation_seconds  # through Python and autograd, once more
+        return rated if seconds is None else Price(seconds + passing, rated.floating_operations)
+
+    def update(self, elements: int) -> float:
+        return self.rated.update(elements)
+
+
+def _measure(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | None:
+    """Seconds of an operation that has been done before; None for one that real numbers of no meaning cannot pass."""
+    with _disable_current_modes():
+        best = None
+        try:
+            for _ in range(2):
+                real_args, real_kwargs = tree_map_only(torch.Tensor, _numbers, (args, kwargs))
+                started = perf_counter()
+                function(*real_args, **real_kwargs)
+                seconds = perf_counter() - started
+                best = seconds if best is None else min(best, seconds)
+        except (RuntimeError, IndexError, TypeError, ValueError):
+            return None
+    return best
+
+
+def _numbers(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that looks the same: small random numbers, or zeros where they may be indices."""
+    elements = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    storage = torch.empty(max(elements, 1), dtype=tensor.dtype)
+    storage = storage.uniform_(-0.5, 0.5) if tensor.is_floating_point() else storage.zero_()
+    return storage.as_strided(tensor.shape, tensor.stride())
+
+
+def _looks(value: Any) -> Any:
+    """What the cost of an operation may depend on, to look it up by."""
+    if isinstance(value, torch.Tensor):
+        return value.shape, value.stride(), value.dtype
+    return tuple(map(_looks, value)) if isinstance(value, list | tuple) else value
+
+
+@cache
+def operations_of(function: Any) -> Callable[..., int] | None:
+    """The formula of `torch.utils.flop_counter` for an operation that has one."""
+    return flop_registry.get(getattr(function, "overloadpacket", function))
+
+
+@cache
+def is_view(function: Any) -> bool:
+    """The operation's result is another look at its input: nothing is computed."""
+    schema = getattr(function, "_schema", None)
+    returns = schema.returns if schema is not None else []
+    return bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+
+
+def _rows(args: tuple[Any, ...]) -> int:
+    """Rows of the left matrix of a product, of all its batches."""
+    matrices = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor) and leaf.dim() > 1]
+    return matrices[0].shape[-2] if matrices else 1
+
+
+def _nbytes(tensor: torch.Tensor) -> int:
+    """Bytes that are read or written: of an expanded tensor those that exist."""
+    elements = 1
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        elements *= size if stride else 1
+    return elements * tensor.element_size()

@@ -1,0 +1,311 @@
+"""A training run without bytes: the engine that will train, on null tiers, fake tensors and a simulated clock.
+
+`bind` and `Job.train_step` are the real ones. What depends on token ids alone is computed for real, since shapes depend
+on it (which rows of a table a batch needs); every other tensor is fake. Each torch operation advances the clock by its
+price, and each storage is counted while it lives."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+from outsize.memory.null import NullTier
+from outsize.memory.tier import pages
+from outsize.model.units import find_units
+from outsize.plan import KEEP, NEAR, Plan
+from outsize.planner.clock import Rates, SimulatedClock, SimulatedTransfers
+from outsize.planner.prices import Prices, is_view
+from outsize.planner.script import ENDLESS, Event, HomeOf, Live, Mark, Scribe, Script
+from outsize.planner.spread import spread
+from outsize.train.job import Job, bind
+from outsize.train.optimizers import OptimizerRule
+from outsize.train.update import Chunk, Updater
+
+Batch = dict[str, torch.Tensor]
+FEWEST = 6  # units, from which on four stand for all
+CPU = torch.device("cpu")
+
+
+class Fakes(FakeTensorMode):
+    """Fake tensors; but what is computed from real ones alone, the token ids, is real."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not _holds(args, FakeTensor) and _holds(args, torch.Tensor):
+            return func(*args, **(kwargs or {}))
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def _holds(values: Any, kind: type) -> bool:
+    """One of the values, or of the values in them, is such a tensor."""
+    return any(isinstance(v, kind) or (isinstance(v, list | tuple) and _holds(v, kind)) for v in values)
+
+
+class LiveBytes:
+    """Tells `script` of all storages that operations create and let go; what is ignored is somebody else's."""
+
+    def __init__(self, tell: Callable[[Live], None]) -> None:
+        self._tell = tell
+        self._ignored: dict[int, Any] = {}
+        self._count = 0
+        self._live: dict[int, Any] = {}
+
+    def ignore(self, tensors: Iterable[torch.Tensor]) -> None:
+        for storage in [tensor.untyped_storage() for tensor in tensors]:
+            self._watch(self._ignored, storage, lambda: None)
+
+    def see(self, result: Any) -> None:
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, FakeTensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self._ignored and storage._cdata not in self._live and storage.nbytes():
+                    self._come(storage)
+
+    def _come(self, storage: torch.UntypedStorage) -> None:
+        self._count += 1
+        key, nbytes = (self._count, -1), storage.nbytes()
+        self._watch(self._live, storage, lambda: self._tell(Live(key, -nbytes)))
+        self._tell(Live(key, nbytes))
+
+    def _watch(self, among: dict[int, Any], storage: torch.UntypedStorage, then: Callable[[], None]) -> None:
+        """Until it dies, which its Python object does no sooner."""
+        cdata = storage._cdata
+
+        def go(_: Any) -> None:
+            del among[cdata]
+            then()
+
+        among[cdata] = weakref.ref(storage, go)
+
+
+class Priced(TorchDispatchMode):
+    """Writes into the script what every operation costs, and what it leaves behind."""
+
+    def __init__(self, scribe: Scribe, prices: Prices, live: LiveBytes) -> None:
+        super().__init__()
+        self._scribe, self._prices, self._live = scribe, prices, live
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
+            return args[0].fake_device  # asked ten thousand times a step
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 1.0 if args[0].is_floating_point() else 1  # a loss, a norm, whether all is finite
+        result = func(*args, **(kwargs or {}))
+        price = self._prices.of(func, args, kwargs or {}, result)
+        if not is_view(func):
+            self._live.see(result)
+        self._scribe.spent("compute", price.seconds, price.floating_operations)
+        return result
+
+
+def bare_copy(model: nn.Module) -> nn.Module:
+    """The module again, parameters and buffers on the meta device, tied as they were."""
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        bare = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+        memo[id(parameter)] = nn.Parameter(bare, requires_grad=parameter.requires_grad)
+    for buffer in model.buffers():
+        memo[id(buffer)] = torch.empty(buffer.shape, dtype=buffer.dtype, device="meta")
+    return copy.deepcopy(model, memo)
+
+
+def fake_copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
+    """The module again, without bytes: parameters fake and tied as they were, buffers fake."""
+    twin = bare_copy(model)
+    with mode:
+        done: dict[int, Any] = {}
+        for module in twin.modules():
+            for table in (module._parameters, module._buffers):
+                for name, tensor in table.items():
+                    if tensor is not None:
+                        table[name] = done.setdefault(id(tensor), _fake(tensor))
+    return twin
+
+
+def _fake(tensor: torch.Tensor) -> torch.Tensor:
+    bare = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+    return nn.Parameter(bare, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else bare
+
+
+class Rehearsal:
+    """A job on fake tensors, whose store writes down what it is asked."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        rule: OptimizerRule,
+        prices: Prices,
+        source_dtype: torch.dtype,
+        block_class: str | None = None,
+    ) -> None:
+        self.mode, self.prices = Fakes(allow_non_fake_inputs=True), prices
+        self.scribe = self._store()
+        self.live = LiveBytes(self.scribe.events.append)
+        self.priced = Priced(self.scribe, prices, self.live)
+        self.job = self._bind(model, plan, rule, source_dtype, block_class)
+
+    def _store(self) -> Scribe:
+        clock = SimulatedClock({"disk": Rates(1.0, 1.0, 1.0, 0.0)})
+        tiers = {"host": NullTier("host", ENDLESS), "disk": NullTier("disk", ENDLESS)}
+        transfers: Any = SimulatedTransfers(clock)
+        return Scribe(tiers, 0, self._allocate, transfers)
+
+    def _allocate(self, nbytes: int) -> torch.Tensor:
+        """Memory of the store, which is nobody's tensor."""
+        with _disable_current_modes(), self.mode:
+            slab = torch.empty(pages(nbytes), dtype=torch.uint8)
+        if nbytes:
+            self.live.ignore([slab])
+        return slab
+
+    def _bind(
+        self, model: nn.Module, plan: Plan, rule: OptimizerRule, source_dtype: torch.dtype, block_class: str | None
+    ) -> Job:
+        scribe, prices = self.scribe, self.prices
+
+        class PricedUpdater(Updater):
+            """Leases what an update leases; the arithmetic costs its price."""
+
+            def _step(self, chunk: Chunk, *rest: Any) -> None:
+                chunk.stepped = True
+                scribe.spent("update", prices.update(chunk.stop - chunk.start))
+
+        twin = fake_copy(model, self.mode)
+        shapes = {name: parameter.shape for name, parameter in twin.named_parameters()}
+
+        def read(name: str, start: int, stop: int) -> torch.Tensor:
+            return torch.empty((stop - start, *shapes[name][1:]) if shapes[name] else (), dtype=source_dtype)
+
+        with self.mode:
+            units = find_units(twin, block_class)
+            job = bind(twin, units, plan, rule, scribe, read, CPU, make_updater=PricedUpdater)
+        self.live.ignore([*twin.parameters(), *twin.buffers()])
+        job.attachment.lanes.around = self.modes
+        job.on_complete = lambda step: scribe.events.append(Mark.COMPLETE)
+        return job
+
+    @contextmanager
+    def modes(self) -> Iterator[None]:
+        """What a thread of the engine works within."""
+        with self.mode, self.priced:
+            yield
+
+    def run(self, micro_batches: list[Batch]) -> Script:
+        """As many steps as it takes until the next does what every later one does: a held update is applied a step late,
+        and blocks for what moves are made in the first step and used again in the others."""
+        steps = []
+        setup, plan = self._taken(), self.job.plan
+        moves = any(choice.home != NEAR for _, choice in plan.activations)
+        for _ in range(1 + plan.hold + moves):
+            with self.modes():
+                self.job.train_step(micro_batches)
+            steps.append(self._taken())
+        return Script(setup, tuple(steps))
+
+    def _taken(self) -> tuple[Event, ...]:
+        events = tuple(self.scribe.events)
+        self.scribe.events.clear()
+        return events
+
+
+@dataclass(frozen=True)
+class Rehearsed:
+    """Scripts of one module under one plan. `units` are the repeated ones if four of them stand for all, else ()."""
+
+    script: Script
+    units: tuple[str, ...]
+    _spread: dict[tuple[str, ...], Script] = field(default_factory=dict, repr=False, compare=False)
+
+    def over(self, units: Sequence[str]) -> Script:
+        """The script as it would be with only these of the repeated units, in order, six or more."""
+        known, every = list(self.units[:4]), list(units)
+        if tuple(every) not in self._spread:
+            steps = tuple(spread(step, known, every) for step in self.script.steps)
+            self._spread[tuple(every)] = Script(spread(self.script.setup, known, every), steps)
+        return self._spread[tuple(every)]
+
+    @property
+    def whole(self) -> Script:
+        return self.over(self.units) if self.units else self.script
+
+
+def rehearse(
+    model: nn.Module,
+    plan: Plan,
+    rule: OptimizerRule,
+    prices: Prices,
+    micro_batches: list[Batch],
+    source_dtype: torch.dtype = torch.bfloat16,
+    block_class: str | None = None,
+) -> Rehearsed:
+    """What the steps of `plan` ask of the store: where blocks live is left open, all else is as the plan says.
+
+    Of units of one shape four are rehearsed and stand for all, where the module lets the others be left out."""
+    units = tuple(unit.name for unit in find_units(model, block_class) if unit.repeated)
+
+    def run(model: nn.Module, plan: Plan = plan) -> Script:
+        return Rehearsal(model, plan, rule, prices, source_dtype, block_class).run(micro_batches)
+
+    if len(units) < FEWEST or not _alike(model, units, plan):
+        return Rehearsed(run(model), ())
+    try:
+        found = Rehearsed(run(shortened(model, units), without(plan, units[4:])), units)
+        found.over(units[:FEWEST])
+        return found
+    except (ValueError, IndexError, KeyError, AttributeError):  # a module that counts on all of its units
+        return Rehearsed(run(model), ())
+
+
+def _alike(model: nn.Module, units: Sequence[str], plan: Plan) -> bool:
+    """All of them are of one class and shape in one list, leave the same behind near compute, and none shares a weight."""
+    activations = dict(plan.activations)
+
+    def shape(name: str) -> Any:
+        module = model.get_submodule(name)
+        parameters = [(n, p.shape, p.dtype, p.requires_grad) for n, p in module.named_parameters()]
+        return type(module), name.rpartition(".")[0], parameters, activations.get(name, KEEP)
+
+    owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    shared = any(owners[id(p)] > 1 for name in units for p in model.get_submodule(name).parameters())
+    moved = any(choice.home != NEAR for choice in activations.values())
+    return not shared and not moved and all(shape(name) == shape(units[0]) for name in units)
+
+
+def shortened(model: nn.Module, units: Sequence[str]) -> nn.Module:
+    """A copy without bytes, with the first four of `units`."""
+    twin = bare_copy(model)
+    holder = twin.get_submodule(units[0].rpartition(".")[0])
+    for name in units[4:]:
+        del holder._modules[name.rpartition(".")[2]]
+    return twin
+
+
+def without(plan: Plan, units: Sequence[str]) -> Plan:
+    """The plan for a module that lacks these units."""
+    return replace(plan, activations=tuple((name, how) for name, how in plan.activations if name not in units))
+
+
+def homes(plan: Plan, always: set[str]) -> HomeOf:
+    """Where the plan lets each block live, as `bind` and `Gradients` decide it; `always`: weights never let go."""
+    near_weights = plan.near_weights | always
+
+    def home_of(name: str) -> str:
+        kind, _, rest = name.partition(":")
+        if kind == "gradient":
+            return plan.gradient_home
+        near = near_weights if kind == "weight" else plan.near_states
+        weight = rest.split("@")[0]
+        return "host" if weight in near or weight.rpartition(":")[0] in near else "disk"
+
+    return home_of

@@ -1,0 +1,317 @@
+"""Which weights and states stay near, and how much memory is left for what streams: the fastest that fits.
+
+Each candidate is played under the simulated clock. They differ in the size of the arena, in steps between what is just
+enough and all that is left, and in what the rest is filled with: weights are read two or three times a step and written
+once, state is read and written once, so by bytes saved for each byte held weights come first; but what compute hides
+costs nothing, and only playing tells what is hidden."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from outsize.errors import BudgetError
+from outsize.machine.allocator import LARGEST_RECYCLED
+from outsize.memory.shared import AVAILABLE
+from outsize.memory.tier import PAGE, pages
+from outsize.plan import KEEP, MOVE, NEAR, RECOMPUTE, Activations, Plan, Predicted, Request
+from outsize.planner.clock import Ways
+from outsize.planner.forecast import Forecast, forecast, with_snapshots
+from outsize.planner.needs import Needs, gradient_bytes, tensor_bytes
+from outsize.planner.rehearsal import Rehearsed, homes
+from outsize.planner.script import Create
+from outsize.planner.sizes_of import WeightSize
+from outsize.sizes import format_size
+
+SAID = {
+    KEEP: "all kept",
+    RECOMPUTE: "recomputed from the input",
+    MOVE: "moved to disk",
+    Activations("products"): "all but products recomputed",
+    Activations("products", "disk"): "products moved to disk and the rest recomputed",
+}
+SPARE = 0.02  # of the memory allowed: as much as predictions are off, and a plan made elsewhere may find less
+TENSORS = "tensors of a step"
+SNAPSHOT_SHARE = 8  # of what a step moves, snapshots of state in memory may add one part in so many
+LONGEST_WITHOUT = 50  # steps between snapshots, at most
+KEEPER = 12 << 20  # bytes: the process that holds shared memory
+
+
+@dataclass(frozen=True)
+class JobSizes:
+    """What a job is made of, whatever is decided. `hold`: gradients wait for the step's end."""
+
+    sizes: dict[str, WeightSize]
+    rows: dict[str, int]
+    blocked: bool
+    always: set[str]
+    hold: bool
+
+    @cached_property
+    def everything(self) -> int:
+        """Bytes of all weights and states that need not be near, and of their gradients if these wait."""
+        held = gradient_bytes(self.sizes) if self.hold else 0
+        return held + sum(s.bytes + s.state_bytes for name, s in self.sizes.items() if name not in self.always)
+
+    @cached_property
+    def all_bytes(self) -> int:
+        """Of all blocks."""
+        return sum(size.bytes + size.state_bytes for size in self.sizes.values())
+
+    def plan(self, request: Request, activations: tuple[tuple[str, Activations], ...]) -> Plan:
+        """All that is settled before anything is placed."""
+        return Plan(
+            precision=request.precision,
+            arena_bytes=0,
+            activations=activations,
+            table_rows=tuple(self.rows.items()),
+            blocked_loss=self.blocked,
+            accumulate=request.accumulate,
+            hold=self.hold,
+            clip=request.clip,
+            moments=request.moments,
+            memory_bytes=request.memory_bytes,
+        )
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What is near, and how much is left for what is not; `filled` says what the rest was filled with first."""
+
+    near_weights: frozenset[str]
+    near_states: frozenset[str]
+    arena_bytes: int
+    gradient_home: str
+    filled: str
+    generous: bool = False
+    """The C library keeps the memory of large tensors too for the next ones."""
+    shared: bool = False
+    """All blocks lie in memory that outlives the process, each with a twin."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    placement: Placement
+    forecast: Forecast
+
+
+class Search:
+    def __init__(
+        self, bare: Plan, job: JobSizes, needs: Needs, request: Request, ways: Ways, rehearsed: Rehearsed
+    ) -> None:
+        self.bare, self.job, self.needs, self.request = bare, job, needs, request
+        self.ways, self.rehearsed = ways, rehearsed
+        self.tried: list[Choice] = []
+
+    @property
+    def room(self) -> int:
+        """Bytes for the arena and for what may stay near; some are left for what was not foreseen."""
+        spare = min(int(SPARE * self.request.memory_bytes), self.request.memory_bytes - self.needs.least)
+        return self.request.memory_bytes - self.needs.fixed - spare
+
+    @cached_property
+    def hoarding(self) -> int:
+        """Bytes for a step's tensors when the C library keeps large ones too."""
+        return tensor_bytes(self.rehearsed, LARGEST_RECYCLED)
+
+    @property
+    def moves(self) -> bool:
+        """Activations pass through the arena."""
+        return any(choice.home != NEAR for _, choice in self.bare.activations)
+
+    def candidates(self) -> Iterator[Placement]:
+        """Placements that fit, no two alike."""
+        sizes, everything = self.job.sizes, self.job.everything
+        gradients = gradient_bytes(sizes) if self.request.accumulate > 1 and not self.job.hold else 0
+        arena = self.needs.least_arena if self.moves else pages(1)
+        if everything + gradients + arena <= self.room:
+            hoard = max(self.hoarding - self.needs.tensors, 0)
+            room = self.room - everything - gradients - arena
+            every = Placement(frozenset(sizes), frozenset(sizes), arena, "host", "everything", generous=hoard <= room)
+            room -= hoard if every.generous else 0
+            yield replace(every, shared=self.request.keeper and AVAILABLE and self.kept(every) <= room)
+            return
+        seen = set()
+        for arena in (self.needs.good_arena, 2 * self.needs.good_arena, self.needs.least_arena, self.room):
+            for order in ("weights", "states"):
+                found = self.filled(min(arena, self.room) // PAGE * PAGE, order)
+                key = replace(found, filled="")
+                if key not in seen:
+                    seen.add(key)
+                    yield found
+
+    def filled(self, arena: int, order: str) -> Placement:
+        """An arena of this size, and the rest filled with the last units' weights or states first: those are needed
+        again soonest."""
+        room = self.room - arena
+        weights, states = set(self.job.always), set(self.job.always)
+        fills = [(weights, "bytes"), (states, "state_bytes")]
+        for chosen, what in fills if order == "weights" else fills[::-1]:
+            for name, size in reversed(self.job.sizes.items()):
+                if name not in self.job.always and getattr(size, what) <= room:
+                    chosen.add(name)
+                    room -= getattr(size, what)
+        return Placement(frozenset(weights), frozenset(states), arena, "disk", order)
+
+    def best(self) -> Choice:
+        """The fastest candidate, or the first that waits for hardly anything. Raises BudgetError when every arena is too
+        small for what is leased at once."""
+        problem: BudgetError | None = None
+        for placement in self.candidates():
+            try:
+                self.tried.append(Choice(placement, self.foretell(placement)))
+            except BudgetError as error:
+                problem = error
+            else:
+                if self.tried[-1].forecast.hides_all:
+                    break
+        if not self.tried:
+            raise problem or BudgetError("No placement fits; give more memory.")
+        return min(self.tried, key=lambda choice: choice.forecast.seconds)
+
+    def plan(self, placement: Placement) -> Plan:
+        return replace(
+            self.bare,
+            arena_bytes=placement.arena_bytes,
+            near_weights=placement.near_weights,
+            near_states=placement.near_states,
+            gradient_home=placement.gradient_home,
+            recycle_bytes=LARGEST_RECYCLED if placement.generous else self.needs.recycle,
+            shared_bytes=self.job.all_bytes if placement.shared else 0,
+        )
+
+    def foretell(self, placement: Placement, closely: bool = False) -> Forecast:
+        plan = self.plan(placement)
+        home_of = homes(plan, self.job.always)
+        found = forecast(self.rehearsed, plan.arena_bytes, home_of, self.ways, closely)
+        return with_snapshots(found, self.snapshot(placement), self.commit_every(placement, found), self.ways)
+
+    def snapshot(self, placement: Placement) -> dict[str, int]:
+        """Bytes by kind that a commit copies out of memory: of what stays near, all that a step changes."""
+        found: Counter[str] = Counter()
+        for name, size in self.job.sizes.items():
+            if size.weight.trainable and name in placement.near_weights:
+                found["weight"] += size.bytes
+            if name in placement.near_states:
+                found += Counter(size.state_kinds)
+        return dict(found)
+
+    def kept(self, placement: Placement) -> int:
+        """Bytes that memory which outlives the process takes more: each changing block's twin, and the keeper."""
+        return sum(self.snapshot(placement).values()) + KEEPER
+
+    def commit_every(self, placement: Placement, found: Forecast) -> int:
+        """State on disk is committed by writing it, every step. State in memory is copied out, and how often is what
+        bounds the traffic: a small part of what steps move anyway, or else now and then."""
+        if self.request.commit_every is not None:
+            return self.request.commit_every
+        snapshot, moved = sum(self.snapshot(placement).values()), sum(found.moved.values())
+        return max(1, min(-(-SNAPSHOT_SHARE * snapshot // max(moved, 1)), LONGEST_WITHOUT))
+
+    # -- the plan ---------------------------------------------------------------------------------------------------
+
+    def finished(self, choice: Choice) -> Plan:
+        choice = replace(choice, forecast=self.foretell(choice.placement, closely=True))
+        predicted, every = self._predicted(choice), choice.forecast.commit_every
+        plan = replace(self.plan(choice.placement), commit_every=every)
+        return replace(plan, predicted=predicted, reasons=self._reasons(choice, predicted))
+
+    def near_bytes(self, placement: Placement) -> int:
+        sizes = self.job.sizes
+        near = sum(sizes[n].bytes for n in placement.near_weights) + sum(
+            sizes[n].state_bytes for n in placement.near_states
+        )
+        waiting = self.job.hold or self.request.accumulate > 1
+        return near + (gradient_bytes(sizes) if waiting and placement.gradient_home == "host" else 0)
+
+    def disk_bytes(self, placement: Placement, found: Forecast) -> int:
+        """Two extents of every weight and state, and one of whatever else waits there."""
+        sizes = self.job.sizes
+        disk = sum(2 * (size.bytes + size.state_bytes) for size in sizes.values())
+        disk += sum(n for (_, target, kind), n in found.moved.items() if (target, kind) == ("disk", "activation"))
+        if placement.gradient_home == "host":
+            return disk
+        if self.job.hold or self.request.accumulate > 1:
+            return disk + gradient_bytes(sizes)
+        created = [event.block for step in self.rehearsed.script.steps for event in step if isinstance(event, Create)]
+        return disk + sum({block.name: block.nbytes for block in created if "gradient" in block.bytes_by_kind}.values())
+
+    def _memory(self, placement: Placement) -> tuple[tuple[str, int], ...]:
+        return (
+            ("Python, libraries and the process as it stands", self.needs.baseline),
+            ("weights, state and gradients that stay near", self.near_bytes(placement)),
+            ("the arena for what streams", placement.arena_bytes),
+            (TENSORS, self.hoarding if placement.generous else self.needs.tensors),
+            ("buffers of update and transfers", self.needs.scratch),
+            *(
+                (("a second copy of what changes, and the process that keeps it", self.kept(placement)),)
+                * placement.shared
+            ),
+        )
+
+    def _predicted(self, choice: Choice) -> Predicted:
+        found, memory = choice.forecast, self._memory(choice.placement)
+        tokens = self.request.batch_size * self.request.sequence_length * self.request.accumulate
+        read = sum(nbytes for (source, _, _), nbytes in found.moved.items() if source == "disk")
+        written = sum(nbytes for (_, target, _), nbytes in found.moved.items() if target == "disk")
+        disk = self.disk_bytes(choice.placement, found)
+        return Predicted(
+            host_peak_bytes=sum(nbytes for _, nbytes in memory),
+            device_peak_bytes=0,
+            bytes_read=read,
+            bytes_written=written,
+            disk_bytes=disk,
+            seconds_per_step=found.seconds,
+            tokens_per_second=tokens / found.seconds,
+            compute_seconds=found.lanes.get("compute", 0.0),
+            update_seconds=found.lanes.get("update", 0.0),
+            read_wait_seconds=found.waiting["read"],
+            write_wait_seconds=found.waiting["write"],
+            floating_operations=found.floating_operations,
+            moved=tuple((*ways, nbytes) for ways, nbytes in sorted(found.moved.items())),
+            memory=memory,
+            timeline=found.step.spans,
+            tensors=thinned(found.step.live),
+        )
+
+    def _reasons(self, choice: Choice, predicted: Predicted) -> tuple[str, ...]:
+        placement, needs = choice.placement, self.needs
+        work = choice.forecast.work
+        slowest = max(self.tried, key=lambda tried: tried.forecast.seconds)
+        why = f"the fastest of {len(self.tried)} placements played; the slowest takes {slowest.forecast.seconds:.2f} s"
+        return (
+            f"baseline: {format_size(needs.baseline)} are held by Python and its libraries already",
+            f"near: {format_size(self.near_bytes(placement))} stay in memory, {placement.filled} first: {why}",
+            f"arena: {format_size(placement.arena_bytes)} for what streams; {format_size(needs.least_arena)} is the least",
+            f"activations: {told(self.bare.activations)}; a step's tensors take "
+            + format_size(dict(predicted.memory)[TENSORS]),
+            "loss: over blocks of the vocabulary (rounding)" if self.job.blocked else "loss: the module's own",
+            f"update: second pass, gradients wait in {placement.gradient_home}"
+            if self.job.hold
+            else "update: in backward, no gradient waits",
+            f"time: {choice.forecast.seconds:.2f} s a step, {work:.2f} s of them compute and update, which no placement "
+            f"makes shorter: at most {choice.forecast.seconds / max(work, 1e-9) - 1:.0%} above the best there can be",
+            f"commit: {self._say_commit(choice)}",
+        )
+
+    def _say_commit(self, choice: Choice) -> str:
+        every, snapshot = choice.forecast.commit_every, format_size(sum(self.snapshot(choice.placement).values()))
+        if choice.placement.shared:
+            held = f"a crash of this process loses no step: a keeper process holds the last in {snapshot} more"
+        else:
+            held = f"a crash loses {every} at most"
+        return f"every {every} steps, {snapshot} from memory while the next computes; {held}"
+
+
+def told(activations: tuple[tuple[str, Activations], ...]) -> str:
+    """What is done with those of how many units."""
+    counts = Counter(SAID.get(choice, f"{choice.saved} saved in {choice.home}") for _, choice in activations)
+    return ", ".join(f"of {count} units {what}" for what, count in counts.items()) or "all kept"
+
+
+def thinned(live: tuple[tuple[float, int], ...], points: int = 500) -> tuple[tuple[float, int], ...]:
+    """The highest of each of so many runs of (time, bytes)."""
+    width = max(1, len(live) // points)
+    return tuple(max(live[start : start + width], key=lambda point: point[1]) for start in range(0, len(live), width))

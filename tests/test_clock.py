@@ -1,0 +1,84 @@
+"""Simulated time: what compute and transfers take, alone and together."""
+
+from __future__ import annotations
+
+import pytest
+
+from outsize.machine.find import find_machine
+from outsize.memory.null import NullTier
+from outsize.memory.transfer import PIECE
+from outsize.planner.clock import Rates, SimulatedClock, SimulatedTicket, SimulatedTransfers, ways_of
+from outsize.planner.play import Nothing
+
+GB = 10**9
+DISK = NullTier("disk", 1 << 60)
+HOST = NullTier("host", 1 << 60)
+
+
+def clock(latency: float = 0.0, both: float = 2 * GB) -> SimulatedClock:
+    return SimulatedClock({"disk": Rates(GB, GB, both, latency), "host": Rates(10 * GB, 10 * GB, 20 * GB, 0.0)})
+
+
+def transfer(transfers: SimulatedTransfers, direction: str, nbytes: int, tier: NullTier = DISK) -> SimulatedTicket:
+    extent = tier.allocate(nbytes)
+    return getattr(transfers, direction)(tier, extent, 0, Nothing(nbytes))
+
+
+def test_a_transfer_takes_its_bytes_and_its_latency() -> None:
+    now = clock(latency=0.25)
+    transfer(SimulatedTransfers(now), "write", GB).wait()
+    assert now.time == pytest.approx(1.25)
+    assert now.seconds["waiting"] == pytest.approx(1.25)
+
+
+def test_transfers_go_on_while_something_is_computed() -> None:
+    now = clock()
+    ticket = transfer(SimulatedTransfers(now), "read", GB)
+    now.spend("compute", 0.75)
+    assert not ticket.done and now.time == 0.75
+    now.spend("update", 0.5)
+    assert ticket.done and now.time == 1.25
+    assert now.seconds == pytest.approx({"compute": 0.75, "update": 0.5, "read": 1.0})
+
+
+def test_both_directions_at_once_keep_to_their_joint_rate() -> None:
+    now = clock(both=1.25 * GB)
+    transfers = SimulatedTransfers(now)
+    tickets = [transfer(transfers, direction, GB) for direction in ("read", "write")]
+    for ticket in tickets:
+        ticket.wait()
+    assert now.time == pytest.approx(2 / 1.25, rel=0.02)
+
+
+def test_two_ways_do_not_disturb_each_other() -> None:
+    now = clock()
+    transfers = SimulatedTransfers(now)
+    slow, fast = transfer(transfers, "read", PIECE, DISK), transfer(transfers, "read", PIECE, HOST)
+    fast.wait()
+    assert now.time == pytest.approx(PIECE / (10 * GB)) and not slow.done
+    slow.wait()
+    assert now.time == pytest.approx(PIECE / GB)
+
+
+def test_writes_keep_their_order_and_what_follows_them_waits() -> None:
+    now, seen = clock(), []
+    transfers = SimulatedTransfers(now)
+    extent = DISK.allocate(GB)
+    for number in range(2):
+        transfers.write(DISK, extent, 0, Nothing(GB), then=lambda error, number=number: seen.append(number))
+    transfers.after_writes(lambda: seen.append("durable")).wait()
+    assert seen == [0, 1, "durable"]
+    assert now.time == pytest.approx(2.0 + now.ways["disk"].flush)
+
+
+def test_spans_join_where_one_goes_on_as_another_ended() -> None:
+    now = clock()
+    for _ in range(3):
+        now.spend("compute", 0.5)
+    now.spend("update", 0.5)
+    assert now.spans == [("compute", 0.0, 1.5), ("update", 1.5, 2.0)]
+
+
+def test_a_machines_links_are_its_ways() -> None:
+    ways = ways_of(find_machine("two-cores"))
+    assert ways["disk"] == Rates(1.1e9, 2.8e9, 1.3e9, 65e-6)

@@ -1,0 +1,174 @@
+"""Plans: found by search, kept in a file that can be edited, obeyed or refused, and compared with what then happened."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import chain, combinations
+from pathlib import Path
+
+import pytest
+import torch
+from models import tiny_model
+
+import outsize
+from outsize.errors import BudgetError, OptionError
+from outsize.machine.find import find_machine
+from outsize.model.units import find_units
+from outsize.plan import KEEP, MOVE, Activations, Plan, Predicted, Request
+from outsize.planner.check import check_plan
+from outsize.planner.search import Placement, Search
+from outsize.planner.training import Place, Task, plan_training, searches
+from outsize.train.optimizers import uniform_rule
+
+LAPTOP = find_machine("laptop")
+RULE = uniform_rule(torch.optim.AdamW, {"lr": 1e-3, "fused": True})
+PLACE = Place(LAPTOP, baseline_bytes=400 << 20, disk_free_bytes=1 << 40)
+REQUEST = Request(700 << 20, sequence_length=32)
+
+
+def task(request: Request, layers: int) -> Task:
+    model = tiny_model("llama", tied=True, layers=layers, hidden=512)
+    return Task(model, find_units(model), RULE, request)
+
+
+def planned(request: Request = REQUEST, layers: int = 4) -> Plan:
+    return plan_training(task(request, layers), PLACE)
+
+
+def checked(plan: Plan, request: Request = REQUEST, layers: int = 4) -> Plan:
+    return check_plan(plan, task(request, layers), PLACE)
+
+
+# -- a plan is a file ---------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_comes_back_from_its_file_as_it_was() -> None:
+    plan = replace(planned(), activations=(("model.layers.0", MOVE), ("model.layers.1", Activations("products"))))
+    assert Plan.from_json(plan.to_json()) == plan
+
+
+def spoilt(change: Callable[[dict], object]) -> str:
+    values = json.loads(Plan("mixed", 1 << 20, activations=(("model.layers.0", KEEP),)).to_json())
+    change(values)
+    with pytest.raises(OptionError) as refused:
+        Plan.from_json(json.dumps(values), "my.json")
+    return str(refused.value)
+
+
+def test_what_is_wrong_in_a_plan_is_named() -> None:
+    assert "my.json has no key 'arena'" in spoilt(lambda values: values.update(arena=1))
+    assert "my.json lacks 'precision'" in spoilt(lambda values: values.pop("precision"))
+    assert "arena_bytes cannot be -1" in spoilt(lambda values: values.update(arena_bytes=-1))
+    assert "arena_bytes cannot be '1GiB'" in spoilt(lambda values: values.update(arena_bytes="1GiB"))
+    assert "'sometimes' cannot be saved" in spoilt(
+        lambda values: values.update(activations=[["model.layers.0", {"saved": "sometimes", "home": "near"}]])
+    )
+    with pytest.raises(OptionError, match="is no JSON"):
+        Plan.from_json("{", "my.json")
+
+
+def test_a_plan_prints_itself() -> None:
+    said = str(planned())
+    for what in ("memory", "a step takes", "a step moves", "numbers", "near", "arena", "activations"):
+        assert f"\n{what} " in f"\n{said}"
+
+
+# -- what a plan may say ------------------------------------------------------------------------------------------------
+
+
+def test_an_edited_plan_is_taken_as_it_is_and_foretold_anew() -> None:
+    plan = planned()
+    edited = replace(plan, near_weights=frozenset(), near_states=frozenset(), arena_bytes=24 << 20, predicted=None)
+    found = checked(edited)
+    assert replace(found, predicted=None, reasons=()) == replace(edited, reasons=())
+    assert plan.predicted is not None and found.predicted is not None
+    assert found.predicted.bytes_read > plan.predicted.bytes_read == 0
+    assert found.predicted.host_peak_bytes < plan.predicted.host_peak_bytes
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"near_weights": frozenset({"model.layers.9.mlp.up_proj.weight"})}, "near_weights names 'model.layers.9"),
+        ({"activations": (("model.layers.7", KEEP),)}, "activations names 'model.layers.7'"),
+        ({"precision": "fp32"}, "The plan says precision fp32, the command says mixed"),
+        ({"accumulate": 2}, "The plan says accumulate 2"),
+        ({"blocked_loss": False}, "contradict each other"),
+    ],
+)
+def test_a_plan_of_another_job_is_refused(change: dict, said: str) -> None:
+    with pytest.raises(OptionError, match=said):
+        checked(replace(planned(), **change))
+
+
+def test_a_plan_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(BudgetError, match="more than the 700.00 MiB allowed: .* the arena for what streams"):
+        checked(replace(planned(), arena_bytes=1 << 30))
+    with pytest.raises(BudgetError, match="No room near compute for block"):
+        checked(replace(planned(), near_weights=frozenset(), near_states=frozenset(), arena_bytes=64 << 10))
+
+
+def test_what_cannot_fit_is_refused_with_what_would() -> None:
+    with pytest.raises(BudgetError, match="Give --memory ([0-9]+)MiB") as refused:
+        planned(replace(REQUEST, memory_bytes=300 << 20))
+    enough = int(str(refused.value).partition("Give --memory ")[2].partition("MiB")[0]) << 20
+    plan = planned(replace(REQUEST, memory_bytes=enough))
+    assert plan.predicted is not None and plan.predicted.host_peak_bytes <= enough
+
+
+# -- the search ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_search_finds_what_trying_everything_finds() -> None:
+    """One layer's weights and states, near or not, in every combination that fits beside the arena it leaves."""
+    request = replace(REQUEST, activations="recompute")
+    found = next(searches(task(request, layers=2), PLACE))
+    tight = replace(request, memory_bytes=found.needs.least + 4 * found.job.everything // 5)
+    search = next(searches(task(tight, layers=2), PLACE))
+    best = search.best().forecast.seconds
+    tried = [search.foretell(placement).seconds for placement in every(search)]
+    assert len(tried) > 30
+    assert best <= 1.02 * min(tried)
+    assert best < max(tried)
+
+
+def every(search: Search) -> Iterator[Placement]:
+    """Placements by unit: any of them with its weights near, any with its states near."""
+    sizes = search.job.sizes
+    groups: dict[str, list[str]] = {}
+    for name in sizes.keys() - search.job.always:
+        groups.setdefault(".".join(name.split(".")[:3]), []).append(name)
+    for weights in subsets(groups):
+        for states in subsets(groups):
+            held = sum(sizes[n].bytes for g in weights for n in groups[g])
+            held += sum(sizes[n].state_bytes for g in states for n in groups[g])
+            arena = (search.room - held) // 4096 * 4096
+            if arena >= search.needs.least_arena:
+                near = frozenset(n for g in weights for n in groups[g]) | search.job.always
+                state = frozenset(n for g in states for n in groups[g]) | search.job.always
+                yield Placement(near, state, arena, "disk", "every")
+
+
+def subsets(names: dict[str, list[str]]) -> Iterator[tuple[str, ...]]:
+    return chain.from_iterable(combinations(names, count) for count in range(len(names) + 1))
+
+
+def test_more_memory_is_never_slower() -> None:
+    found = [planned(replace(REQUEST, memory_bytes=size << 20)).predicted for size in (560, 600, 700)]
+    seconds = [predicted.seconds_per_step for predicted in found if predicted is not None]
+    assert all(later <= 1.01 * earlier for earlier, later in zip(seconds, seconds[1:], strict=False))
+
+
+# -- outsize.plan -------------------------------------------------------------------------------------------------------
+
+
+def test_a_machine_that_is_not_here_can_be_planned_for(tmp_path: Path) -> None:
+    tiny_model("llama", tied=True).save_pretrained(tmp_path)
+    plan = outsize.plan(str(tmp_path), memory="1GiB", machine="laptop", sequence_length=32)
+    assert isinstance(plan.predicted, Predicted) and plan.predicted.seconds_per_step
+    with pytest.raises(OptionError, match="there is no machine 'abacus'"):
+        outsize.plan(str(tmp_path), memory="1GiB", machine="abacus")
+    with pytest.raises(OptionError, match="plan has no option 'sequence'"):
+        outsize.plan(str(tmp_path), memory="1GiB", sequence=32)
