@@ -24,8 +24,11 @@ from outsize.train.optimizers import uniform_rule
 
 LAPTOP = find_machine("laptop")
 RULE = uniform_rule(torch.optim.AdamW, {"lr": 1e-3, "fused": True})
-PLACE = Place(LAPTOP, baseline_bytes=400 << 20, disk_free_bytes=1 << 40)
 REQUEST = Request(700 << 20, sequence_length=32)
+
+
+def place() -> Place:
+    return Place(LAPTOP, baseline_bytes=400 << 20, disk_free_bytes=1 << 40)
 
 
 def task(request: Request, layers: int) -> Task:
@@ -34,11 +37,11 @@ def task(request: Request, layers: int) -> Task:
 
 
 def planned(request: Request = REQUEST, layers: int = 4) -> Plan:
-    return plan_training(task(request, layers), PLACE)
+    return plan_training(task(request, layers), place())
 
 
 def checked(plan: Plan, request: Request = REQUEST, layers: int = 4) -> Plan:
-    return check_plan(plan, task(request, layers), PLACE)
+    return check_plan(plan, task(request, layers), place())
 
 
 # -- a plan is a file ---------------------------------------------------------------------------------------------------
@@ -118,15 +121,29 @@ def test_what_cannot_fit_is_refused_with_what_would() -> None:
     assert plan.predicted is not None and plan.predicted.host_peak_bytes <= enough
 
 
+def test_shared_memory_is_planned_where_there_is_room_for_it() -> None:
+    tight, roomy = (planned(replace(REQUEST, memory_bytes=size << 20, keeper=True)) for size in (700, 2000))
+    assert tight.shared_bytes == 0 and "a crash loses 50 at most" in tight.reasons[-1]
+    assert roomy.shared_bytes == task(REQUEST, 4).job.all_bytes
+    assert "a crash of this process loses no step" in roomy.reasons[-1]
+    with pytest.raises(OptionError, match="shared_bytes is 4096; it is [0-9]+ .all blocks., or 0"):
+        checked(replace(roomy, shared_bytes=4096), replace(REQUEST, memory_bytes=2000 << 20))
+
+
+def test_a_disk_that_is_too_small_is_named_before_anything_is_rehearsed() -> None:
+    with pytest.raises(BudgetError, match="of disk .two extents of every block.* and 1.00 MiB are free"):
+        plan_training(task(REQUEST, 4), Place(LAPTOP, 400 << 20, 1 << 20))
+
+
 # -- the search ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_search_finds_what_trying_everything_finds() -> None:
     """One layer's weights and states, near or not, in every combination that fits beside the arena it leaves."""
     request = replace(REQUEST, activations="recompute")
-    found = next(searches(task(request, layers=2), PLACE))
+    found = next(searches(task(request, layers=2), place()))
     tight = replace(request, memory_bytes=found.needs.least + 4 * found.job.everything // 5)
-    search = next(searches(task(tight, layers=2), PLACE))
+    search = next(searches(task(tight, layers=2), place()))
     best = search.best().forecast.seconds
     tried = [search.foretell(placement).seconds for placement in every(search)]
     assert len(tried) > 30

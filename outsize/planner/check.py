@@ -9,7 +9,7 @@ from outsize.errors import BudgetError, OptionError
 from outsize.machine.allocator import LARGEST_RECYCLED
 from outsize.plan import Plan, Request
 from outsize.planner.search import Choice, Placement
-from outsize.planner.training import Place, Task, check_disk, describe_job, search_of, sizes_of_job
+from outsize.planner.training import Place, Task, check_disk, search_of, sizes_of_job
 from outsize.sizes import format_size
 
 
@@ -19,7 +19,7 @@ def check_plan(plan: Plan, task: Task, place: Place) -> Plan:
     Raises OptionError when it is of another job, BudgetError when it does not fit, each with what is wrong."""
     request = task.request
     _compare_with_request(plan, request)
-    known = describe_job(task)
+    known = task.job
     _refuse_unknown("near_weights", plan.near_weights, known.sizes)
     _refuse_unknown("near_states", plan.near_states, known.sizes)
     _refuse_unknown("activations", [name for name, _ in plan.activations], [unit.name for unit in task.units])

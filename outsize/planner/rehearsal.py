@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from outsize.memory.null import NullTier
 from outsize.memory.tier import pages
 from outsize.model.units import find_units
+from outsize.model.weights import RowBlock
 from outsize.plan import KEEP, NEAR, Plan
 from outsize.planner.clock import Rates, SimulatedClock, SimulatedTransfers
 from outsize.planner.prices import Prices, is_view
@@ -176,6 +177,11 @@ class Rehearsal:
 
         class PricedUpdater(Updater):
             """Leases what an update leases; the arithmetic costs its price."""
+
+            def put(self, block: RowBlock, source: torch.Tensor, target: torch.Tensor) -> None:
+                if self.precision.master == "split" and source.dtype is not torch.bfloat16:
+                    for chunk in self.chunks.get(block.name, []):
+                        self.store.lease(chunk.state, fresh=True).release()
 
             def _step(self, chunk: Chunk, *rest: Any) -> None:
                 chunk.stepped = True

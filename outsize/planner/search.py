@@ -133,14 +133,15 @@ class Search:
             room -= hoard if every.generous else 0
             yield replace(every, shared=self.request.keeper and AVAILABLE and self.kept(every) <= room)
             return
+        good, least = self.needs.good_arena, self.needs.least_arena
+        tried = [("weights", good), ("weights", 2 * good), ("weights", least), ("weights", self.room), ("states", good)]
         seen = set()
-        for arena in (self.needs.good_arena, 2 * self.needs.good_arena, self.needs.least_arena, self.room):
-            for order in ("weights", "states"):
-                found = self.filled(min(arena, self.room) // PAGE * PAGE, order)
-                key = replace(found, filled="")
-                if key not in seen:
-                    seen.add(key)
-                    yield found
+        for order, arena in tried:
+            found = self.filled(min(arena, self.room) // PAGE * PAGE, order)
+            key = replace(found, filled="")
+            if key not in seen:
+                seen.add(key)
+                yield found
 
     def filled(self, arena: int, order: str) -> Placement:
         """An arena of this size, and the rest filled with the last units' weights or states first: those are needed

@@ -46,6 +46,12 @@ class Task:
     source_dtype: torch.dtype = torch.bfloat16
     block_class: str | None = None
 
+    @cached_property
+    def job(self) -> JobSizes:
+        blocked, tables = _loss_choice(self.model, self.request)
+        rows = {name: table_rows(parameter) for name, parameter in tables.items()}
+        return sizes_of_job(self, rows, blocked, self.request.hold or self.request.clip is not None)
+
 
 @dataclass(frozen=True)
 class Place:
@@ -54,6 +60,12 @@ class Place:
     machine: Machine
     baseline_bytes: int
     disk_free_bytes: int
+    _resident: int = field(default_factory=lambda: process_memory().resident_bytes, repr=False)
+
+    @property
+    def baseline_now(self) -> int:
+        """The baseline, and what planning has added to it: libraries' own memory, which stays."""
+        return self.baseline_bytes + max(process_memory().resident_bytes - self._resident, 0)
 
     @cached_property
     def prices(self) -> Prices:
@@ -66,6 +78,8 @@ def plan_training(task: Task, place: Place) -> Plan:
     """The fastest plan within `task.request.memory_bytes`.
 
     Raises BudgetError, with the smallest budget that works, when the job does not fit memory or disk."""
+    if 2 * task.job.all_bytes > place.disk_free_bytes:
+        raise BudgetError(_disk_too_small(2 * task.job.all_bytes, place))
     found: list[tuple[Choice, Search]] = []
     needed: list[Needs] = []
     for search in searches(task, place):
@@ -85,20 +99,17 @@ def plan_training(task: Task, place: Place) -> Plan:
 def searches(task: Task, place: Place) -> Iterator[Search]:
     """One for each way in which activations may wait, ready to search, the least compute first; not all of them need
     fit."""
-    job = describe_job(task)
     names = [unit.name for unit in task.units if unit.repeated]
     for how in _considered(task.request):
-        yield search_of(task, place, job, job.plan(task.request, tuple((n, how) for n in names)))
+        yield search_of(task, place, task.job, task.job.plan(task.request, tuple((n, how) for n in names)))
 
 
 def search_of(task: Task, place: Place, job: JobSizes, bare: Plan) -> Search:
     """Rehearse a plan that places nothing yet, and find what it needs. What rehearsing leaves in memory counts."""
-    resident = process_memory().resident_bytes
     batches = task.micro_batches or sample_batches(task.model, task.request)
     found = rehearse(task.model, bare, task.rule, place.prices, batches, task.source_dtype, task.block_class)
     give_back()
-    baseline = place.baseline_bytes + max(process_memory().resident_bytes - resident, 0)
-    needs = find_needs(task.units, job.sizes, job.rows, job.always, baseline, found, bare)
+    needs = find_needs(task.units, job.sizes, job.rows, job.always, place.baseline_now, found, bare)
     return Search(bare, job, needs, task.request, ways_of(place.machine), found)
 
 
@@ -106,11 +117,14 @@ def check_disk(plan: Plan, place: Place) -> None:
     """Raises BudgetError when the plan's state does not fit the disk."""
     assert plan.predicted is not None
     if plan.predicted.disk_bytes > place.disk_free_bytes:
-        raise BudgetError(
-            f"The state needs {format_size(plan.predicted.disk_bytes)} of disk (two extents of every block, so that no "
-            f"step overwrites the last committed one), and {format_size(place.disk_free_bytes)} are free. Free space, or "
-            "choose another --out."
-        )
+        raise BudgetError(_disk_too_small(plan.predicted.disk_bytes, place))
+
+
+def _disk_too_small(nbytes: int, place: Place) -> str:
+    return (
+        f"The state needs {format_size(nbytes)} of disk (two extents of every block, so that no step overwrites the last "
+        f"committed one), and {format_size(place.disk_free_bytes)} are free. Free space, or choose another --out."
+    )
 
 
 def _considered(request: Request) -> list[Activations]:
@@ -118,12 +132,6 @@ def _considered(request: Request) -> list[Activations]:
     if request.activations not in ("auto", *choices):
         raise OptionError(f"activations {request.activations!r} is unknown; there are auto, {', '.join(choices)}.")
     return [KEEP, RECOMPUTE] if request.activations == "auto" else [choices[request.activations]]
-
-
-def describe_job(task: Task) -> JobSizes:
-    blocked, tables = _loss_choice(task.model, task.request)
-    rows = {name: table_rows(parameter) for name, parameter in tables.items()}
-    return sizes_of_job(task, rows, blocked, task.request.hold or task.request.clip is not None)
 
 
 def sizes_of_job(task: Task, rows: dict[str, int], blocked: bool, hold: bool) -> JobSizes:
