@@ -9,13 +9,17 @@ from time import perf_counter
 from typing import Any, Protocol
 
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
 
 from outsize.machine.machine import Machine
 
 LARGEST_DONE = 256 << 20  # bytes that an operation may touch to be done for its price
+COLD = 64 << 20  # bytes, more than a processor's caches hold
 UPDATED = 28  # bytes of an element: its weight, low bits and two moments, each read and written, and its gradient
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -34,7 +38,9 @@ class Prices(Protocol):
 
     def of(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Price: ...
 
-    def update(self, elements: int) -> float: ...
+    def update(self, elements: int, like: Any, make: Callable[[], Callable[[], None]]) -> float:
+        """`make()` gives the same step of real numbers; those `like` each other take as long."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,7 @@ class RatedPrices:
         touched = sum(_nbytes(leaf) for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor))
         return Price(touched / processor.elementwise.at(max(touched, 1)) + processor.operation_seconds)
 
-    def update(self, elements: int) -> float:
+    def update(self, elements: int, like: Any, make: Callable[[], Callable[[], None]]) -> float:
         """The arithmetic on a chunk that is in a cache, and the bytes that come from memory and go back there."""
         processor = self.machine.compute
         return elements / processor.update + elements * UPDATED / processor.copy
@@ -66,12 +72,15 @@ class RatedPrices:
 
 @dataclass(frozen=True)
 class MeasuredPrices:
-    """Prices of the machine that this runs on: each operation is done once, on numbers of the same shapes and dtypes.
+    """Prices of the machine that this runs on: each operation is done twice, on numbers of the same shapes and dtypes.
 
     Memory held meanwhile is what one operation takes in and gives out; one that needs too much of it is only rated."""
 
     rated: RatedPrices
+    passing: float
+    """Seconds that an operation costs besides (`seconds_of_passing`)."""
     _known: dict[Any, Price] = field(default_factory=dict)
+    _updates: dict[Any, float] = field(default_factory=dict)
 
     def of(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Price:
         key = function if is_view(function) else (function, _looks(args), _looks(tuple(kwargs.items())))
@@ -83,27 +92,65 @@ class MeasuredPrices:
         rated = self.rated.of(function, args, kwargs, result)
         held = sum(_nbytes(leaf) for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor))
         seconds = None if is_view(function) or held > LARGEST_DONE else _measure(function, args, kwargs)
-        passing = self.rated.machine.compute.operation_seconds  # through Python and autograd, once more
-        return rated if seconds is None else Price(seconds + passing, rated.floating_operations)
+        return Price((rated.seconds if seconds is None else seconds) + self.passing, rated.floating_operations)
 
-    def update(self, elements: int) -> float:
-        return self.rated.update(elements)
+    def update(self, elements: int, like: Any, make: Callable[[], Callable[[], None]]) -> float:
+        if like not in self._updates:
+            with _disable_current_modes():
+                step = make()
+                step()  # makes the optimizer's state
+                torch.ones(COLD, dtype=torch.uint8)
+                started = perf_counter()
+                step()
+                self._updates[like] = perf_counter() - started
+        return self._updates[like]
+
+
+class _Counting(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def seconds_of_passing() -> float:
+    """What an operation costs on its way through modules, hooks and autograd, forward, recomputed and backward: of a
+    stack of layers so small that hardly anything else takes time."""
+    layers = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.SiLU()) for _ in range(8)))
+    inputs = torch.ones(2, 4, requires_grad=True)
+
+    def run() -> None:
+        with saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+            checkpoint(layers, inputs, use_reentrant=False).sum().backward()
+
+    with _Counting() as counting:
+        run()
+    seconds = []
+    for _ in range(20):
+        started = perf_counter()
+        run()
+        seconds.append(perf_counter() - started)
+    return min(seconds) / counting.count
 
 
 def _measure(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | None:
     """Seconds of an operation that has been done before; None for one that real numbers of no meaning cannot pass."""
     with _disable_current_modes():
-        best = None
+        seconds = []
         try:
             for _ in range(2):
                 real_args, real_kwargs = tree_map_only(torch.Tensor, _numbers, (args, kwargs))
+                if operations_of(function) is not None:
+                    torch.ones(COLD, dtype=torch.uint8)  # a weight comes from memory, not from a cache
                 started = perf_counter()
                 function(*real_args, **real_kwargs)
-                seconds = perf_counter() - started
-                best = seconds if best is None else min(best, seconds)
+                seconds.append(perf_counter() - started)
         except (RuntimeError, IndexError, TypeError, ValueError):
             return None
-    return best
+    return min(seconds)
 
 
 def _numbers(tensor: torch.Tensor) -> torch.Tensor:

@@ -23,15 +23,14 @@ from torch.utils._pytree import tree_leaves
 from outsize.memory.null import NullTier
 from outsize.memory.tier import pages
 from outsize.model.units import find_units
-from outsize.model.weights import RowBlock
 from outsize.plan import KEEP, NEAR, Plan
 from outsize.planner.clock import Rates, SimulatedClock, SimulatedTransfers
+from outsize.planner.priced_update import priced_updater
 from outsize.planner.prices import Prices, is_view
 from outsize.planner.script import ENDLESS, Event, HomeOf, Live, Mark, Scribe, Script
 from outsize.planner.spread import spread
 from outsize.train.job import Job, bind
 from outsize.train.optimizers import OptimizerRule
-from outsize.train.update import Chunk, Updater
 
 Batch = dict[str, torch.Tensor]
 FEWEST = 6  # units, from which on four stand for all
@@ -173,20 +172,6 @@ class Rehearsal:
     def _bind(
         self, model: nn.Module, plan: Plan, rule: OptimizerRule, source_dtype: torch.dtype, block_class: str | None
     ) -> Job:
-        scribe, prices = self.scribe, self.prices
-
-        class PricedUpdater(Updater):
-            """Leases what an update leases; the arithmetic costs its price."""
-
-            def put(self, block: RowBlock, source: torch.Tensor, target: torch.Tensor) -> None:
-                if self.precision.master == "split" and source.dtype is not torch.bfloat16:
-                    for chunk in self.chunks.get(block.name, []):
-                        self.store.lease(chunk.state, fresh=True).release()
-
-            def _step(self, chunk: Chunk, *rest: Any) -> None:
-                chunk.stepped = True
-                scribe.spent("update", prices.update(chunk.stop - chunk.start))
-
         twin = fake_copy(model, self.mode)
         shapes = {name: parameter.shape for name, parameter in twin.named_parameters()}
 
@@ -195,10 +180,10 @@ class Rehearsal:
 
         with self.mode:
             units = find_units(twin, block_class)
-            job = bind(twin, units, plan, rule, scribe, read, CPU, make_updater=PricedUpdater)
+            job = bind(twin, units, plan, rule, self.scribe, read, CPU, make_updater=priced_updater(self.prices))
         self.live.ignore([*twin.parameters(), *twin.buffers()])
         job.attachment.lanes.around = self.modes
-        job.on_complete = lambda step: scribe.events.append(Mark.COMPLETE)
+        job.on_complete = lambda step: self.scribe.events.append(Mark.COMPLETE)
         return job
 
     @contextmanager

@@ -18,7 +18,7 @@ from outsize.model.vocabulary import Table
 from outsize.plan import KEEP, MOVE, RECOMPUTE, Activations, Plan, Request
 from outsize.planner.clock import ways_of
 from outsize.planner.needs import Needs, find_needs
-from outsize.planner.prices import MeasuredPrices, Prices, RatedPrices
+from outsize.planner.prices import MeasuredPrices, Prices, RatedPrices, seconds_of_passing
 from outsize.planner.rehearsal import Batch, rehearse
 from outsize.planner.search import Choice, JobSizes, Search
 from outsize.planner.sizes_of import sizes_of
@@ -71,7 +71,7 @@ class Place:
     def prices(self) -> Prices:
         """Of a machine that is here: measured."""
         rated = RatedPrices(self.machine)
-        return rated if self.machine.origin == "described" else MeasuredPrices(rated)
+        return rated if self.machine.origin == "described" else MeasuredPrices(rated, seconds_of_passing())
 
 
 def plan_training(task: Task, place: Place) -> Plan:

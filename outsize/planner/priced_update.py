@@ -1,0 +1,65 @@
+"""An updater that leases what a real one leases, and whose arithmetic costs its price."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from outsize.model.weights import RowBlock
+from outsize.planner.prices import Prices
+from outsize.train.update import Chunk, Kind, Updater
+
+
+def priced_updater(prices: Prices) -> type[Updater]:
+    class PricedUpdater(Updater):
+        def put(self, block: RowBlock, source: torch.Tensor, target: torch.Tensor) -> None:
+            if self.precision.master == "split" and source.dtype is not torch.bfloat16:
+                for chunk in self.chunks.get(block.name, []):
+                    self.store.lease(chunk.state, fresh=True).release()
+
+        def _step(
+            self,
+            chunk: Chunk,
+            weight: torch.Tensor,
+            gradient: torch.Tensor | None,
+            held: dict[str, torch.Tensor],
+            groups: list[dict[str, Any]],
+            scale: float | None,
+            method: str,
+        ) -> None:
+            chunk.stepped = True
+            group = groups[self.kinds.index(chunk.kind)]
+            like = (chunk.kind.cls, weight.numel(), None if gradient is None else gradient.dtype, scale is None)
+            make = partial(_real_step, self, chunk, weight, gradient, held, group, scale, method)
+            spent: Any = self.store
+            spent.spent("update", prices.update(chunk.stop - chunk.start, like, make))
+
+    return PricedUpdater
+
+
+def _real_step(
+    updater: Updater,
+    chunk: Chunk,
+    weight: torch.Tensor,
+    gradient: torch.Tensor | None,
+    held: dict[str, torch.Tensor],
+    group: dict[str, Any],
+    scale: float | None,
+    method: str,
+) -> Callable[[], None]:
+    """The same step of real numbers, all zero, with an optimizer of its own."""
+
+    def real(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(tensor.shape, dtype=tensor.dtype)
+
+    kind = Kind(chunk.kind.cls, chunk.kind.options)
+    apart = Updater(updater.store, updater.precision, updater.rule)
+    apart.kinds.append(kind)
+    bare = replace(chunk, kind=kind, stepped=False, scalars={}, group={})
+    near = {name: real(tensor) for name, tensor in held.items()}
+    given = None if gradient is None else real(gradient)
+    return partial(apart._step, bare, real(weight), given, near, [group], scale, method)
