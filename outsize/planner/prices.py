@@ -139,18 +139,18 @@ def seconds_of_passing() -> float:
 def _measure(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | None:
     """Seconds of an operation that has been done before; None for one that real numbers of no meaning cannot pass."""
     with _disable_current_modes():
-        seconds = []
+        seconds = None
         try:
-            for _ in range(2):
+            for again in (False, True):
                 real_args, real_kwargs = tree_map_only(torch.Tensor, _numbers, (args, kwargs))
-                if operations_of(function) is not None:
+                if again and operations_of(function) is not None:
                     torch.ones(COLD, dtype=torch.uint8)  # a weight comes from memory, not from a cache
                 started = perf_counter()
                 function(*real_args, **real_kwargs)
-                seconds.append(perf_counter() - started)
+                seconds = perf_counter() - started
         except (RuntimeError, IndexError, TypeError, ValueError):
             return None
-    return min(seconds)
+    return seconds
 
 
 def _numbers(tensor: torch.Tensor) -> torch.Tensor:
