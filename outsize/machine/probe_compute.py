@@ -16,8 +16,6 @@ TOUCHED = (1 << 20, 8 << 20, 64 << 20, 512 << 20)  # bytes of one elementwise op
 COPIED = 256 << 20  # bytes
 CHUNK = 1 << 20  # elements; the streamed update steps the optimizer in pieces of this size
 COLD = 256 << 20  # bytes that are gone through before one is used again, so that no cache still holds it
-WIDTHS = {"cpu": 2048, "cuda": 8192}  # of the products' weights
-ESTIMATED = 1024  # the same, where little memory may be used
 OPERATIONS = 1000
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -58,7 +56,7 @@ def time_processor(watch: Stopwatch, tier: str, room: int, report: Callable[[str
     with torch.no_grad():
         for dtype in _dtypes(watch.device):
             report(f"{tier}: products in {dtype}")
-            seen += _products(watch, tier, dtype, WIDTHS[watch.device] if room >= COLD else ESTIMATED, room)
+            seen += _products(watch, tier, dtype, 2048 if watch.device == "cpu" else 8192, room)
         report(f"{tier}: memory, optimizer, small operations")
         seen += [_elementwise(watch, tier, size) for size in TOUCHED if size <= max(room, TOUCHED[0])]
         seen += [_copy(watch, tier, min(COPIED, room)), _read(watch, tier, min(COPIED, room))]

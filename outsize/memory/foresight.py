@@ -9,12 +9,12 @@ time, whatever the disk does; only *when* a decision can be carried out depends 
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
+import sys
+from bisect import bisect_left, bisect_right, insort
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from enum import Enum
-from operator import sub
 
 
 class Touch(Enum):
@@ -29,95 +29,77 @@ class Touch(Enum):
 Event = tuple[Touch, str]
 
 
-@dataclass(eq=False)
+@dataclass(order=True)
 class Resident:
     """A block's place in the near arena, in the virtual run."""
 
     offset: int
-    nbytes: int
-    name: str
-    pins: int = 0
+    nbytes: int = field(compare=False)
+    name: str = field(compare=False)
+    pins: int = field(compare=False, default=0)
+    last_use: int = field(compare=False, default=0)
 
     @property
     def end(self) -> int:
         return self.offset + self.nbytes
 
 
-Policy = Callable[[Iterable[Resident], Callable[[str], int]], Iterable[Resident]]
-"""(residents, the one not used for longest first; what tells how far a block's next use is) -> in what order they go."""
+Policy = Callable[[Resident, Callable[[str], int]], float]
+"""How much a resident is worth keeping: (resident, what tells how far a block's next use is) -> value; the lowest goes."""
 
 
-def evict_oldest(residents: Iterable[Resident], next_use: Callable[[str], int]) -> Iterable[Resident]:
+def evict_oldest(resident: Resident, next_use: Callable[[str], int]) -> float:
     """Least recently used. In a trace that runs forward and then backward it keeps just what the turn needs, and the
     space it frees was used longest ago, so that reading ahead never waits for a write that has just begun."""
-    return residents
+    return resident.last_use
 
 
-def evict_farthest(residents: Iterable[Resident], next_use: Callable[[str], int]) -> Iterable[Resident]:
+def evict_farthest(resident: Resident, next_use: Callable[[str], int]) -> float:
     """Needed last (Belady 1966): the fewest bytes read, but what is freed was often touched a moment ago and may still
     be on its way out, so little can be read ahead of need."""
-    return sorted(residents, key=lambda resident: -next_use(resident.name))
+    return -next_use(resident.name)
+
+
+DEAREST = sys.float_info.max  # what a resident may be worth; a pinned one is worth more
 
 
 class Layout:
-    """The near arena as the virtual run sees it: residents by offset, no two overlapping, and by their last use."""
+    """The near arena as the virtual run sees it: residents by offset, no two overlapping."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.by_offset: list[Resident] = []
-        self.by_use: dict[str, Resident] = {}
-        self._offsets, self._ends = [capacity], [0]  # of `by_offset`, and of the arena's own borders
+        self.by_name: dict[str, Resident] = {}
 
     def add(self, resident: Resident) -> None:
-        index = bisect_left(self._offsets, resident.offset)
-        self.by_offset.insert(index, resident)
-        self._offsets.insert(index, resident.offset)
-        self._ends.insert(index + 1, resident.end)
-        self.by_use[resident.name] = resident
+        insort(self.by_offset, resident)
+        self.by_name[resident.name] = resident
 
     def remove(self, name: str) -> None:
-        index = bisect_left(self._offsets, self.by_use.pop(name).offset)
-        del self.by_offset[index], self._offsets[index], self._ends[index + 1]
+        del self.by_offset[bisect_left(self.by_offset, self.by_name.pop(name))]
 
-    def use(self, resident: Resident) -> None:
-        self.by_use[resident.name] = self.by_use.pop(resident.name)
+    def place(self, nbytes: int, worth: Callable[[Resident], float]) -> tuple[int, list[str]] | None:
+        """The window of `nbytes` whose most valuable victim is worth least: (offset, victims), or None if pins leave none.
 
-    def place(self, nbytes: int, order: Iterable[Resident]) -> tuple[int, list[str]] | None:
-        """Where `nbytes` go and whom they replace: (offset, victims), or None if pins leave no room. The tightest gap;
-        else, as residents are given up in `order`, the tightest window that is free first."""
-        gaps = list(map(sub, self._offsets, self._ends))
-        if max(gaps) >= nbytes:
-            tightest = gaps.index(min(gap for gap in gaps if gap >= nbytes))
-            return self._ends[tightest], []
-        given_up: set[str] = set()
-        for resident in order:
-            if not resident.pins:
-                given_up.add(resident.name)
-                found = self._window(nbytes, resident, given_up)
-                if found is not None:
-                    return found
-        return None
-
-    def _window(self, nbytes: int, resident: Resident, given_up: set[str]) -> tuple[int, list[str]] | None:
-        """The tightest window among those that are free now that `resident` is given up."""
-        here = first = bisect_left(self._offsets, resident.offset)
-        while first and self.by_offset[first - 1].name in given_up:
-            first -= 1
-        last = here + 1
-        while last < len(self.by_offset) and self.by_offset[last].name in given_up:
-            last += 1
-        best: tuple[int, int, int, int] | None = None
-        for index in range(first, here + 1):
-            start, end = self._ends[index], self._ends[index] + nbytes
-            if end > self._offsets[last]:
+        Among equals the window that wastes least is chosen, then the lowest."""
+        edges = [0, *(resident.end for resident in self.by_offset)]
+        worths = [float("inf") if resident.pins else worth(resident) for resident in self.by_offset]
+        offsets = [*(resident.offset for resident in self.by_offset), self.capacity]
+        best, found, limit = (float("inf"), 0, 0), None, DEAREST
+        for first, start in enumerate(edges):
+            last, price, end = first, float("-inf"), start + nbytes
+            if end > self.capacity:
                 break
-            after = max(bisect_left(self._offsets, end), here + 1)
-            found = (self._offsets[after] - end, start, index, after)
-            best = found if best is None else min(best, found)
-        if best is None:
+            while offsets[last] < end and price <= limit:
+                price = max(price, worths[last])
+                last += 1
+            key = (price, offsets[last] - end, start)
+            if price <= limit and key < best:
+                best, found, limit = key, (start, first, last), price
+        if found is None:
             return None
-        _, start, index, after = best
-        return start, [victim.name for victim in self.by_offset[index:after]]
+        start, first, last = found
+        return start, [resident.name for resident in self.by_offset[first:last]]
 
 
 @dataclass(frozen=True)
@@ -155,6 +137,7 @@ class Foresight:
         self._again = False  # the same phase follows this one, so the virtual run may go round
         self._real = 0
         self._virtual = 0
+        self._clock = 0
 
     # -- the real run tells what it does ------------------------------------------------------------------------
 
@@ -230,6 +213,7 @@ class Foresight:
             if self.stuck:
                 return None
             self._virtual += 1
+            self._clock += 1
             if placement is not None:
                 return placement
 
@@ -241,31 +225,31 @@ class Foresight:
         return None
 
     def _foresee(self, touch: Touch, name: str) -> Placement | None:
-        resident = self.layout.by_use.get(name)
+        resident = self.layout.by_name.get(name)
         if touch in (Touch.GIVE, Touch.DROP):
             assert resident is not None, f"{name} is given back but was never taken"
             resident.pins -= 1
-            self.layout.use(resident)
+            resident.last_use = self._clock
             if touch is Touch.DROP and resident.pins == 0:
                 self.layout.remove(name)
             return None
         if resident is not None:
             resident.pins += 1
-            self.layout.use(resident)
+            resident.last_use = self._clock
             self.ahead[name] += 1
             return None
         return self._place(name, fresh=touch is Touch.FRESH)
 
     def _place(self, name: str, fresh: bool) -> Placement | None:
         nbytes = self._size_of(name)
-        found = self.layout.place(nbytes, self._policy(self.layout.by_use.values(), self._next_use))
+        found = self.layout.place(nbytes, lambda resident: self._policy(resident, self._next_use))
         if found is None:
             self.stuck = True
             return None
         offset, victims = found
         for victim in victims:
             self.layout.remove(victim)
-        self.layout.add(Resident(offset, nbytes, name, pins=1))
+        self.layout.add(Resident(offset, nbytes, name, pins=1, last_use=self._clock))
         self.ahead[name] += 1
         return Placement(name, offset, nbytes, fresh)
 
