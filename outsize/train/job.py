@@ -131,6 +131,7 @@ class Job:
     def _update_unentered(self) -> None:
         """Tables and resident weights are read without a unit being entered: their held gradients come first."""
         entered = {weight.name for unit in self.attachment.units for weight in unit.weights}
+        entered -= {table.weight.name for table in self.tables}  # whose rows are gathered before their unit is entered
         for name, weight in self.weights.items():
             if name not in entered:
                 self.gradients.apply_weight(weight)
