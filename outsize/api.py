@@ -27,6 +27,7 @@ from outsize.train.checkpoint import open_checkpoint
 from outsize.train.data import PackedDataset, prepare
 from outsize.train.export import Exported, export_checkpoint
 from outsize.train.import_state import bring_optimizer, check_optimizer
+from outsize.train.interrupt import finishing_the_step
 from outsize.train.job import Job, bind
 from outsize.train.optimizer_file import read_optimizer
 from outsize.train.optimizers import OptimizerRule, uniform_rule
@@ -97,7 +98,8 @@ def attach(
 
 
 def train(settings: TrainSettings) -> dict[str, Any]:
-    """Fine-tune as `outsize train` does. Returns the report. Raises OutsizeError subclasses; nothing half-written stays."""
+    """Fine-tune as `outsize train` does. Returns the report. Raises OutsizeError subclasses; nothing half-written
+    stays. On Ctrl-C it commits the step under way and raises KeyboardInterrupt; the second time it stops at once."""
     rule = optimizer_rule(settings)
     find_precision(settings.precision)
     source = open_model(settings.model)
@@ -111,12 +113,15 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         dismiss(state.directory)  # somebody is there, and wants the memory back
         raise
     state.close()  # after a failure it stays locked: transfers may be under way until the process ends
+    if report is None:
+        raise KeyboardInterrupt
     return report
 
 
 def _train(
     settings: TrainSettings, rule: OptimizerRule, source: ModelSource, state: StateFolder, continuing: bool
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
+    """None: it was interrupted, and the last step it did is committed."""
     memory = settings.memory or _free_memory()
     torch.manual_seed(settings.seed)
     progress = Progress(memory, settings.json)
@@ -126,8 +131,11 @@ def _train(
     data = _prepared(settings.data, tokenizer, settings, "train", progress, continuing)
     evaluation = None
     if settings.eval_data is not None:
-        evaluation = _prepared(settings.eval_data, tokenizer, settings, "eval", progress, continuing)
-    begin = None if continuing or settings.optimizer_state is None else read_optimizer(settings.optimizer_state)
+        same = continuing and read_settings(settings.out).plain()["eval_data"] == settings.plain()["eval_data"]
+        evaluation = _prepared(settings.eval_data, tokenizer, settings, "eval", progress, same)
+    begin = None
+    if settings.optimizer_state is not None and state.read() is None:
+        begin = read_optimizer(settings.optimizer_state)
     model = source.build(find_precision(settings.precision).compute).train()
     for parameter in model.parameters():
         parameter.requires_grad_(True)
@@ -144,7 +152,7 @@ def _train(
     store = open_store(plan, state)
     progress.message("bringing the weights into the store")
     job = bind(model, units, plan, rule, store, source.read, CPU)
-    if begin is not None and state.read() is None:
+    if begin is not None:
         bring_optimizer(job.updater, job.weights, begin)
     give_back()
     if plan.blocked_loss and not continuing:
@@ -154,13 +162,18 @@ def _train(
     retention = Retention(settings.keep_last, settings.keep_every)
     keep_companions(source, model, settings.out / COMPANIONS)
     run = Run(job, state, settings.out / "metrics.jsonl", progress, tokenizer, retention, about)
-    first = run.recover()
     record(settings)
+    first = run.recover()
     for _ in range(first):
         scheduler.step()
     progress.start(settings.steps, first)
     try:
-        run.train(data, _schedule(settings), scheduler, evaluation)
+        with finishing_the_step() as stopping:
+            run.train(data, _schedule(settings), scheduler, evaluation, stopping)
+        if stopping():
+            job.close()
+            progress.message(f"step {job.step_number} of {settings.steps} is committed")
+            return None
         progress.message("writing the model")
         export(job, settings.out / "model")
         source.save_companions(settings.out / "model", find_precision(settings.precision).compute)
@@ -198,15 +211,15 @@ def plan(
     """What `task` with `model` would do within `memory`, without doing it. The plan prints itself as a table.
 
     `request` takes the fields of `outsize.plan.Request` (sequence_length, batch_size, accumulate, precision, moments,
-    clip, loss, activations, commit_every). `machine` is the name or file of one described, None this one, whose disk is
-    that of `directory`. `model` may be a folder that holds nothing but config.json. Raises OptionError, ModelError, or
-    BudgetError with the smallest memory that works."""
+    clip, loss, activations, commit_every, keeper). `machine` is the name or file of one described, None this one, whose
+    disk is that of `directory`. `model` may be a folder that holds nothing but config.json. Raises OptionError,
+    ModelError, or BudgetError with the smallest memory that works."""
     if task != "train":
         raise OptionError(f"task {task!r} cannot be planned; there is train.")
-    known = {field.name for field in fields(Request)} - {"memory_bytes", "hold", "keeper"}
+    known = {field.name for field in fields(Request)} - {"memory_bytes", "hold"}
     if unknown := sorted(request.keys() - known):
         raise OptionError(f"plan has no option {unknown[0]!r}; it has {', '.join(sorted(known))}.")
-    asked, place = Request(parse_size(memory), **request, keeper=True), _machine(machine, Path(directory))
+    asked, place = Request(parse_size(memory), **request), _machine(machine, Path(directory))
     source = open_model(model)
     tokenizer = source.tokenizer()  # a run will hold it
     make = source.build if source.files.has_weights else source.outline
@@ -254,7 +267,7 @@ def _request(settings: TrainSettings, memory: int) -> Request:
         loss=settings.loss,
         activations=settings.activations,
         commit_every=settings.commit_every,
-        keeper=True,
+        keeper=settings.keeper,
     )
 
 
@@ -340,4 +353,5 @@ def export_run(
             masters=masters or optimizer,
             groups=groups,
             compress=compress,
+            notes=folder.exports,
         )

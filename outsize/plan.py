@@ -231,7 +231,7 @@ class ServeRequest:
 class Request:
     """What a user asks of a training job; "auto" leaves a choice to the planner. Bytes; sizes per micro-batch.
 
-    `keeper`: if there is room, memory that outlives the process holds the last step."""
+    `keeper`: memory that outlives the process is to hold the last step."""
 
     memory_bytes: int
     sequence_length: int = 512

@@ -68,6 +68,13 @@ def train(
     commit_every: Annotated[
         int | None, typer.Option(min=1, help="Steps between commits. State on disk is committed every step for free.")
     ] = None,
+    keeper: Annotated[
+        bool,
+        typer.Option(
+            help="Let a small process hold the last step in memory, where all state stays there and has room twice: a "
+            "crash then loses none. It costs some percent of each step."
+        ),
+    ] = False,
     keep_last: Annotated[int, typer.Option(min=0, help="Keep the newest commits, to roll back to.")] = 0,
     keep_every: Annotated[
         int, typer.Option(min=0, help="Keep every k-th step. Each kept step costs as much disk as training rewrites.")
@@ -116,6 +123,7 @@ def train(
         "loss": loss,
         "activations": activations,
         "commit_every": commit_every,
+        "keeper": keeper,
         "keep_last": keep_last,
         "keep_every": keep_every,
         "eval_data": eval_data,

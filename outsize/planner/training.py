@@ -17,6 +17,7 @@ from outsize.model.units import Unit
 from outsize.model.vocabulary import Table
 from outsize.plan import KEEP, MOVE, RECOMPUTE, Activations, Plan, Request
 from outsize.planner.clock import ways_of
+from outsize.planner.keeper import no_room
 from outsize.planner.needs import Needs, find_needs
 from outsize.planner.prices import MeasuredPrices, Prices, RatedPrices
 from outsize.planner.rehearsal import Batch, rehearse
@@ -67,15 +68,18 @@ def plan_training(task: Task, place: Place) -> Plan:
 
     Raises BudgetError, with the smallest budget that works, when the job does not fit memory or disk."""
     found: list[tuple[Choice, Search]] = []
-    needed: list[Needs] = []
+    tried: list[Search] = []
     for search in searches(task, place):
-        needed.append(search.needs)
-        if search.needs.least <= task.request.memory_bytes:
+        tried.append(search)
+        if search.least <= task.request.memory_bytes:
             found.append((search.best(), search))
             if found[-1][0].forecast.hides_all:
                 break  # what comes computes more
     if not found:
-        raise BudgetError(_too_small(task.request, min(needed, key=lambda needs: needs.least)))
+        least = min(tried, key=lambda search: search.least)
+        if least.twins:
+            raise no_room(task.request, least.twins, least.least)
+        raise BudgetError(_too_small(task.request, least.needs))
     choice, search = min(found, key=lambda pair: pair[0].forecast.seconds)
     plan = search.finished(choice)
     check_disk(plan, place)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -64,6 +66,7 @@ class Run:
         self.metrics: Metrics | None = None
         self.moved: Counter[tuple[str, str, str]] = Counter()
         self.commit_seconds = 0.0  # that steps have waited for
+        self.stopping: Callable[[], bool] = lambda: False
         self._committed: Ticket | None = None
         self._last_commit = -1
         self._warm = False
@@ -147,18 +150,30 @@ class Run:
     def _complete(self, step: int) -> None:
         """Everything is that of `step`: publish it, and commit it if that is due."""
         self._publish(step)
+        self._commit_if_due(step)
+
+    def _commit_if_due(self, step: int) -> None:
         if step % self.job.plan.commit_every == 0 or self.retention.is_kept(step) or self.state.keep_asked():
             self.commit(step)
 
-    def train(self, data: PackedDataset, schedule: Schedule, scheduler: Any, evaluation: PackedDataset | None) -> None:
-        """Steps from where the state stands to `schedule.steps`."""
+    def train(
+        self,
+        data: PackedDataset,
+        schedule: Schedule,
+        scheduler: Any,
+        evaluation: PackedDataset | None,
+        stopping: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Steps from where the state stands to `schedule.steps`, or until `stopping`; the last one done is committed."""
+        self.stopping = stopping
         first = self.job.step_number
         metrics = self.metrics = Metrics(self.metrics_path, first)
         source = batches(data, schedule.batch_size, schedule.seed, first, schedule.accumulate)
         before = Counter(self.job.store.ledger.moved)
+        self._commit_if_due(first)  # a keeper may have held it when the process was killed before its commit
         if first and not metrics.has_evaluation(first - 1):  # killed between that step's commit and its evaluation
             self._evaluate_if_due(metrics, first - 1, schedule, evaluation)
-        for step in range(first, schedule.steps):
+        for step in takewhile(lambda step: not stopping(), range(first, schedule.steps)):
             last = step + 1 == schedule.steps
             line = self._step(step, next(source), scheduler, again=not last)
             metrics.append(line)
@@ -166,7 +181,8 @@ class Run:
                 self._complete(step + 1)
             self.progress.step(line)
             self._evaluate_if_due(metrics, step, schedule, evaluation)
-            if schedule.sample_prompt and schedule.sample_every and ((step + 1) % schedule.sample_every == 0 or last):
+            due = schedule.sample_every and ((step + 1) % schedule.sample_every == 0 or last)
+            if schedule.sample_prompt and due and not stopping():
                 self.progress.message(f"sample: {self._sample(schedule)}")
         self.finish()
         self.moved = self.job.store.ledger.moved - before
@@ -221,7 +237,11 @@ class Run:
         every = schedule.eval_every
         if evaluation is None or not every or ((step + 1) % every and step + 1 != schedule.steps):
             return
-        loss = self.job.evaluate(in_order(evaluation, schedule.batch_size))
+        loss = self.job.evaluate(
+            takewhile(lambda batch: not self.stopping(), in_order(evaluation, schedule.batch_size))
+        )
+        if self.stopping():  # the run evaluates when it continues
+            return
         metrics.append_evaluation(step, loss)
         self.progress.evaluation(step, loss)
 

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from outsize.errors import RunError, StorageError
+from outsize.model.new_folder import made_for
 from outsize.train.state import replace_file
 
 VERSION = 1  # of run.json
 FREE = {
-    "memory", "out", "activations", "commit_every", "keep_last", "keep_every", "eval_data", "eval_every", "sample_prompt",
-    "sample_every", "plan", "json",
+    "memory", "out", "activations", "commit_every", "keeper", "keep_last", "keep_every", "eval_data", "eval_every",
+    "sample_prompt", "sample_every", "plan", "json",
 }  # fmt: skip
 """What may differ when a run is continued; all else must stay as it was."""
 PATHS = ("data", "eval_data", "optimizer_state", "out", "plan")
@@ -44,6 +45,7 @@ class TrainSettings:
     loss: str = "auto"
     activations: str = "auto"
     commit_every: int | None = None
+    keeper: bool = False
     keep_last: int = 0
     keep_every: int = 0
     eval_data: Path | None = None
@@ -86,18 +88,20 @@ def continues(settings: TrainSettings) -> bool:
         return True
     try:
         settings.out.mkdir(parents=True, exist_ok=True)
-        strange = {path.name.removesuffix(".partial") for path in settings.out.iterdir()} - BEGUN
+        strange = {made_for(path.name) for path in settings.out.iterdir()} - BEGUN
     except OSError as problem:
         raise StorageError(f"{settings.out} cannot be used: {problem.strerror}. Choose another --out.") from problem
     if strange:
         raise RunError(
             f"{settings.out} holds {sorted(strange)[0]} and no run of Outsize. Choose another --out, or empty it."
         )
+    if (settings.out / "state" / "manifest").exists():
+        raise RunError(f"{settings.out} holds a run's state without its run.json. Restore it, or choose another --out.")
     return False
 
 
 def record(settings: TrainSettings) -> None:
-    """Say whose folder this is, once there is something in it to continue."""
+    """Say whose folder this is, before the first commit: what is committed is never taken for another run's."""
     said = {"version": VERSION, "settings": settings.plain()}
     replace_file(settings.out / "run.json", json.dumps(said, indent=2).encode())
 

@@ -20,20 +20,21 @@ from outsize.memory.shared import Shared
 from outsize.memory.store import Store
 from outsize.memory.tier import Tier
 from outsize.memory.transfer import Transfers
-from outsize.model.new_folder import sync
+from outsize.model.new_folder import PARTIAL, make_durable, remove_abandoned, remove_noted, sync
 from outsize.plan import Plan
 from outsize.train.manifest import Layout, Manifest
 from outsize.train.published import Published, find_published
 
 
 class StateFolder:
-    """`directory` with the files blocks, layout, manifest, lock and the folders kept and packed.
+    """`directory` with the files blocks, layout, manifest, lock and the folders kept, packed and exports.
 
     `lock()` makes this process the only one that writes; reading needs no lock."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.blocks, self.kept, self.packed = directory / "blocks", directory / "kept", directory / "packed"
+        self.exports = directory / "exports"
         self.published: Published | None = None
         """What `open_store` has found in a keeper's memory, at least as new as the committed step."""
         self._layout: Layout | None = None
@@ -46,7 +47,7 @@ class StateFolder:
 
         Raises RunError when another process has it, StorageError when the folder cannot be written."""
         try:
-            _make_durable_folder(self.kept)
+            make_durable(self.kept)
             self._lock = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as problem:
             raise StorageError(
@@ -59,7 +60,15 @@ class StateFolder:
             raise RunError(
                 f"{self.directory} is in use by another process. Wait for it, or choose another --out."
             ) from problem
+        self.tidy()
+        for partial in self.kept.glob(f"*{PARTIAL}"):
+            partial.unlink(missing_ok=True)  # a step that was to be kept when the run was killed
         return self
+
+    def tidy(self) -> None:
+        """Remove what killed processes were writing: exports, wherever they are, and packed steps."""
+        remove_noted(self.exports)
+        remove_abandoned(self.packed)
 
     def __enter__(self) -> StateFolder:
         return self
@@ -189,7 +198,6 @@ class StateFolder:
         replace_file(self.directory / "manifest", manifest)
 
 
-PARTIAL = ".partial"
 ASKED = "keep-next"
 
 
@@ -233,14 +241,6 @@ def _write_durably(path: Path, content: bytes) -> None:
         os.fsync(file)
     finally:
         os.close(file)
-
-
-def _make_durable_folder(folder: Path) -> None:
-    """Make a folder and those above it; a commit in a folder whose own name is lost would be lost too."""
-    if not folder.exists():
-        _make_durable_folder(folder.parent)
-        folder.mkdir(exist_ok=True)
-        sync(folder.parent)
 
 
 def _describe(block: Any) -> str:
