@@ -67,6 +67,8 @@ def _compare_with_request(plan: Plan, request: Request) -> None:
     for name, said in (
         ("precision", request.precision),
         ("moments", request.moments),
+        ("workers", request.workers),
+        ("zero", request.zero),
         ("accumulate", request.accumulate),
         ("clip", request.clip),
         ("hold", hold),

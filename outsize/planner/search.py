@@ -47,6 +47,7 @@ class JobSizes:
     blocked: bool
     always: set[str]
     hold: bool
+    split: frozenset[str] = frozenset()
 
     @cached_property
     def everything(self) -> int:
@@ -71,6 +72,9 @@ class JobSizes:
             hold=self.hold,
             clip=request.clip,
             moments=request.moments,
+            workers=request.workers,
+            zero=request.zero,
+            split_weights=self.split,
             memory_bytes=request.memory_bytes,
         )
 
@@ -135,8 +139,8 @@ class Search:
 
     @property
     def moves(self) -> bool:
-        """Activations pass through the arena."""
-        return any(choice.home != NEAR for _, choice in self.bare.activations)
+        """Activations pass through the arena, or weights that workers gather."""
+        return bool(self.job.split) or any(choice.home != NEAR for _, choice in self.bare.activations)
 
     def candidates(self) -> Iterator[Placement]:
         """Placements that fit, no two alike."""

@@ -22,12 +22,11 @@ from outsize.planner.needs import Needs, find_needs
 from outsize.planner.prices import MeasuredPrices, Prices, RatedPrices
 from outsize.planner.rehearsal import Batch, rehearse
 from outsize.planner.search import Choice, JobSizes, Search
-from outsize.planner.sizes_of import sizes_of
+from outsize.planner.sizes_of import SMALL, sizes_of, split_weights
 from outsize.sizes import format_size
 from outsize.train.job import always_near, users_of
 from outsize.train.optimizers import OptimizerRule
 
-SMALL = 1 << 16  # elements; so small a weight stays near with its state: reading it costs more than holding it
 TABLE_BLOCK = 4 << 20  # elements of a vocabulary's table in one block, at most
 TABLE_ROWS = 2048  # and rows: the logits of 512 tokens against them are 4 MiB
 
@@ -131,9 +130,10 @@ def describe_job(task: Task) -> JobSizes:
 
 
 def sizes_of_job(task: Task, rows: dict[str, int], blocked: bool, hold: bool) -> JobSizes:
-    sizes = sizes_of(task.model, task.rule, task.request.precision, task.request.moments, rows)
+    split = split_weights(task.model, task.units, task.rule, task.request, rows)
+    sizes = sizes_of(task.model, task.rule, task.request, rows, split)
     small = {name for name, size in sizes.items() if size.weight.numel <= SMALL and name not in rows}
-    return JobSizes(sizes, rows, blocked, small | always_near(task.units), hold)
+    return JobSizes(sizes, rows, blocked, small | always_near(task.units), hold, split)
 
 
 def sample_batches(model: nn.Module, request: Request) -> list[Batch]:

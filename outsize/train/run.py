@@ -21,7 +21,7 @@ from outsize.memory.homes import Committed
 from outsize.memory.ledger import Ledger
 from outsize.memory.transfer import Ticket
 from outsize.model.companions import persistent_buffers
-from outsize.model.export import write_safetensors
+from outsize.model.export import read_along, write_safetensors
 from outsize.train.data import PackedDataset, batches, in_order
 from outsize.train.job import Job
 from outsize.train.progress import Progress
@@ -74,15 +74,16 @@ class Run:
         job.on_complete = self._completed
 
     def recover(self) -> int:
-        """Continue at the last committed step, or at a later one that a keeper holds. Returns the number of steps done.
+        """Continue at the last committed step, or at a later one that a keeper holds; where none is, what the job holds is
+        the first to be committed. Returns the number of steps done.
 
         Raises RunError when the state is not that of this run."""
         manifest = self.state.read()
         if manifest is None:
             self.state.write_layout(self.job.store)
-            self.commit(0, wait=True)
-            self._publish(0)
-            return 0
+            self.commit(self.job.step_number, wait=True)
+            self._publish(self.job.step_number)
+            return self.job.step_number
         self.state.check_layout(self.job.store)
         found = self.state.published
         step, facts = (manifest.step, manifest.facts) if found is None else (found.step, found.facts)
@@ -114,6 +115,7 @@ class Run:
         return {
             "about": self.about,
             "optimizer": self.job.updater.facts(),
+            "shapes": {weight.name: weight.shape for weight in self.job.weights.values() if weight.blocks[0].split},
             "random": base64.b64encode(bytes(self.job.random_state.tolist())).decode(),
         }
 
@@ -135,6 +137,7 @@ class Run:
             if self.metrics is not None:
                 self.metrics.sync()  # a committed step's line must not be lost: nobody writes it again
             self.state.write_manifest(step, places, facts, keep, drop)
+            self.job.group.all_have()  # until then nobody may write over the step before
             if asked:
                 self.state.keep_answered()
 
@@ -168,7 +171,8 @@ class Run:
         self.stopping = stopping
         first = self.job.step_number
         metrics = self.metrics = Metrics(self.metrics_path, first)
-        source = batches(data, schedule.batch_size, schedule.seed, first, schedule.accumulate)
+        group = self.job.group
+        source = batches(data, schedule.batch_size, schedule.seed, first, schedule.accumulate, group.rank, group.size)
         before = Counter(self.job.store.ledger.moved)
         self._commit_if_due(first)  # a keeper may have held it when the process was killed before its commit
         if first and not metrics.has_evaluation(first - 1):  # killed between that step's commit and its evaluation
@@ -255,7 +259,8 @@ class Run:
 
 
 def export(job: Job, directory: Path) -> None:
-    """Write the job's weights, in the dtype they compute in, and its persistent buffers, as safetensors."""
+    """Write the job's weights, in the dtype they compute in, and its persistent buffers, as safetensors. Of several workers
+    the first one writes, and all read along, as what is split comes from everyone."""
     buffers = persistent_buffers(job.model)
     specs = {name: (weight.shape, weight.dtype) for name, weight in job.weights.items()}
     specs |= {name: (tuple(buffer.shape), buffer.dtype) for name, buffer in buffers.items()}
@@ -264,7 +269,11 @@ def export(job: Job, directory: Path) -> None:
         return buffers[name][start:stop] if name in buffers else job.read(name, start, stop)
 
     with job.evaluation_mode():
-        write_safetensors(directory, specs, read)
+        if job.group.rank == 0:
+            write_safetensors(directory, specs, read)
+        else:
+            read_along(specs, read)
+        job.group.each(0)
 
 
 def _counts(job: Job) -> dict[str, float]:

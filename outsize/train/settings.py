@@ -9,12 +9,13 @@ from typing import Any
 
 from outsize.errors import RunError, StorageError
 from outsize.model.new_folder import made_for
+from outsize.sizes import format_size
 from outsize.train.state import replace_file
 
 VERSION = 1  # of run.json
 FREE = {
     "memory", "out", "activations", "commit_every", "keeper", "keep_last", "keep_every", "eval_data", "eval_every",
-    "sample_prompt", "sample_every", "plan", "json",
+    "sample_prompt", "sample_every", "plan", "workers", "worker_timeout", "json",
 }  # fmt: skip
 """What may differ when a run is continued; all else must stay as it was."""
 PATHS = ("data", "eval_data", "optimizer_state", "out", "plan")
@@ -56,11 +57,20 @@ class TrainSettings:
     block_class: str | None = None
     plan: Path | None = None
     optimizer_state: Path | None = None
+    workers: int = 1
+    zero: int = 3
+    worker_timeout: float = 30.0
     json: bool = False
 
     def identity(self) -> dict[str, Any]:
         """What must stay the same when a run is continued."""
         return {key: value for key, value in self.plain().items() if key not in FREE}
+
+    def shared(self) -> dict[str, Any]:
+        """What all workers must have been told alike; files are told by what is in them."""
+        own = {*PATHS, "model", "memory", "json", "workers"}
+        memory = "none" if self.memory is None else format_size(self.memory)
+        return {"memory": memory, **{key: value for key, value in self.plain().items() if key not in own}}
 
     def plain(self) -> dict[str, Any]:
         """As JSON. Paths outside the run are absolute, so that it can be continued from any folder."""
