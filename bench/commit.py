@@ -1,7 +1,8 @@
 """What commits, snapshots and the keeper cost a step, and how soon a killed run goes on.
 
 python bench/commit.py streamed    1.3 B parameters within 1.6 GiB, a commit every second step; needs 40 GB of disk
-python bench/commit.py near        SmolLM2-135M within 6 GiB: steps with nothing, with a keeper, with a snapshot, in turns
+python bench/commit.py near        SmolLM2-135M within 6 GiB: steps with nothing and with a snapshot, in turns
+python bench/commit.py keeper      the same with a keeper in a third of the steps
 
 Each run is killed with SIGKILL and continued. The folder is removed at the end."""
 
@@ -27,7 +28,8 @@ from train import GIB, STREAMED
 SKIPPED = 3  # steps: the first have no state to read, or record the trace
 CASES = {
     "streamed": (LLAMA.name, 1.6, ("nothing", "commit")),
-    "near": (SMOLLM2.name, 6.0, ("nothing", "keeper", "commit")),
+    "near": (SMOLLM2.name, 6.0, ("nothing", "commit")),
+    "keeper": (SMOLLM2.name, 6.0, ("nothing", "keeper", "commit")),
 }
 
 
@@ -43,7 +45,7 @@ def main() -> None:
     prepare(str(place), shape)
     out = place / "commit"
     shutil.rmtree(out, ignore_errors=True)
-    options = {"place": str(place), "out": str(out), "memory": int(memory * GIB)}
+    options = {"place": str(place), "out": str(out), "memory": int(memory * GIB), "keeper": "keeper" in modes}
     try:
         print(json.dumps(_child("steps", **options, modes=modes, rounds=arguments.rounds), indent=1), flush=True)
         keeper = out / "state" / "keeper"
@@ -71,16 +73,14 @@ def _say(found: dict[str, Any]) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _train(place: str, out: str, memory: int) -> None:
+def _train(place: str, out: str, memory: int, keeper: bool) -> None:
     from outsize import api
 
-    settings = api.TrainSettings(
-        model=f"{place}/model", data=Path(place) / "text.txt", out=Path(out), memory=memory, steps=1000, json=True
-    )
-    api.train(settings)
+    files = {"model": f"{place}/model", "data": Path(place) / "text.txt", "out": Path(out)}
+    api.train(api.TrainSettings(**files, memory=memory, keeper=keeper, steps=1000, json=True))
 
 
-def steps(place: str, out: str, memory: int, modes: list[str], rounds: int) -> None:
+def steps(place: str, out: str, memory: int, keeper: bool, modes: list[str], rounds: int) -> None:
     """Seconds of the steps that begin after a commit, and of others, in turns; the keeper works in its own alone."""
     from outsize.machine.allocator import use_one_heap
 
@@ -114,14 +114,14 @@ def steps(place: str, out: str, memory: int, modes: list[str], rounds: int) -> N
     Run._step = measured
     Run._complete = lambda self, number: None
     Shared.save = lambda self, name: save(self, name) if switch["mode"] == "keeper" else None
-    _train(place, out, memory)
+    _train(place, out, memory, keeper)
 
 
 def _medians(lines: list[dict[str, float]]) -> dict[str, float]:
     return {name: round(statistics.median(line[name] for line in lines), 4) for name in lines[0]}
 
 
-def recovery(place: str, out: str, memory: int) -> None:
+def recovery(place: str, out: str, memory: int, keeper: bool) -> None:
     """Seconds from the start to the first resumed step, when all that it takes has been imported."""
     import transformers.models.llama.modeling_llama
 
@@ -138,7 +138,7 @@ def recovery(place: str, out: str, memory: int) -> None:
         _say({"step": number, "seconds": round(before, 2), "gb_read": round(moved / 1e9, 2)})
 
     Run._step = resumed  # pyright: ignore[reportAttributeAccessIssue]
-    _train(place, out, memory)
+    _train(place, out, memory, keeper)
 
 
 if __name__ == "__main__":

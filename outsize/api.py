@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict, fields
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from outsize.distributed.group import Group, find_group
 from outsize.errors import DamageError, OptionError
 from outsize.machine.allocator import give_back
 from outsize.machine.describe import describe, process_memory
@@ -16,7 +18,7 @@ from outsize.machine.find import find_machine, this_machine
 from outsize.machine.machine import Machine
 from outsize.memory.shared import dismiss
 from outsize.model.companions import COMPANIONS, keep_companions
-from outsize.model.fingerprint import fingerprint_model, fingerprint_tokenizer
+from outsize.model.fingerprint import fingerprint_model, fingerprint_tokenizer, fingerprint_weights
 from outsize.model.load import ModelSource, open_model
 from outsize.model.units import Unit, describe_units, find_units
 from outsize.plan import Plan, Request
@@ -27,17 +29,19 @@ from outsize.train.checkpoint import open_checkpoint
 from outsize.train.data import PackedDataset, prepare
 from outsize.train.export import Exported, export_checkpoint
 from outsize.train.import_state import bring_optimizer, check_optimizer
-from outsize.train.job import Job, bind
+from outsize.train.interrupt import finishing_the_step
+from outsize.train.job import Job, Read, bind
 from outsize.train.optimizer_file import read_optimizer
 from outsize.train.optimizers import OptimizerRule, uniform_rule
 from outsize.train.precision import find_precision
-from outsize.train.progress import Progress
+from outsize.train.progress import Progress, Silent
 from outsize.train.recipe import groups_at, optimizer_rule, rule_of, scheduler_for
 from outsize.train.report import each_line, held_by_tier, measured, moved_a_step, write_report
 from outsize.train.retention import Retention
 from outsize.train.run import Run, Schedule, export
 from outsize.train.settings import TrainSettings, continues, read_settings, record
 from outsize.train.state import StateFolder, open_store
+from outsize.train.together import bring_back, retire, settle
 
 CPU = torch.device("cpu")
 
@@ -97,54 +101,84 @@ def attach(
 
 
 def train(settings: TrainSettings) -> dict[str, Any]:
-    """Fine-tune as `outsize train` does. Returns the report. Raises OutsizeError subclasses; nothing half-written stays."""
+    """Fine-tune as `outsize train` does. Returns the report. Raises OutsizeError subclasses; nothing half-written
+    stays. On Ctrl-C it commits the step under way and raises KeyboardInterrupt; the second time it stops at once.
+
+    A process that torch's launcher has started is one of several workers; each calls it with the same settings, and the
+    first one gets the report."""
     rule = optimizer_rule(settings)
     find_precision(settings.precision)
     source = open_model(settings.model)
-    continuing = continues(settings)
-    state = StateFolder(settings.out / "state").lock()
+    group = find_group(settings.worker_timeout)
+    group.agree({"version": f"{version('outsize')} on torch {torch.__version__}", **settings.shared()})
+    continuing = bool(group.each(continues(settings))[0][0])
+    state = StateFolder(group.folder(settings.out / "state"), several=group.size > 1).lock()
     try:
-        report = _train(settings, rule, source, state, continuing)
+        report = _train(settings, rule, source, state, continuing, group)
     except DamageError as problem:
         raise DamageError(f"{problem} {state.remedy()}") from problem
     except KeyboardInterrupt:
         dismiss(state.directory)  # somebody is there, and wants the memory back
         raise
     state.close()  # after a failure it stays locked: transfers may be under way until the process ends
+    group.close()
+    if report is None:
+        raise KeyboardInterrupt
     return report
 
 
 def _train(
-    settings: TrainSettings, rule: OptimizerRule, source: ModelSource, state: StateFolder, continuing: bool
-) -> dict[str, Any]:
-    memory = settings.memory or _free_memory()
-    torch.manual_seed(settings.seed)
-    progress = Progress(memory, settings.json)
+    settings: TrainSettings,
+    rule: OptimizerRule,
+    source: ModelSource,
+    state: StateFolder,
+    continuing: bool,
+    group: Group,
+) -> dict[str, Any] | None:
+    """None: it was interrupted, and the last step it did is committed."""
+    first_worker = group.rank == 0  # who speaks, and writes what there is one of
+    moved = settle(group, settings.out / "state", state)
+    memory = settings.memory or int(min(group.each(_free_memory() // group.here))[0])
+    torch.manual_seed(settings.seed + group.rank)
+    progress = Progress(memory, settings.json) if first_worker else Silent()
     tokenizer = source.tokenizer()
     if tokenizer is None:
         raise OptionError(f"{settings.model} has no tokenizer beside its weights; add its tokenizer files.")
-    data = _prepared(settings.data, tokenizer, settings, "train", progress, continuing)
+    data = _prepared(settings.data, tokenizer, settings, "train", progress, continuing, group)
     evaluation = None
     if settings.eval_data is not None:
-        evaluation = _prepared(settings.eval_data, tokenizer, settings, "eval", progress, continuing)
-    begin = None if continuing or settings.optimizer_state is None else read_optimizer(settings.optimizer_state)
+        same = continuing and read_settings(settings.out).plain()["eval_data"] == settings.plain()["eval_data"]
+        evaluation = _prepared(settings.eval_data, tokenizer, settings, "eval", progress, same, group)
+    begin = None
+    if settings.optimizer_state is not None and moved is None and state.read() is None:
+        begin = read_optimizer(settings.optimizer_state)
     model = source.build(find_precision(settings.precision).compute).train()
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     if begin is not None:
         check_optimizer(begin, model, rule)
+    if group.size > 1:
+        names = [name for name, _ in model.named_parameters()]
+        group.agree({"model": fingerprint_weights(source.config, names, source.read), "data": data.digest()})
     units = find_units(model, settings.block_class)
-    batches = [data.batch(list(range(min(data.count, settings.batch_size))))] * settings.accumulate
-    request, stored = _request(settings, memory), _stored_dtype(source)
-    task = Task(model, units, rule, request, batches, stored, settings.block_class)
-    disk = describe(settings.out).disk_free_bytes + (state.blocks.stat().st_size if state.blocks.exists() else 0)
-    place = Place(this_machine(settings.out), process_memory().resident_bytes, disk)
-    plan = plan_training(task, place) if settings.plan is None else check_plan(read_plan(settings.plan), task, place)
-    _show(plan, settings)
-    store = open_store(plan, state)
+    request, stored = _request(settings, memory, group), _stored_dtype(source)
+    sample = data.batch(list(range(min(data.count, request.batch_size))))
+    task = Task(model, units, rule, request, [sample] * request.accumulate, stored, settings.block_class)
+    disk = describe(settings.out).disk_free_bytes // group.here
+    disk += state.blocks.stat().st_size if state.blocks.exists() else 0
+    baselines, disks = zip(*group.each(process_memory().resident_bytes, disk), strict=True)
+    place = Place(this_machine(settings.out), int(max(baselines)), int(min(disks)))
+    plan = group.first(lambda: _planned(settings, task, place))
+    if first_worker and not settings.json:
+        _show(plan)
+    store = open_store(plan, state, group=group)
     progress.message("bringing the weights into the store")
-    job = bind(model, units, plan, rule, store, source.read, CPU)
-    if begin is not None and state.read() is None:
+
+    def bound(read: Read) -> Job:
+        return bind(model, units, plan, rule, store, read, CPU, group=group)
+
+    job = bound(source.read) if moved is None else bring_back(settings.out / "state", moved, bound)
+    if begin is not None:
         bring_optimizer(job.updater, job.weights, begin)
     give_back()
     if plan.blocked_loss and not continuing:
@@ -152,21 +186,37 @@ def _train(
     scheduler = scheduler_for(settings, job.optimizer)
     about = {"model": fingerprint_model(source.config), "tokenizer": fingerprint_tokenizer(tokenizer)}
     retention = Retention(settings.keep_last, settings.keep_every)
-    keep_companions(source, model, settings.out / COMPANIONS)
-    run = Run(job, state, settings.out / "metrics.jsonl", progress, tokenizer, retention, about)
+    own_folder = settings.out if first_worker else state.directory
+    run = Run(job, state, own_folder / "metrics.jsonl", progress, tokenizer, retention, about)
+    if first_worker:
+        keep_companions(source, model, settings.out / COMPANIONS)
+        record(settings)
     first = run.recover()
-    record(settings)
+    group.each(0)
+    if moved is not None and group.leads:
+        retire(settings.out / "state", group.size)
     for _ in range(first):
         scheduler.step()
     progress.start(settings.steps, first)
     try:
-        run.train(data, _schedule(settings), scheduler, evaluation)
+        with finishing_the_step() as pressed:
+
+            def stopping() -> bool:  # after the same step on all workers
+                return any(other for (other,) in group.each(pressed()))
+
+            run.train(data, _schedule(settings), scheduler, evaluation, stopping)
+        if stopping():
+            job.close()
+            progress.message(f"step {job.step_number} of {settings.steps} is committed")
+            return None
         progress.message("writing the model")
         export(job, settings.out / "model")
-        source.save_companions(settings.out / "model", find_precision(settings.precision).compute)
+        if first_worker:
+            source.save_companions(settings.out / "model", find_precision(settings.precision).compute)
     finally:
         progress.stop()
-    return _report(settings, run, units, settings.steps - first)
+    report = _report(settings, own_folder, run, units, settings.steps - first)
+    return report if first_worker else {}
 
 
 def read_plan(path: Path) -> Plan:
@@ -198,15 +248,15 @@ def plan(
     """What `task` with `model` would do within `memory`, without doing it. The plan prints itself as a table.
 
     `request` takes the fields of `outsize.plan.Request` (sequence_length, batch_size, accumulate, precision, moments,
-    clip, loss, activations, commit_every). `machine` is the name or file of one described, None this one, whose disk is
-    that of `directory`. `model` may be a folder that holds nothing but config.json. Raises OptionError, ModelError, or
-    BudgetError with the smallest memory that works."""
+    clip, loss, activations, commit_every, keeper). `machine` is the name or file of one described, None this one, whose
+    disk is that of `directory`. `model` may be a folder that holds nothing but config.json. Raises OptionError,
+    ModelError, or BudgetError with the smallest memory that works."""
     if task != "train":
         raise OptionError(f"task {task!r} cannot be planned; there is train.")
-    known = {field.name for field in fields(Request)} - {"memory_bytes", "hold", "keeper"}
+    known = {field.name for field in fields(Request)} - {"memory_bytes", "hold"}
     if unknown := sorted(request.keys() - known):
         raise OptionError(f"plan has no option {unknown[0]!r}; it has {', '.join(sorted(known))}.")
-    asked, place = Request(parse_size(memory), **request, keeper=True), _machine(machine, Path(directory))
+    asked, place = Request(parse_size(memory), **request), _machine(machine, Path(directory))
     source = open_model(model)
     tokenizer = source.tokenizer()  # a run will hold it
     make = source.build if source.files.has_weights else source.outline
@@ -233,28 +283,52 @@ def _free_memory() -> int:
 
 
 def _prepared(
-    path: Path, tokenizer: Any, settings: TrainSettings, name: str, progress: Progress, continuing: bool
+    path: Path,
+    tokenizer: Any,
+    settings: TrainSettings,
+    name: str,
+    progress: Progress,
+    continuing: bool,
+    group: Group,
 ) -> PackedDataset:
     packed = settings.out / f"{name}.npy"
-    if continuing and packed.exists():
-        return PackedDataset.open(packed)
-    progress.message(f"reading {path}")
-    return prepare(path, tokenizer, settings.sequence_length, packed)
+
+    def make() -> None:
+        if not (continuing and packed.exists()):
+            progress.message(f"reading {path}")
+            prepare(path, tokenizer, settings.sequence_length, packed).close()
+
+    group.once(make, packed.exists)
+    return PackedDataset.open(packed)
 
 
-def _request(settings: TrainSettings, memory: int) -> Request:
+def _request(settings: TrainSettings, memory: int, group: Group) -> Request:
+    sequences = settings.batch_size * settings.accumulate
+    if sequences < group.size:
+        raise OptionError(
+            f"A step of {sequences} sequences leaves nothing to do for some of {group.size} workers. Give a larger "
+            "--batch-size or --accumulate, or fewer workers."
+        )
+    if settings.keeper and group.size > 1:
+        raise OptionError(
+            f"--keeper holds what one worker has, and there are {group.size}. Leave it out, or --workers."
+        )
+    share = -(-sequences // group.size)  # of the worker with the most
+    batch_size = min(settings.batch_size, share)
     return Request(
         memory,
         settings.sequence_length,
-        settings.batch_size,
-        settings.accumulate,
+        batch_size,
+        -(-share // batch_size),
         settings.precision,
         settings.moments,
         settings.clip,
         loss=settings.loss,
         activations=settings.activations,
         commit_every=settings.commit_every,
-        keeper=True,
+        keeper=settings.keeper,
+        workers=group.size,
+        zero=settings.zero,
     )
 
 
@@ -285,14 +359,17 @@ def _check_loss(job: Job, data: PackedDataset) -> None:
         )
 
 
-def _show(plan: Plan, settings: TrainSettings) -> None:
+def _planned(settings: TrainSettings, task: Task, place: Place) -> Plan:
+    return plan_training(task, place) if settings.plan is None else check_plan(read_plan(settings.plan), task, place)
+
+
+def _show(plan: Plan) -> None:
     from rich.console import Console
 
-    if not settings.json:
-        Console(stderr=True).print(str(plan), markup=False, highlight=False)
+    Console(stderr=True).print(str(plan), markup=False, highlight=False)
 
 
-def _report(settings: TrainSettings, run: Run, units: list[Unit], steps_done: int) -> dict[str, Any]:
+def _report(settings: TrainSettings, folder: Path, run: Run, units: list[Unit], steps_done: int) -> dict[str, Any]:
     from outsize.planner.pictures import draw_step, write_trace
     from outsize.train.pictures import draw
 
@@ -305,7 +382,7 @@ def _report(settings: TrainSettings, run: Run, units: list[Unit], steps_done: in
     }
     planned["mean_seconds_per_step"] = plan.predicted.seconds_per_step
     steps = {"predicted": plan.predicted.timeline, "measured": run.timeline()}
-    found = measured(each_line(settings.out / "metrics.jsonl")) | {"disk_bytes": job.store.tiers["disk"].used}
+    found = measured(each_line(folder / "metrics.jsonl")) | {"disk_bytes": job.store.tiers["disk"].used}
     job.close()
     facts = {
         "model": settings.model,
@@ -315,10 +392,11 @@ def _report(settings: TrainSettings, run: Run, units: list[Unit], steps_done: in
         "units": describe_units(units),
         **dict(reason.split(": ", 1) for reason in plan.reasons),
     }
-    write_report(settings.out, planned, found, facts, memory_bytes=plan.memory_bytes, held=held, moved=moved)
-    draw(settings.out)
-    draw_step(steps, plan, settings.out / "timeline.png")
-    write_trace(steps, settings.out / "trace.json")
+    write_report(folder, planned, found, facts, memory_bytes=plan.memory_bytes, held=held, moved=moved)
+    write_trace(steps, folder / "trace.json")
+    if folder == settings.out:
+        draw(folder)
+        draw_step(steps, plan, folder / "timeline.png")
     return {"planned": planned, "measured": found}
 
 
@@ -340,4 +418,5 @@ def export_run(
             masters=masters or optimizer,
             groups=groups,
             compress=compress,
+            notes=folder.exports,
         )

@@ -10,6 +10,7 @@ import typer
 
 from outsize.commands import checkpoint
 from outsize.commands.checkpoint_diff import diff
+from outsize.commands.checkpoint_drop import drop
 from outsize.commands.checkpoint_export import export
 from outsize.commands.checkpoint_import import import_checkpoint
 from outsize.commands.generate import generate
@@ -43,6 +44,7 @@ app.command()(probe)
 checkpoint.app.command()(export)
 checkpoint.app.command("import")(import_checkpoint)
 checkpoint.app.command()(diff)
+checkpoint.app.command()(drop)
 app.add_typer(checkpoint.app)
 
 

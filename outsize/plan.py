@@ -100,7 +100,9 @@ class Plan:
     forward. `recycle_bytes`: the C library keeps freed memory of tensors up to this size, until the
     process holds more than `predicted`. `blocked_loss`: the head and its loss are computed over
     blocks of the vocabulary. `shared_bytes`: all blocks together, when they stay near in memory that outlives the
-    process, each with a twin; 0: they do not. `serving`: what a plan for serving says beside."""
+    process, each with a twin; 0: they do not. Of several `workers` each has its share of every optimizer state; from the
+    level `zero` 2 on also of gradients that wait, and of `split_weights`. `serving`: what a plan for serving says
+    beside."""
 
     precision: str
     arena_bytes: int
@@ -118,6 +120,9 @@ class Plan:
     commit_every: int = 1
     recycle_bytes: int = 8 << 20
     shared_bytes: int = 0
+    workers: int = 1
+    zero: int = 3
+    split_weights: frozenset[str] = frozenset()
     memory_bytes: int | None = None
     predicted: Predicted | None = None
     serving: Serving | None = None
@@ -229,9 +234,10 @@ class ServeRequest:
 
 @dataclass(frozen=True)
 class Request:
-    """What a user asks of a training job; "auto" leaves a choice to the planner. Bytes; sizes per micro-batch.
+    """What a user asks of a training job; "auto" leaves a choice to the planner. Bytes; sizes per micro-batch. With several
+    `workers` it is what each does; `zero` is what they divide: optimizer state (1), gradients too (2), weights too (3).
 
-    `keeper`: if there is room, memory that outlives the process holds the last step."""
+    `keeper`: memory that outlives the process is to hold the last step."""
 
     memory_bytes: int
     sequence_length: int = 512
@@ -245,3 +251,9 @@ class Request:
     activations: str = "auto"
     commit_every: int | None = None
     keeper: bool = False
+    workers: int = 1
+    zero: int = 3
+
+    def __post_init__(self) -> None:
+        if self.zero not in (1, 2, 3):
+            raise OptionError(f"ZeRO has no level {self.zero}; there are 1, 2 and 3.")

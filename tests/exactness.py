@@ -19,10 +19,11 @@ from models import FAMILIES, tiny_model
 from torch import nn
 from torch.nn import functional
 
+from outsize.distributed.group import Group
+from outsize.distributed.shard import ShardedStore
 from outsize.memory.codec import split_master
 from outsize.memory.disk import DiskTier
 from outsize.memory.host import HostTier, allocate_slab
-from outsize.memory.store import Store
 from outsize.memory.tier import pages
 from outsize.memory.transfer import Transfers
 from outsize.model.units import find_units
@@ -93,11 +94,11 @@ class HandWritten(nn.Module):
 KINDS_OF_MODEL = (*(family for family in FAMILIES if family != "phi3"), "handwritten")
 
 
-def make_model(family: str, tied: bool = True, layers: int = 4) -> nn.Module:
+def make_model(family: str, tied: bool = True, layers: int = 4, hidden: int = 64) -> nn.Module:
     """A tiny fp32 model in training mode, the same at every call."""
     if family != "handwritten":
         layers = layers // 2 if family == "t5" else layers  # of which it has two stacks
-        return tiny_model(family, tied, layers=layers, vocabulary=VOCABULARY)  # pyright: ignore[reportArgumentType]
+        return tiny_model(family, tied, layers=layers, hidden=hidden, vocabulary=VOCABULARY)  # pyright: ignore[reportArgumentType]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return HandWritten(tied).train()
@@ -296,15 +297,21 @@ def make_job(model: nn.Module, rule: OptimizerRule, setting: Setting, directory:
     return bind_job(model, rule, make_plan(model, setting), directory)
 
 
-def bind_job(model: nn.Module, rule: OptimizerRule, plan: Plan, directory: Path) -> Job:
+def bind_job(
+    model: nn.Module,
+    rule: OptimizerRule,
+    plan: Plan,
+    directory: Path,
+    group: Group | None = None,
+) -> Job:
     sources = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     tiers = {"host": HostTier(1 << 30), "disk": DiskTier(directory / "blocks", 1 << 30)}
-    store = Store(tiers, plan.arena_bytes, allocate_slab, Transfers())
+    store = ShardedStore(group or Group(), tiers, plan.arena_bytes, allocate_slab, Transfers())
 
     def read(name: str, start: int, stop: int) -> torch.Tensor:
         return sources[name][start:stop] if sources[name].dim() else sources[name]
 
-    return bind(model, find_units(model), plan, rule, store, read, torch.device("cpu"))
+    return bind(model, find_units(model), plan, rule, store, read, torch.device("cpu"), group=group)
 
 
 @dataclass

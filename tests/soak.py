@@ -1,13 +1,12 @@
 """A real training run, killed again and again at random instants, must end with the numbers of an undisturbed one.
 
-python tests/soak.py --kills 300 --page docs/reliability.md
+python tests/soak.py --kills 300 --flips 10000 --page docs/reliability.md    # tests/soak_report.py has the options
 
 Each try is a child of tests/soak_child.py that calls what the command line calls, and is killed with SIGKILL. Between tries
 the run changes its placement; steps are kept, packed, exported and gone back to, and an export is imported."""
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -16,15 +15,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-from committed import flips, whole_state
-from soak_child import PHASES
 
 from outsize.train.state import StateFolder
 
@@ -127,14 +122,14 @@ class Soak:
         throw = self.choice.random()
         if throw < 0.1 and (self.out / "state" / "manifest").exists():
             return "keep", {"compress": compress}
-        past = [
-            step for step in kept if step <= committed_step(self.out)
-        ]  # forward, the lines between would be missing
+        past = [step for step in kept if step <= committed_step(self.out)]  # ahead, metrics.jsonl would lack lines
         if throw < 0.2 and past:
             return "rollback", {"step": self.choice.choice(past)}
-        if throw < 0.3 and kept:
+        if throw < 0.25 and kept:
+            return "drop", {"step": self.choice.choice(kept)}
+        if throw < 0.33 and kept:
             return "export", {"step": self.choice.choice(kept), "compress": compress, "to": str(self.target)}
-        if throw < 0.35:
+        if throw < 0.38:
             return "import", {"source": str(self.undisturbed / "whole"), "compress": compress, "to": str(self.target)}
         return "train", {"placement": self.choice.choice(PLACEMENTS)}
 
@@ -149,7 +144,8 @@ class Soak:
 
     def compare(self) -> None:
         """The run has ended: its losses and weights are those of the undisturbed one, and the next may begin."""
-        assert losses(self.undisturbed) == losses(self.out), "the losses differ"
+        difference = differing(losses(self.undisturbed), losses(self.out))
+        assert not difference, f"the losses differ: {difference}"
         for name in ("model/model.safetensors", "model/config.json"):
             assert (self.undisturbed / name).read_bytes() == (self.out / name).read_bytes(), f"{name} differs"
         shutil.rmtree(self.out)
@@ -161,6 +157,17 @@ class Soak:
         more = {"source": str(self.undisturbed / "whole"), "to": str(self.target)}
         self.nursery.must("import", self.settings, compress=False, **more)
         assert not list(self.target.parent.glob(".*.partial-*")), "what killed exports left is still there"
+
+
+def differing(right: list[tuple[int, float]], found: list[tuple[int, float]]) -> str:
+    """In which steps; empty: in none."""
+    if right == found:
+        return ""
+    steps = [step for step, _ in found]
+    missing = [step for step, _ in right if step not in steps]
+    twice = sorted({step for step in steps if steps.count(step) > 1})
+    other = [step for step, loss in found if (step, loss) not in right]
+    return f"steps {missing} are missing, {twice} are there twice, {other} have another value"
 
 
 def digest(folder: Path) -> str:
@@ -195,6 +202,7 @@ def undisturbed_seconds(nursery: Nursery, settings: dict[str, Any]) -> dict[tupl
         exported = str(out / ("packed" if compress else "whole"))
         timed("export", step=settings["steps"], compress=compress, to=exported)
         timed("import", source=exported, compress=compress, to=str(out / f"imported-{compress}"))
+    timed("drop", step=settings["steps"])
     return seconds
 
 
@@ -215,7 +223,8 @@ def prepare(folder: Path) -> dict[str, Any]:
     (folder / "text.txt").write_text(" ".join(f"w{(7 * number * number) % 200}" for number in range(4000)))
     return {
         "model": str(folder / "model"), "data": str(folder / "text.txt"), "memory": 4 << 30,
-        "sequence_length": 32, "learning_rate": 1e-3, "commit_every": 1, "keep_last": 2, "keep_every": 20, "json": True,
+        "sequence_length": 32, "learning_rate": 1e-3, "commit_every": 1, "keep_last": 2, "keep_every": 20, "keeper": True,
+        "json": True,
     }  # fmt: skip
 
 
@@ -225,16 +234,21 @@ def losses(out: Path) -> list[tuple[int, float]]:
 
 
 def soak(
-    folder: Path, kills: int, seed: int, steps: int = STEPS, progress: Callable[[str], None] = lambda line: None
+    folder: Path,
+    kills: int,
+    seed: int,
+    steps: int = STEPS,
+    progress: Callable[[str], None] = lambda line: None,
+    enough: Callable[[], bool] = lambda: False,
 ) -> Soak:
-    """Kill `kills` times, let the last run end, compare. Raises AssertionError."""
+    """Kill `kills` times, or until `enough`, let the last run end, compare. Raises AssertionError."""
     settings = prepare(folder) | {"steps": steps}
     nursery = Nursery(folder / "log.txt")
     try:
         undisturbed = folder / "undisturbed"
         seconds = undisturbed_seconds(nursery, settings | {"out": str(undisturbed)})
         done = Soak(nursery, settings | {"out": str(folder / "run")}, undisturbed, random.Random(seed), seconds)
-        while sum(done.kills.values()) < kills:
+        while sum(done.kills.values()) < kills and not enough():
             done.kill_once()
             progress(f"{sum(done.kills.values())} kills: {dict(done.kills)}, {done.late} too late, {done.runs} runs")
         done.finish()
@@ -243,76 +257,7 @@ def soak(
     return done
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=300)
-    parser.add_argument("--flips", type=int, default=10_000)
-    parser.add_argument("--steps", type=int, default=STEPS, help="of each run")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--page", type=Path, help="where to write the table")
-    arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        done = soak(
-            Path(folder), arguments.kills, arguments.seed, arguments.steps, lambda line: print(line, flush=True)
-        )
-        missed = flips(whole_state(Path(folder) / "flips"), arguments.flips, arguments.seed)
-    page = describe(done, arguments.flips, missed, " ".join(["python", "tests/soak.py", *sys.argv[1:]]))
-    print(page)
-    if arguments.page:
-        arguments.page.write_text(page)
-
-
-def describe(done: Soak, flipped: int, missed: int, command: str) -> str:
-    """docs/reliability.md."""
-    outcome = dict.fromkeys(PHASES[:-1], "continued with identical numbers")
-    outcome |= dict.fromkeys(("exporting", "importing"), "all of the folder, the same bytes, or none")
-    rows = "".join(f"| {where} | {done.kills[where]} | {said} |\n" for where, said in outcome.items())
-    return PAGE.format(
-        command=command,
-        rows=rows,
-        kills=sum(done.kills.values()),
-        runs=done.runs,
-        late=done.late,
-        flipped=flipped,
-        missed=missed,
-    )
-
-
-PAGE = """# Reliability
-
-What was done to runs, and what came of it. [commit.md](commit.md) says why.
-
-## Kills
-
-Runs of a small model, killed with SIGKILL at random instants, over and over: in training, and in `outsize checkpoint
-keep` (packing or not), `rollback`, `export` and `import`. Each time the run continued with weights and optimizer state
-placed elsewhere: all near, all on disk, some of each, or all near with a keeper and hardly a commit to disk. `outsize
-checkpoint verify` compared every byte. What was exported or imported was there as a whole, with the bytes it always had,
-or not at all. When a run reached its end, its losses, step by step, and its weights were compared with those of a run
-that nobody disturbed, and the next began.
-
-    {command}
-
-| killed while | kills | outcome |
-|---|---|---|
-{rows}| **together** | **{kills}** | losses and weights of all {runs} runs as undisturbed |
-
-{late} more tries had ended before their kill came. "Committing" is from the sync of the data to the end of the manifest;
-the next step computes meanwhile.
-
-## Flipped bits
-
-{flipped} single bits, one at a time, in the manifests, the layout and the committed data of a small state: {missed} went
-unnoticed by `outsize checkpoint verify`.
-
-## Crash states
-
-`tests/test_commit.py` records every change that seven commits make to the disk, with steps kept and let go, and builds
-from each prefix of that record what a file system may have made of it: some 3,000 disks. Recovery finds on each the last
-committed step or the one being committed, whole. Without the sync of the data it finds mixtures, and the checksums name
-them.
-"""
-
-
 if __name__ == "__main__":
+    from soak_report import main
+
     main()

@@ -18,14 +18,19 @@ from typing import Any
 PHASES = (
     "starting",
     "in a step",
+    "in a step, with a keeper",
     "committing",
     "writing the model",
     "keeping",
+    "packing",
     "rolling back",
+    "dropping",
     "exporting",
     "importing",
     "verifying",
 )
+CHANGES = {"open": 0, "os.rename": 0, "os.mkdir": 0, "os.remove": 0, "os.rmdir": 0, "os.symlink": 1, "os.truncate": 0}
+"""Audited calls that change names, and which of their arguments is one."""
 
 
 def serve() -> None:
@@ -35,6 +40,7 @@ def serve() -> None:
 
     import outsize.api
     import outsize.commands.checkpoint
+    import outsize.commands.checkpoint_drop
     import outsize.commands.checkpoint_export
     import outsize.commands.checkpoint_import
     import outsize.train.import_foreign
@@ -49,7 +55,7 @@ def serve() -> None:
             _work(told, phase)
         print(child, flush=True)
         status, seconds = _wait(child, told.get("kill_after"))
-        where = PHASES[2] if phase[1] else PHASES[phase[0]]
+        where = "committing" if phase[1] else PHASES[phase[0]]
         said = {"signal": os.WTERMSIG(status), "code": os.WEXITSTATUS(status), "where": where, "seconds": seconds}
         print(json.dumps(said), flush=True)
 
@@ -74,6 +80,8 @@ def _work(told: dict[str, Any], phase: mmap.mmap) -> None:
     os.dup2(out, 1)
     os.dup2(out, 2)
     code = 0
+    if "kill_at" in told:
+        _die_at(told["kill_at"], str(Path(told["log"]).parent))
     try:
         _DO[told["do"]](told, phase)
     except SystemExit as end:
@@ -88,14 +96,37 @@ def _work(told: dict[str, Any], phase: mmap.mmap) -> None:
     os._exit(code)
 
 
+def _die_at(number: int, inside: str) -> None:
+    """SIGKILL where for the `number`-th time a name below `inside` is about to be written, made, changed or removed. Every
+    such call is printed."""
+    left = number
+
+    def hear(call: str, given: tuple[Any, ...]) -> None:
+        nonlocal left
+        if call not in CHANGES or (call == "open" and not given[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)):
+            return
+        name = str(given[CHANGES[call]])
+        if inside in name or not os.path.isabs(name):
+            os.write(1, f"{call} {name}\n".encode())
+            left -= 1
+            if left < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hear)
+
+
+def _say(phase: mmap.mmap, where: str) -> None:
+    phase[0] = PHASES.index(where)
+
+
 def _train(told: dict[str, Any], phase: mmap.mmap) -> None:
     from outsize import api
     from outsize.memory.disk import DiskTier
     from outsize.train.run import Run
     from outsize.train.state import StateFolder
 
-    _tell(Run, "_step", phase, 1)
-    _tell(api, "export", phase, 3)
+    _tell(Run, "_step", phase, "in a step, with a keeper" if told["placement"] == "kept" else "in a step")
+    _tell(api, "export", phase, "writing the model")
     _tell_commits(DiskTier, StateFolder, phase)
     plan = api.plan_training
     api.plan_training = lambda *given: _placed(_planned_once(plan, given, Path(told["log"])), told["placement"])
@@ -128,11 +159,11 @@ def _placed(plan: Any, placement: str) -> Any:
     )
 
 
-def _tell(owner: Any, name: str, phase: mmap.mmap, number: int) -> None:
+def _tell(owner: Any, name: str, phase: mmap.mmap, where: str) -> None:
     real = getattr(owner, name)
 
     def call(*given: Any, **more: Any) -> Any:
-        phase[0] = number
+        _say(phase, where)
         return real(*given, **more)
 
     setattr(owner, name, call)
@@ -156,35 +187,42 @@ def _tell_commits(disk: Any, state: Any, phase: mmap.mmap) -> None:
 def _keep(told: dict[str, Any], phase: mmap.mmap) -> None:
     from outsize.commands.checkpoint import keep
 
-    phase[0] = 4
-    keep(Path(told["settings"]["out"]), compress=told["compress"])
+    _say(phase, "packing" if told["compress"] else "keeping")
+    keep(Path(told["settings"]["out"]), told.get("step"), compress=told["compress"])
 
 
 def _roll_back(told: dict[str, Any], phase: mmap.mmap) -> None:
     from outsize.commands.checkpoint import rollback
 
-    phase[0] = 5
+    _say(phase, "rolling back")
     rollback(Path(told["settings"]["out"]), told["step"])
+
+
+def _drop(told: dict[str, Any], phase: mmap.mmap) -> None:
+    from outsize.commands.checkpoint_drop import drop
+
+    _say(phase, "dropping")
+    drop(Path(told["settings"]["out"]), told["step"])
 
 
 def _export(told: dict[str, Any], phase: mmap.mmap) -> None:
     from outsize.commands.checkpoint_export import export
 
-    phase[0] = 6
+    _say(phase, "exporting")
     export(Path(told["settings"]["out"]), Path(told["to"]), told["step"], optimizer=True, compress=told["compress"])
 
 
 def _import(told: dict[str, Any], phase: mmap.mmap) -> None:
     from outsize.commands.checkpoint_import import import_checkpoint
 
-    phase[0] = 7
+    _say(phase, "importing")
     import_checkpoint(Path(told["source"]), Path(told["to"]), compress=told["compress"])
 
 
 def _verify(told: dict[str, Any], phase: mmap.mmap) -> None:
     from outsize.commands.checkpoint import verify
 
-    phase[0] = 8
+    _say(phase, "verifying")
     verify(Path(told["settings"]["out"]))
 
 
@@ -192,6 +230,7 @@ _DO: dict[str, Callable[[dict[str, Any], mmap.mmap], None]] = {
     "train": _train,
     "keep": _keep,
     "rollback": _roll_back,
+    "drop": _drop,
     "export": _export,
     "import": _import,
     "verify": _verify,

@@ -20,6 +20,8 @@ from exactness import (
     assert_idle,
     assert_same_weights,
     make_batches,
+    make_job,
+    make_model,
     make_pair,
     table_names,
 )
@@ -193,6 +195,24 @@ def test_equals_a_plain_loop_over_the_same_blocks(family: str, tied: bool, setti
         pair.step(micro_batches)
     pair.assert_equal()
     assert_idle(pair.job)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_held_update_comes_before_the_rows_of_a_table_in_one_block_are_gathered(tied: bool, tmp_path: Path) -> None:
+    """Applying it at once, as an evaluation or a stop does, changes no number."""
+    setting, found = Setting("mixed", "near", clip=0.05, table_rows=VOCABULARY), []
+    for at_once in (False, True):
+        (tmp_path / str(at_once)).mkdir()
+        job = make_job(make_model("llama", tied), ADAMW, setting, tmp_path / str(at_once))
+        losses = []
+        for micro_batches in make_batches(4, 1):
+            losses.append(job.train_step(micro_batches).loss)
+            if at_once:
+                job.flush()
+        found.append(losses)
+        job.flush()
+        assert_idle(job)
+    assert found[0] == found[1]
 
 
 def test_a_frozen_table_is_left_alone(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +14,7 @@ from soak import losses, prepare
 from typer.testing import CliRunner
 
 from outsize import cli
-from outsize.errors import DamageError, OptionError, OutsizeError, RunError
+from outsize.errors import DamageError, OptionError, OutsizeError, RunError, StorageError
 from outsize.train.state import StateFolder
 
 STEPS = 6
@@ -86,6 +88,16 @@ def test_an_evaluation_that_a_kill_cut_off_is_made_up_for(run: Path, folder: Pat
     assert again[4] == lines[4] and again[-1] == lines[-1] and len(again) == len(lines)
 
 
+def test_other_data_to_evaluate_on_are_not_taken_for_the_first(run: Path, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "other.txt").write_text(" ".join(f"w{number % 9}" for number in range(900)))
+    found = []
+    for data in (folder / "text.txt", tmp_path / "other.txt"):
+        outsize("checkpoint", "rollback", run, 4)
+        outsize("train", "--resume", run, "--eval-data", data)
+        found.append(json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["eval_loss"])
+    assert found[0] != found[1]
+
+
 def test_resume_needs_no_data_and_finds_a_model_that_has_moved(run: Path, folder: Path, tmp_path: Path) -> None:
     settings = json.loads((run / "run.json").read_text())
     settings["settings"] |= {"model": str(tmp_path / "gone"), "data": str(tmp_path / "gone.txt")}
@@ -152,6 +164,82 @@ def test_keep_pins_the_committed_step_or_the_next(run: Path) -> None:
     outsize("train", "--resume", run, "--keep-every", 0, "--keep-last", 0)
     assert [step["step"] for step in json.loads(outsize("checkpoint", "list", run, "--json"))["steps"]] == [6, 4, 5, 6]
     assert not (run / "state" / "keep-next").exists()
+
+
+def test_a_kept_step_is_dropped_and_its_space_used_again(run: Path) -> None:
+    state = StateFolder(run / "state")
+    outsize("checkpoint", "keep", run, 4, "--compress")
+    outsize("checkpoint", "keep", run, "--compress")
+    for step in (2, 4):
+        assert outsize("checkpoint", "drop", run, step) == f"Step {step} is no longer kept.\n"
+        with pytest.raises(RunError, match=f"Step {step} is not kept in"):
+            outsize("checkpoint", "drop", run, step)
+    assert outsize("checkpoint", "drop", run, 6) and state.packed_steps() == [] and state.kept_names() == []
+    with pytest.raises(RunError, match="Step 6 is the committed one and not kept besides"):
+        outsize("checkpoint", "drop", run, 6)
+    outsize("checkpoint", "keep", run)
+    somebody = StateFolder(run / "state").lock()
+    with pytest.raises(RunError, match="in use by another process"):
+        outsize("checkpoint", "drop", run, 6)
+    somebody.close()
+    assert "whole" in outsize("checkpoint", "verify", run)
+
+
+def test_a_damaged_kept_step_can_be_dropped(run: Path) -> None:
+    (run / "state" / "kept" / "step-2").write_text("damaged")
+    outsize("checkpoint", "drop", run, 2)
+    assert "damaged" not in outsize("checkpoint", "verify", run)
+
+
+def test_what_a_killed_export_leaves_goes_with_the_next_command(run: Path, tmp_path: Path) -> None:
+    left, others = tmp_path / ".exported.partial-0123abcd", tmp_path / ".exported.partial-89abcdef"
+    notes = run / "state" / "exports"
+    notes.mkdir()
+    for folder in (left, others, run / "state" / "packed" / ".step-2.partial-01234567"):
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_text("half")
+    for name, folder in ((left.name, left), (others.name, others), (".mine.partial-1", run / "model")):
+        (notes / name).symlink_to(folder)
+    somebody = os.open(others, os.O_RDONLY)
+    fcntl.flock(somebody, fcntl.LOCK_EX)  # is still exporting
+    outsize("checkpoint", "list", run)
+    assert not left.exists() and others.exists() and (run / "model" / "model.safetensors").exists()
+    assert list((run / "state" / "packed").iterdir()) == []
+    os.close(somebody)
+    outsize("checkpoint", "list", run)
+    assert not others.exists()
+
+
+def test_a_run_that_cannot_be_written_can_be_read(run: Path, tmp_path: Path) -> None:
+    place = tmp_path / "disk"
+    place.mkdir()
+    if os.system(f"mount -t tmpfs -o size=64m outsize {place} 2>/dev/null"):
+        pytest.skip("mounting needs root")
+    try:
+        (run / "state" / "packed" / ".step-2.partial-01234567").mkdir(parents=True)
+        shutil.copytree(run, place / "run")
+        os.system(f"mount -o remount,ro {place}")
+        assert "step 6: committed" in outsize("checkpoint", "list", place / "run")
+        assert "damaged" not in outsize("checkpoint", "verify", place / "run")
+        outsize("checkpoint", "export", place / "run", "--to", tmp_path / "exported")
+        assert "0 of 30 parameters differ" in outsize("checkpoint", "diff", place / "run", run)
+        for refused in (["keep"], ["rollback", 2], ["drop", 2], ["train"]):
+            command = ["train", "--resume", place / "run"]
+            command = command if refused == ["train"] else ["checkpoint", refused[0], place / "run", *refused[1:]]
+            with pytest.raises(StorageError, match="state cannot be written: Read-only file system"):
+                outsize(*command)
+        with pytest.raises(StorageError, match="Read-only file system"):
+            outsize("checkpoint", "export", run, "--to", place / "exported")
+    finally:
+        os.system(f"umount {place}")
+
+
+def test_a_state_without_its_settings_is_nobodys(run: Path, folder: Path) -> None:
+    for name in ("run.json", "metrics.jsonl", "report.json", "report.md", "loss.png", "memory.png"):
+        (run / name).unlink(missing_ok=True)
+    shutil.rmtree(run / "model")
+    with pytest.raises(RunError, match="holds a run's state without its run.json"):
+        train(folder, run)
 
 
 def test_damage_is_named_and_the_last_good_step_is_offered(run: Path) -> None:

@@ -87,15 +87,20 @@ def test_a_killed_run_continues_with_the_same_numbers(inputs: tuple[Path, Path],
     assert written == (undisturbed / "model" / "model.safetensors").read_bytes()
 
 
-def test_interrupting_leaves_no_traceback_and_can_be_continued(inputs: tuple[Path, Path], undisturbed: Path) -> None:
+def test_a_second_process_is_refused_and_ctrl_c_commits_the_first(inputs: tuple[Path, Path], undisturbed: Path) -> None:
     out = undisturbed.parent / "interrupted"
-    process = subprocess.Popen(command(*train(inputs, out, "--steps", 5000)), stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and not (out / "metrics.jsonl").exists():
+    told = train(inputs, out, "--steps", 5000, "--commit-every", 5000)
+    process = subprocess.Popen(command(*told), stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and (not (out / "metrics.jsonl").exists() or not steps_of(out)):
         time.sleep(0.01)
+    assert "state is in use by another process" in refused(*told)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "Traceback" not in said and "continues at the last committed step" in said
+    assert "Traceback" not in said and "press Ctrl-C again to stop at once" in said
+    assert f"step {len(steps_of(out))} of 5000 is committed" in said and "continues at the last committed step" in said
+    listed = outsize("checkpoint", "list", out).stdout
+    assert listed.startswith(f"step {len(steps_of(out))}: committed\n")
 
 
 def test_generate_is_what_transformers_generates(undisturbed: Path) -> None:

@@ -10,15 +10,24 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from models import tiny_model
 
+from outsize.errors import BudgetError, StorageError
+from outsize.machine.find import find_machine
 from outsize.memory import keeper, shared
 from outsize.memory.block import Block, make_block
 from outsize.memory.shared import Shared
 from outsize.memory.tier import PAGE
+from outsize.model.units import find_units
+from outsize.plan import Plan, Request
+from outsize.planner.search import TENSORS
+from outsize.planner.training import Place, Task, plan_training
+from outsize.train.optimizers import uniform_rule
 
 pytestmark = pytest.mark.skipif(not shared.AVAILABLE, reason="Linux only")
 BLOCKS = tuple(make_block(str(number), [("data", "weight", torch.uint8, (PAGE * 64,))]) for number in range(6))
@@ -137,12 +146,50 @@ def test_a_keeper_without_a_trainer_ends_by_itself(folder: Path) -> None:
         memory, os.getpid().to_bytes(8, "little") + keeper.started(os.getpid()).to_bytes(8, "little"), keeper.OWNER
     )
     lines = "import sys; sys.argv = ['', '%d']; import outsize.memory.keeper as k; k.LOOK_EVERY = k.PATIENCE = 0.01; k.main()"
-    process = subprocess.Popen([sys.executable, "-c", lines % memory], pass_fds=[memory])
+    process = subprocess.Popen([sys.executable, "-c", lines % memory], pass_fds=[memory], stdin=subprocess.PIPE)
+    assert process.stdin is not None
+    process.stdin.write(b".")
+    process.stdin.close()
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(0.5)
     os.pwrite(memory, (1).to_bytes(8, "little"), keeper.OWNER + 8)  # that process is dead, and another has its number
     assert process.wait() == 0
     os.close(memory)
+
+
+def test_a_keeper_that_nobody_would_find_ends(folder: Path, tmp_path: Path) -> None:
+    """The trainer dies, or its disk is full, before the file says where the keeper is."""
+    (folder / f"{shared.KEEPER}.partial").mkdir()
+    memory = Shared(folder, TOTAL)
+    with pytest.raises(StorageError, match="keeper.partial could not be written"):
+        memory.publish(b"1")
+    script = Path(keeper.__file__)
+    process = subprocess.Popen([sys.executable, "-I", "-S", str(script), "0"], stdin=subprocess.PIPE)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(0.5)
+    assert process.stdin is not None
+    process.stdin.close()
+    assert process.wait() == 0
+    memory.close()
+
+
+def test_a_plan_has_the_keeper_that_was_asked_for_or_is_refused() -> None:
+    model = tiny_model("llama", tied=False)
+    request = Request(1 << 30, sequence_length=32, precision="fp32", loss="module", keeper=True)
+
+    def plan(request: Request) -> Plan:
+        rule = uniform_rule(torch.optim.AdamW, {})
+        task = Task(model, find_units(model), rule, request, source_dtype=torch.float32)
+        return plan_training(task, Place(find_machine("laptop"), 100 << 20, 1 << 40))
+
+    large = plan(replace(request, keeper=False)).predicted
+    assert large is not None
+    least = large.host_peak_bytes - dict(large.memory)[TENSORS]
+    with pytest.raises(BudgetError, match=r"Give --memory \d+MiB, or --no-keeper") as refused:
+        plan(replace(request, memory_bytes=least))
+    enough = int(str(refused.value).rpartition("--memory ")[2].partition("MiB")[0]) << 20
+    found = plan(replace(request, memory_bytes=enough))
+    assert found.shared_bytes > 0 and found.predicted is not None and found.predicted.host_peak_bytes <= enough
 
 
 if __name__ == "__main__":

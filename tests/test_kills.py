@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from soak import Nursery, losses, prepare, soak, tail
+from soak import Nursery, committed_step, losses, prepare, soak, tail
 
 from outsize.memory import keeper, shared
 
@@ -111,11 +111,12 @@ def test_when_the_keeper_is_killed_too_the_run_goes_back_to_the_disk(run: Kept) 
 def test_ctrl_c_and_a_rollback_end_the_keeper(compress: bool, run: Kept) -> None:
     _, process = run.interrupt(signal.SIGINT, 5)
     wait_until_dead(process)
+    stopped = committed_step(run.out)
     run.interrupt(signal.SIGKILL, 5)
     process = keeper_of(run.out)
     run.nursery.must("keep", run.settings, compress=compress)
     assert keeper.started(process)
-    run.nursery.must("rollback", run.settings, step=0)
+    run.nursery.must("rollback", run.settings, step=stopped)
     wait_until_dead(process)
     run.finish()
 

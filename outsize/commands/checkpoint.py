@@ -33,7 +33,9 @@ def open_state(run: Path) -> StateFolder:
         raise RunError(f"{run}: there is no such folder. Give the folder of a run, as told to outsize train --out.")
     if not (directory / "layout").exists():
         raise RunError(f"{run} holds no run of Outsize: there is no {directory}/layout.")
-    return StateFolder(directory)
+    folder = StateFolder(directory)
+    folder.tidy()
+    return folder
 
 
 @app.command("list")
@@ -68,7 +70,7 @@ def verify(run: Run, step: AnyStep = None, json_lines: Json = False) -> None:
     folder = open_state(run)
     verifier = Verifier(folder)
     verdicts = []
-    for held in [None, *folder.kept_names(), *folder.packed_steps()] if step is None else [_find(folder, step)]:
+    for held in [None, *folder.kept_names(), *folder.packed_steps()] if step is None else [find_step(folder, step)]:
         verdict = verifier.look_at(held)
         if verdict is not None:
             verdicts.append(verdict)
@@ -104,7 +106,7 @@ def keep(
     with folder:
         if folder.read() is None:
             raise RunError(f"{run} has no committed step yet.")
-        held = None if step is None else _find(folder, step)
+        held = None if step is None else find_step(folder, step)
         print(_pack(folder, held) if compress else _keep(folder, held))
 
 
@@ -143,7 +145,7 @@ def rollback(run: Run, step: Step) -> None:
 
     Steps after it that were not kept are gone. The kept step stays kept."""
     with open_state(run).lock() as folder:
-        held = _find(folder, step, committed=False)
+        held = find_step(folder, step, committed=False)
         try:
             _roll_back(folder, held)
         except DamageError as problem:
@@ -165,7 +167,7 @@ def _roll_back(folder: StateFolder, held: Held) -> None:
     folder.roll_back(held)
 
 
-def _find(folder: StateFolder, step: int, committed: bool = True) -> Held:
+def find_step(folder: StateFolder, step: int, committed: bool = True) -> Held:
     """How a step is there. Raises RunError when it is not."""
     from outsize.train.state import kept_step
 

@@ -36,6 +36,7 @@ def plan(
         str, typer.Option(help="keep, recompute or move (to disk) what forward leaves for backward; or auto.")
     ] = "auto",
     commit_every: Annotated[int | None, typer.Option(min=1, help="Steps between commits.")] = None,
+    keeper: Annotated[bool, typer.Option(help="Let a process hold the last step in memory.")] = False,
     block_class: Annotated[str | None, typer.Option(help="Class of the repeated block, if it is not found.")] = None,
     compare: Annotated[str | None, typer.Option(help="Other memory sizes, as 2GiB,4GiB,8GiB, in one table.")] = None,
     picture: Annotated[Path | None, typer.Option(help="Draw the step, or time against memory with --compare.")] = None,
@@ -64,7 +65,7 @@ def plan(
     }
 
     def planned(size: str) -> Plan:
-        return make(model, memory=size, commit_every=commit_every, **where, **amounts, **how)
+        return make(model, memory=size, commit_every=commit_every, keeper=keeper, **where, **amounts, **how)
 
     with interruptible("Nothing was kept."):
         if sizes:

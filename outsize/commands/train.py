@@ -68,6 +68,13 @@ def train(
     commit_every: Annotated[
         int | None, typer.Option(min=1, help="Steps between commits. State on disk is committed every step for free.")
     ] = None,
+    keeper: Annotated[
+        bool,
+        typer.Option(
+            help="Let a small process hold the last step in memory, where all state stays there and has room twice: a "
+            "crash then loses none. It costs some percent of each step."
+        ),
+    ] = False,
     keep_last: Annotated[int, typer.Option(min=0, help="Keep the newest commits, to roll back to.")] = 0,
     keep_every: Annotated[
         int, typer.Option(min=0, help="Keep every k-th step. Each kept step costs as much disk as training rewrites.")
@@ -83,6 +90,15 @@ def train(
     plan: Annotated[
         Path | None, typer.Option(help="Obey this plan, written by `outsize plan --save`; refused if it does not fit.")
     ] = None,
+    workers: Annotated[
+        int, typer.Option(min=1, help="Processes on this machine that divide state and batch; --memory is for each.")
+    ] = 1,
+    zero: Annotated[
+        int, typer.Option(min=1, max=3, help="Workers divide optimizer state (1), gradients too (2), weights too (3).")
+    ] = 3,
+    worker_timeout: Annotated[
+        float, typer.Option(min=1.0, help="Seconds after which the others give up a worker that does not move.")
+    ] = 30.0,
     json_lines: Json = False,
 ) -> None:
     """Fine-tune a model within a memory budget. State lives on disk where it does not fit.
@@ -93,8 +109,6 @@ def train(
     """
     limit = parse_size(memory) if memory else None
     options = _options(optimizer_option or [])
-    from outsize.api import train as run
-
     told = {
         "model": model,
         "data": data,
@@ -116,6 +130,7 @@ def train(
         "loss": loss,
         "activations": activations,
         "commit_every": commit_every,
+        "keeper": keeper,
         "keep_last": keep_last,
         "keep_every": keep_every,
         "eval_data": eval_data,
@@ -125,11 +140,24 @@ def train(
         "seed": seed,
         "block_class": block_class,
         "plan": plan,
+        "workers": workers,
+        "zero": zero,
+        "worker_timeout": worker_timeout,
         "json": json_lines,
     }
+    from outsize.distributed.launch import is_worker, launch
+
     settings = _settings(context, told, resume)
+    if settings.workers > 1 and not is_worker():
+        with interruptible("The same command continues at the last committed step."):
+            launch(settings.workers)
+        return
+    from outsize.api import train as run
+
     with interruptible("The same command continues at the last committed step."):
         report = run(settings)
+    if not report:
+        return
     if json_lines:
         print(json.dumps({"report": report}))
     else:

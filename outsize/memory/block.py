@@ -9,7 +9,7 @@ from math import prod
 
 import torch
 
-from outsize.memory.tier import pages
+from outsize.memory.tier import PAGE, pages
 
 KINDS = ("weight", "gradient", "master", "moment", "activation", "kv", "expert", "adapter")
 ALIGNMENT = 64  # bytes; one cache line, so that no two parts share one and vector loads stay aligned
@@ -36,7 +36,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Block:
-    """The smallest thing that moves. `nbytes` is whole pages, so that it can be read past the page cache."""
+    """The smallest thing that moves. `nbytes` is whole pages, at least one, so that it can be read past the page cache."""
 
     name: str
     parts: tuple[Part, ...]
@@ -67,7 +67,7 @@ def make_block(name: str, tensors: Iterable[tuple[str, str, torch.dtype, tuple[i
         part = Part(part_name, kind, dtype, tuple(shape), offset)
         parts.append(part)
         offset = -(-(offset + part.nbytes) // ALIGNMENT) * ALIGNMENT
-    return Block(name, tuple(parts), pages(offset))
+    return Block(name, tuple(parts), max(pages(offset), PAGE))
 
 
 def runs(rows: list[int]) -> Iterator[tuple[int, int]]:

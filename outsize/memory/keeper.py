@@ -1,8 +1,9 @@
 """The keeper: a process that does nothing but hold a run's shared memory open, so that the memory outlives the trainer.
 
 Run as a script with the memory's file descriptor, in an interpreter without libraries: some 10 MiB. It has nothing to
-tidy up, so it is ended with SIGKILL; and by itself when its run has had no trainer for an hour. `outsize.memory.shared`
-starts, finds and ends it."""
+tidy up, so it is ended with SIGKILL; and by itself when its run has had no trainer for an hour, or when the trainer died
+before it had said on disk where its keeper is, and by one byte to this process that it has. `outsize.memory.shared` starts,
+finds and ends it."""
 
 from __future__ import annotations
 
@@ -31,6 +32,8 @@ def _has_trainer(memory: int) -> bool:
 
 
 def main() -> None:
+    if not sys.stdin.buffer.read(1):
+        return
     memory, alone = int(sys.argv[1]), 0.0
     while alone < PATIENCE:
         time.sleep(LOOK_EVERY)

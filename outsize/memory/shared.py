@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from outsize.errors import BudgetError
+from outsize.errors import BudgetError, StorageError
 from outsize.memory import keeper
 from outsize.memory.block import Block
 from outsize.memory.tier import PAGE
@@ -143,14 +143,23 @@ class Shared:
 
 def _start_keeper(memory: int, folder: Path) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-I", "-S", str(Path(keeper.__file__)), str(memory)]
-    silent = subprocess.DEVNULL
+    pipe, silent = subprocess.PIPE, subprocess.DEVNULL
     process = subprocess.Popen(
-        command, pass_fds=[memory], start_new_session=True, cwd="/", stdin=silent, stdout=silent, stderr=silent
+        command, pass_fds=[memory], start_new_session=True, cwd="/", stdin=pipe, stdout=silent, stderr=silent
     )
+    assert process.stdin is not None
     said = {"process": process.pid, "started": keeper.started(process.pid), "memory": memory, "of": _identity(folder)}
     partial = folder / f"{KEEPER}.partial"
-    partial.write_text(json.dumps(said))
-    os.replace(partial, folder / KEEPER)
+    try:
+        partial.write_text(json.dumps(said))
+        os.replace(partial, folder / KEEPER)
+    except OSError as problem:
+        process.stdin.close()  # so it ends
+        raise StorageError(
+            f"{partial} could not be written: {problem.strerror}. Free space, and start again."
+        ) from problem
+    with process.stdin as told:
+        told.write(b".")  # until then it ends with this process: nobody would find it
     return process
 
 

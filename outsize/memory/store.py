@@ -83,10 +83,10 @@ class Store:
         policy: Policy = evict_oldest,
         checked: bool = False,
         shared: Shared | None = None,
+        ledger: Ledger | None = None,
     ) -> None:
         self.tiers, self.near, self.shared, self.clock = tiers, near, shared, transfers.clock
-        self.ledger = Ledger()
-        self.transfers = transfers
+        self.ledger, self.transfers = ledger or Ledger(), transfers
         self.entries: dict[str, Entry] = {}
         self.homes = Homes(tiers, near, self.entries, self.ledger, checked)
         self.waiting_seconds = {"read": 0.0, "write": 0.0}
@@ -94,7 +94,6 @@ class Store:
         self._allocate_near = allocate_near
         self._arena = Arena(allocate_near(near_bytes), near, self.entries, self.ledger, policy, self._fetch)
         self._turn = threading.Condition(threading.RLock())
-        self._in_phase = False
         self._failure: BaseException | None = None
         self._last_commit: Ticket | None = None
 

@@ -33,7 +33,7 @@ STATE_IS_ELSEWHERE = (
     "{} is attached to Outsize: its weights are in the store, and what the module holds between uses is empty. Call "
     "job.detach() for an ordinary module, or outsize.train.run.export(job, folder) to write the weights to files."
 )
-BeforeUse = Callable[[Weight, Lease], None]
+BeforeUse = Callable[[Weight], None]
 
 
 @dataclass(frozen=True)
@@ -207,9 +207,9 @@ class Attachment:
             give_back()
         attached.entered, attached.left_by = True, 0
         for weight in attached.weights:
-            lease = attached.leases[weight.name] = self.store.lease(weight.blocks[0].name)
             if self.before_use is not None:
-                self.before_use(weight, lease)
+                self.before_use(weight)
+            lease = attached.leases[weight.name] = self.store.lease(weight.blocks[0].name)
             weight.parameter.data = lease.tensors[WEIGHT]
 
     def _leave(self, attached: AttachedUnit) -> None:

@@ -38,6 +38,10 @@ class _Shard:
     def nbytes(self) -> int:
         return sum(_nbytes(*spec) for spec in self.specs.values())
 
+    def in_order(self) -> list[tuple[str, tuple[Shape, torch.dtype]]]:
+        """Larger elements first keeps every tensor aligned to its element size, as the safetensors library does."""
+        return sorted(self.specs.items(), key=lambda item: -item[1][1].itemsize)
+
 
 def tensors_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The module's parameters and persistent buffers by name, tied ones once: what there is to write."""
@@ -69,6 +73,14 @@ def write_safetensors(
         raise StorageError(f"{directory}: the model cannot be written: {error.strerror}") from error
     finally:
         _remove(directory.glob(f"{stem}*{_PARTIAL}"))
+
+
+def read_along(specs: Specs, read: Read, max_shard_bytes: int = SHARD_BYTES) -> None:
+    """Read what `write_safetensors` reads, in its order, and write nothing."""
+    for shard in _split(specs, max_shard_bytes):
+        for name, (shape, dtype) in shard.in_order():
+            for _ in runs(name, shape, dtype, read):
+                pass
 
 
 def _write(directory: Path, stem: str, shards: list[_Shard], read: Read) -> list[Path]:
@@ -103,8 +115,7 @@ def _shard_names(stem: str, count: int) -> list[str]:
 
 
 def _write_shard(path: Path, shard: _Shard, read: Read) -> None:
-    # Larger elements first keeps every tensor aligned to its element size, as the safetensors library does.
-    specs = sorted(shard.specs.items(), key=lambda item: -item[1][1].itemsize)
+    specs = shard.in_order()
     with path.open("wb", buffering=0) as file:
         file.write(_header(dict(specs)))
         for name, (shape, dtype) in specs:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -17,6 +17,14 @@ def fingerprint_model(config: Any) -> str:
     """Of a transformers configuration: 16 hexadecimal digits."""
     values = {key: value for key, value in config.to_dict().items() if key not in INCIDENTAL}
     return _digest(json.dumps(values, sort_keys=True, default=str))
+
+
+def fingerprint_weights(config: Any, names: Iterable[str], read: Callable[[str, int, int], torch.Tensor]) -> str:
+    """Of a configuration and the first row of each weight: 16 hexadecimal digits."""
+    summed = Summed(read)
+    for name in names:
+        summed.read(name, 0, 1)
+    return summed.digest(fingerprint_model(config))
 
 
 def fingerprint_tokenizer(tokenizer: Any) -> str:

@@ -9,19 +9,34 @@ from math import prod
 import torch
 from torch import nn
 
+from outsize.distributed.shard import ShardedStore
+from outsize.distributed.shares import Shares, even_shares
 from outsize.memory.block import make_block
-from outsize.memory.store import Store
+from outsize.memory.store import Lease, Store
 
 WEIGHT = "weight"  # the one part of a weight's block
 
 
 @dataclass(frozen=True)
 class RowBlock:
-    """Rows [start, stop) of a parameter, stored as block `name`. A parameter in one block has all its rows here."""
+    """Rows [start, stop) of a parameter, which a lease of block `name` brings near. A parameter in one block has all its
+    rows here. Of its elements this worker updates its share. The block `home` has its bytes at home: `name` itself, or,
+    of a weight that is split over the workers, a block with the share alone."""
 
     name: str
     start: int
     stop: int
+    shares: Shares
+    home: str
+
+    @property
+    def split(self) -> bool:
+        return self.home != self.name
+
+    def own(self, lease: Lease) -> torch.Tensor:
+        """This worker's elements (1-D) in a lease of `home`."""
+        elements, own = lease.tensors[WEIGHT].view(-1), self.shares.own
+        return elements if self.split else elements[own.start : own.stop]
 
 
 @dataclass(eq=False)
@@ -53,35 +68,54 @@ class Weight:
 
 
 def make_weight(
-    name: str, parameter: nn.Parameter, dtype: torch.dtype, home: str, rows_per_block: int | None = None
+    name: str,
+    parameter: nn.Parameter,
+    dtype: torch.dtype,
+    home: str,
+    rows_per_block: int | None = None,
+    shares_of: Callable[[int], Shares] = even_shares,
+    split: bool = False,
 ) -> Weight:
-    """Describe where a parameter will live. `rows_per_block` cuts its first dimension; None keeps it in one block."""
+    """Describe where a parameter will live. `rows_per_block` cuts its first dimension; None keeps it in one block.
+    `shares_of` tells who of several workers updates which of so many elements; `split`: a worker has only its share at
+    home."""
     shape = tuple(parameter.shape)
     rows = shape[0] if shape else 1
     step = rows_per_block or rows
     starts = range(0, rows, step) if step < rows else range(1)
-    blocks = tuple(
-        RowBlock(f"{WEIGHT}:{name}" + (f":{start}" if step < rows else ""), start, min(start + step, rows))
-        for start in starts
-    )
-    return Weight(name, parameter, shape, dtype, home, blocks, parameter.requires_grad)
+
+    def block(start: int) -> RowBlock:
+        stop = min(start + step, rows)
+        whole = f"{WEIGHT}:{name}" + (f":{start}" if step < rows else "")
+        shares = shares_of((stop - start) * prod(shape[1:]))
+        at_home = f"{whole}@{shares.own.start}" if split and shares.divided else whole
+        return RowBlock(whole, start, stop, shares, at_home)
+
+    return Weight(name, parameter, shape, dtype, home, tuple(map(block, starts)), parameter.requires_grad)
 
 
 def create_blocks(store: Store, weight: Weight, durable: bool = True) -> None:
     """Reserve the store's blocks; `durable` ones can be committed."""
     for block in weight.blocks:
-        shape = weight.block_shape(block)
-        store.create(make_block(block.name, [(WEIGHT, "weight", weight.dtype, shape)]), weight.home, durable)
+        whole = make_block(block.name, [(WEIGHT, "weight", weight.dtype, weight.block_shape(block))])
+        if block.split:
+            assert isinstance(store, ShardedStore)
+            shard = make_block(block.home, [(WEIGHT, "weight", weight.dtype, (len(block.shares.own),))])
+            store.split(whole, shard, block.shares, weight.home)
+        else:
+            store.create(whole, weight.home, durable)
 
 
 def fill_blocks(store: Store, weight: Weight, read: Callable[[int, int], torch.Tensor], put: Put) -> None:
     """Bring a parameter from its source into the store, block by block: memory held is one block and its source rows.
 
-    `read(start, stop)` gives source rows, `put(block, source, target)` writes the compute copy."""
+    `read(start, stop)` gives source rows, `put(block, source, target)` writes the compute copy of what is at home."""
     for block in weight.blocks:
-        source = read(block.start, block.stop)
-        with store.lease(block.name, fresh=True) as lease:
-            put(block, source.reshape(-1), lease.tensors[WEIGHT].view(-1))
+        source = read(block.start, block.stop).reshape(-1)
+        if block.split:
+            source = source[block.shares.own.start : block.shares.own.stop]
+        with store.lease(block.home, fresh=True) as lease:
+            put(block, source, lease.tensors[WEIGHT].view(-1))
 
 
 def leave_meta(model: nn.Module, device: torch.device) -> None:

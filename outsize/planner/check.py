@@ -32,6 +32,8 @@ def check_plan(plan: Plan, task: Task, place: Place) -> Plan:
     search = search_of(replace(task, request=replace(request, commit_every=plan.commit_every)), place, job, plan)
     if plan.shared_bytes not in (0, job.all_bytes):
         raise OptionError(f"The plan's shared_bytes is {plan.shared_bytes}; it is {job.all_bytes} (all blocks), or 0.")
+    if request.keeper and not plan.shared_bytes:
+        raise OptionError("The plan has no keeper (shared_bytes is 0). Make it with --keeper, or leave --keeper out.")
     told = Placement(
         near_weights=plan.near_weights | job.always,
         near_states=plan.near_states | job.always,
@@ -65,6 +67,8 @@ def _compare_with_request(plan: Plan, request: Request) -> None:
     for name, said in (
         ("precision", request.precision),
         ("moments", request.moments),
+        ("workers", request.workers),
+        ("zero", request.zero),
         ("accumulate", request.accumulate),
         ("clip", request.clip),
         ("hold", hold),

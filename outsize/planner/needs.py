@@ -23,7 +23,7 @@ LOOSE = 1.1  # leases end in another order than they begin, so that free room is
 MANY = 48  # units that the C library is asked about
 RECYCLE = 4 << 20  # bytes; tensors up to this size are always kept by the C library for the next one
 THREADS = 4 << 20  # bytes: stacks of the transfer threads and of lanes, and what python keeps for each
-KERNELS = 64 << 20  # bytes that products and OpenMP keep for themselves; measured, docs/log.md
+KERNELS = 104 << 20  # bytes that products and OpenMP keep for themselves; fitted, docs/log.md
 BUFFERS = {"split": 3, "none": 3, "same": 0}  # of a piece in fp32, by how masters are kept: master, gradient, one more
 
 
@@ -64,7 +64,7 @@ def find_needs(
     """`bare` is the rehearsed plan, with nothing near."""
     recycle = max(RECYCLE, _largest_recurring(rehearsed.script.steps[-1], sizes) + PAGE)
     largest_chunk = max((size.largest_state for size in sizes.values()), default=0)
-    scratch = _updating(sizes, bare) + THREADS + KERNELS + (3 * BOUNCE if rows else 0)
+    scratch = _updating(sizes, bare) + _exchanged(sizes, bare) + THREADS + KERNELS + (3 * BOUNCE if rows else 0)
     least = pages(int(LOOSE * (pinned_peak(rehearsed.script, homes(bare, always)) + 2 * largest_chunk)))
     largest_unit = max((_unit_bytes(unit, sizes, rows, always) for unit in units), default=0)
     return Needs(
@@ -128,6 +128,11 @@ def _updating(sizes: dict[str, WeightSize], plan: Plan) -> int:
     return buffers * max(chunked, default=0)
 
 
+def _exchanged(sizes: dict[str, WeightSize], plan: Plan) -> int:
+    """What comes of a gradient from other workers, and the sum."""
+    return 2 * max(size.largest_gradient for size in sizes.values()) if plan.workers > 1 else 0
+
+
 def gradient_bytes(sizes: dict[str, WeightSize]) -> int:
     return sum(4 * size.weight.numel for size in sizes.values() if size.weight.trainable)
 
@@ -137,4 +142,4 @@ def _chunked(size: WeightSize) -> bool:
 
 
 def _unit_bytes(unit: Unit, sizes: dict[str, WeightSize], rows: dict[str, int], always: set[str]) -> int:
-    return sum(sizes[name].bytes for name, _ in unit.parameters if name not in always and name not in rows)
+    return sum(sizes[name].leased for name, _ in unit.parameters if name not in always and name not in rows)

@@ -20,6 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
+from outsize.distributed.group import Group
+from outsize.distributed.shard import ShardedStore
 from outsize.memory.null import NullTier
 from outsize.memory.tier import pages
 from outsize.model.units import find_units
@@ -137,6 +139,10 @@ def _fake(tensor: torch.Tensor) -> torch.Tensor:
     return nn.Parameter(bare, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else bare
 
 
+class ShardedScribe(ShardedStore, Scribe):
+    """Writes down what leases of split weights lease, too."""
+
+
 class Rehearsal:
     """A job on fake tensors, whose store writes down what it is asked."""
 
@@ -150,6 +156,7 @@ class Rehearsal:
         block_class: str | None = None,
     ) -> None:
         self.mode, self.prices = Fakes(allow_non_fake_inputs=True), prices
+        self.group = Group(0, plan.workers)
         self.scribe = self._store()
         self.live = LiveBytes(self.scribe.events.append)
         self.priced = Priced(self.scribe, prices, self.live)
@@ -159,7 +166,7 @@ class Rehearsal:
         clock = SimulatedClock({"disk": Rates(1.0, 1.0, 1.0, 0.0)})
         tiers = {"host": NullTier("host", ENDLESS), "disk": NullTier("disk", ENDLESS)}
         transfers: Any = SimulatedTransfers(clock)
-        return Scribe(tiers, 0, self._allocate, transfers)
+        return ShardedScribe(self.group, tiers, 0, self._allocate, transfers)
 
     def _allocate(self, nbytes: int) -> torch.Tensor:
         """Memory of the store, which is nobody's tensor."""
@@ -180,7 +187,8 @@ class Rehearsal:
 
         with self.mode:
             units = find_units(twin, block_class)
-            job = bind(twin, units, plan, rule, self.scribe, read, CPU, make_updater=priced_updater(self.prices))
+            updater = priced_updater(self.prices)
+            job = bind(twin, units, plan, rule, self.scribe, read, CPU, make_updater=updater, group=self.group)
         self.live.ignore([*twin.parameters(), *twin.buffers()])
         job.attachment.lanes.around = self.modes
         job.on_complete = lambda step: self.scribe.events.append(Mark.COMPLETE)
@@ -295,6 +303,8 @@ def homes(plan: Plan, always: set[str]) -> HomeOf:
         kind, _, rest = name.partition(":")
         if kind == "gradient":
             return plan.gradient_home
+        if kind == "weight" and rest in plan.split_weights:
+            return "disk"  # of other workers: it comes into the arena, and is forgotten
         near = near_weights if kind == "weight" else plan.near_states
         weight = rest.split("@")[0]
         return "host" if weight in near or weight.rpartition(":")[0] in near else "disk"

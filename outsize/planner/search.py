@@ -14,11 +14,11 @@ from functools import cached_property
 
 from outsize.errors import BudgetError
 from outsize.machine.allocator import LARGEST_RECYCLED
-from outsize.memory.shared import AVAILABLE
 from outsize.memory.tier import PAGE, pages
 from outsize.plan import KEEP, MOVE, NEAR, RECOMPUTE, Activations, Plan, Predicted, Request
 from outsize.planner.clock import Ways
 from outsize.planner.forecast import Forecast, forecast, with_snapshots
+from outsize.planner.keeper import keeper_bytes, twin_bytes
 from outsize.planner.needs import Needs, gradient_bytes, tensor_bytes
 from outsize.planner.rehearsal import Rehearsed, homes
 from outsize.planner.script import Create
@@ -36,7 +36,6 @@ SPARE = 0.02  # of the memory allowed: as much as predictions are off, and a pla
 TENSORS = "tensors of a step"
 SNAPSHOT_SHARE = 8  # of what a step moves, snapshots of state in memory may add one part in so many
 LONGEST_WITHOUT = 50  # steps between snapshots, at most
-KEEPER = 12 << 20  # bytes: the process that holds shared memory
 
 
 @dataclass(frozen=True)
@@ -48,6 +47,7 @@ class JobSizes:
     blocked: bool
     always: set[str]
     hold: bool
+    split: frozenset[str] = frozenset()
 
     @cached_property
     def everything(self) -> int:
@@ -72,6 +72,9 @@ class JobSizes:
             hold=self.hold,
             clip=request.clip,
             moments=request.moments,
+            workers=request.workers,
+            zero=request.zero,
+            split_weights=self.split,
             memory_bytes=request.memory_bytes,
         )
 
@@ -112,26 +115,40 @@ class Search:
         return self.request.memory_bytes - self.needs.fixed - spare
 
     @cached_property
+    def twins(self) -> int:
+        """Bytes beside the state that a keeper takes, if one is asked for."""
+        return keeper_bytes(self.request, self.job.sizes)
+
+    @property
+    def everything(self) -> int:
+        """Bytes with which nothing needs to stream, beside what is fixed."""
+        gradients = gradient_bytes(self.job.sizes) if self.request.accumulate > 1 and not self.job.hold else 0
+        return self.job.everything + gradients + (self.needs.least_arena if self.moves else pages(1))
+
+    @property
+    def least(self) -> int:
+        """The smallest budget with which this works: a keeper is for state that stays near, all of it."""
+        if not self.twins:
+            return self.needs.least
+        return int((self.needs.fixed + self.everything + self.twins) / (1 - SPARE)) + 1
+
+    @cached_property
     def hoarding(self) -> int:
         """Bytes for a step's tensors when the C library keeps large ones too."""
         return tensor_bytes(self.rehearsed, LARGEST_RECYCLED)
 
     @property
     def moves(self) -> bool:
-        """Activations pass through the arena."""
-        return any(choice.home != NEAR for _, choice in self.bare.activations)
+        """Activations pass through the arena, or weights that workers gather."""
+        return bool(self.job.split) or any(choice.home != NEAR for _, choice in self.bare.activations)
 
     def candidates(self) -> Iterator[Placement]:
         """Placements that fit, no two alike."""
-        sizes, everything = self.job.sizes, self.job.everything
-        gradients = gradient_bytes(sizes) if self.request.accumulate > 1 and not self.job.hold else 0
-        arena = self.needs.least_arena if self.moves else pages(1)
-        if everything + gradients + arena <= self.room:
+        if self.everything + self.twins <= self.room:
+            names, arena = frozenset(self.job.sizes), self.needs.least_arena if self.moves else pages(1)
             hoard = max(self.hoarding - self.needs.tensors, 0)
-            room = self.room - everything - gradients - arena
-            every = Placement(frozenset(sizes), frozenset(sizes), arena, "host", "everything", generous=hoard <= room)
-            room -= hoard if every.generous else 0
-            yield replace(every, shared=self.request.keeper and AVAILABLE and self.kept(every) <= room)
+            generous = hoard <= self.room - self.everything - self.twins
+            yield Placement(names, names, arena, "host", "everything", generous, shared=self.twins > 0)
             return
         good, least = self.needs.good_arena, self.needs.least_arena
         tried = [("weights", good), ("weights", 2 * good), ("weights", least), ("weights", self.room), ("states", good)]
@@ -199,10 +216,6 @@ class Search:
                 found += Counter(size.state_kinds)
         return dict(found)
 
-    def kept(self, placement: Placement) -> int:
-        """Bytes that memory which outlives the process takes more: each changing block's twin, and the keeper."""
-        return sum(self.snapshot(placement).values()) + KEEPER
-
     def commit_every(self, placement: Placement, found: Forecast) -> int:
         """State on disk is committed by writing it, every step. State in memory is copied out, and how often is what
         bounds the traffic: a small part of what steps move anyway, or else now and then."""
@@ -247,7 +260,7 @@ class Search:
             (TENSORS, self.hoarding if placement.generous else self.needs.tensors),
             ("buffers of update and transfers", self.needs.scratch),
             *(
-                (("a second copy of what changes, and the process that keeps it", self.kept(placement)),)
+                (("a second copy of what changes, and the process that keeps it", twin_bytes(self.job.sizes)),)
                 * placement.shared
             ),
         )

@@ -17,7 +17,8 @@ from outsize.model.units import Unit
 from outsize.model.vocabulary import Table
 from outsize.plan import KEEP, KvLayer, Plan, Predicted, ServeRequest, Serving
 from outsize.planner.demand import measure_demand
-from outsize.planner.training import SMALL, TABLE_BLOCK, table_rows
+from outsize.planner.sizes_of import SMALL
+from outsize.planner.training import TABLE_BLOCK, table_rows
 from outsize.serve.attention import Discovery, Paged, context_limit
 from outsize.serve.cache import Cache, page_shape
 from outsize.serve.layout import Layout, Span

@@ -3,26 +3,36 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from outsize.distributed.group import Group
+from outsize.distributed.shard import ShardedStore
 from outsize.memory.null import NullTier
 from outsize.memory.store import Store
 from outsize.memory.transfer import Transfers
+from outsize.model.units import Unit
 from outsize.model.weights import Weight, create_blocks, make_weight
-from outsize.train.optimizers import OptimizerRule
+from outsize.plan import Request
+from outsize.train.job import always_near
+from outsize.train.optimizers import OptimizerRule, is_elementwise
 from outsize.train.precision import find_precision
-from outsize.train.update import Updater
+from outsize.train.update import Updater, shares_for
+
+SMALL = 1 << 16  # elements; so small a weight stays near with its state: reading it costs more than holding it
 
 
 @dataclass(frozen=True)
 class WeightSize:
-    """Bytes of one weight's blocks, of its optimizer state by kind, and of the largest single block of each."""
+    """Bytes of one weight's blocks, of its optimizer state by kind, and of the largest single block of each; of several
+    workers, of the first one's. `leased` is what a lease of the weight takes near compute."""
 
     weight: Weight
     bytes: int
+    leased: int
     largest_block: int
     state_kinds: dict[str, int]
     largest_state: int
@@ -33,26 +43,49 @@ class WeightSize:
         return sum(self.state_kinds.values())
 
 
+def split_weights(
+    model: nn.Module, units: list[Unit], rule: OptimizerRule, request: Request, rows: dict[str, int]
+) -> frozenset[str]:
+    """What ZeRO 3 divides at home too. Small weights stay whole; so do tables, of which each worker needs other rows, and
+    what one worker alone may update."""
+    if request.workers == 1 or request.zero < 3:
+        return frozenset()
+    whole = rows.keys() | always_near(units)
+    divided = {
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.numel() > SMALL and name not in whole and is_elementwise(rule(name, parameter)[0])
+    }
+    return frozenset(divided)
+
+
 def sizes_of(
-    model: nn.Module, rule: OptimizerRule, precision: str, moments: str, table_rows: dict[str, int]
+    model: nn.Module,
+    rule: OptimizerRule,
+    request: Request,
+    table_rows: dict[str, int],
+    split: Collection[str] = (),
 ) -> dict[str, WeightSize]:
     """Sizes by weight, from the very blocks that a run would create, on tiers that hold nothing.
 
     Raises OptionError when the optimizer refuses a weight."""
     endless = 1 << 60
     transfers = Transfers(readers=0)
-    store = Store(
+    group = Group(0, request.workers)
+    store = ShardedStore(
+        group,
         {"host": NullTier("host", endless), "disk": NullTier("disk", endless)},
         0,
         lambda nbytes: torch.empty(nbytes, dtype=torch.uint8, device="meta"),
         transfers,
     )
-    kind = find_precision(precision)
-    updater = Updater(store, kind, rule, torch.bfloat16 if moments == "bf16" else None)
+    kind = find_precision(request.precision)
+    updater = Updater(store, kind, rule, torch.bfloat16 if request.moments == "bf16" else None, group=group)
     found = {}
     for name, parameter in model.named_parameters():
         dtype = kind.compute if parameter.requires_grad else parameter.dtype
-        weight = make_weight(name, parameter, dtype, "disk", table_rows.get(name))
+        shares = shares_for(rule, name, parameter, group)
+        weight = make_weight(name, parameter, dtype, "disk", table_rows.get(name), shares, name in split)
         create_blocks(store, weight)
         if weight.trainable:
             updater.add(weight, "disk")
@@ -62,10 +95,11 @@ def sizes_of(
 
 
 def _size(store: Store, updater: Updater, weight: Weight) -> WeightSize:
-    blocks = [store.entries[block.name].block.nbytes for block in weight.blocks]
+    blocks = [store.entries[block.home].block.nbytes for block in weight.blocks]
+    leased = [store.entries[name].block.nbytes for block in weight.blocks for name in {block.name, block.home}]
     chunks = [chunk.state for block in weight.blocks for chunk in updater.chunks.get(block.name, [])]
     states = [store.entries[name].block for name in chunks if name in store.entries]
     kinds = sum((Counter(block.bytes_by_kind) for block in states), Counter())
     gradient = max(torch.Size(weight.block_shape(block)).numel() * 4 for block in weight.blocks)
     largest_state = max((block.nbytes for block in states), default=0)
-    return WeightSize(weight, sum(blocks), max(blocks), dict(kinds), largest_state, gradient)
+    return WeightSize(weight, sum(blocks), sum(leased), max(blocks), dict(kinds), largest_state, gradient)

@@ -17,16 +17,16 @@ from outsize.model.units import Unit
 from outsize.model.vocabulary import Table
 from outsize.plan import KEEP, MOVE, RECOMPUTE, Activations, Plan, Request
 from outsize.planner.clock import ways_of
+from outsize.planner.keeper import no_room
 from outsize.planner.needs import Needs, find_needs
 from outsize.planner.prices import MeasuredPrices, Prices, RatedPrices, seconds_of_passing
 from outsize.planner.rehearsal import Batch, rehearse
 from outsize.planner.search import Choice, JobSizes, Search
-from outsize.planner.sizes_of import sizes_of
+from outsize.planner.sizes_of import SMALL, sizes_of, split_weights
 from outsize.sizes import format_size
 from outsize.train.job import always_near, users_of
 from outsize.train.optimizers import OptimizerRule
 
-SMALL = 1 << 16  # elements; so small a weight stays near with its state: reading it costs more than holding it
 TABLE_BLOCK = 4 << 20  # elements of a vocabulary's table in one block, at most
 TABLE_ROWS = 2048  # and rows: the logits of 512 tokens against them are 4 MiB
 
@@ -81,15 +81,18 @@ def plan_training(task: Task, place: Place) -> Plan:
     if 2 * task.job.all_bytes > place.disk_free_bytes:
         raise BudgetError(_disk_too_small(2 * task.job.all_bytes, place))
     found: list[tuple[Choice, Search]] = []
-    needed: list[Needs] = []
+    tried: list[Search] = []
     for search in searches(task, place):
-        needed.append(search.needs)
-        if search.needs.least <= task.request.memory_bytes:
+        tried.append(search)
+        if search.least <= task.request.memory_bytes:
             found.append((search.best(), search))
             if found[-1][0].forecast.hides_all:
                 break  # what comes computes more
     if not found:
-        raise BudgetError(_too_small(task.request, min(needed, key=lambda needs: needs.least)))
+        least = min(tried, key=lambda search: search.least)
+        if least.twins:
+            raise no_room(task.request, least.twins, least.least)
+        raise BudgetError(_too_small(task.request, least.needs))
     choice, search = min(found, key=lambda pair: pair[0].forecast.seconds)
     plan = search.finished(choice)
     check_disk(plan, place)
@@ -135,9 +138,10 @@ def _considered(request: Request) -> list[Activations]:
 
 
 def sizes_of_job(task: Task, rows: dict[str, int], blocked: bool, hold: bool) -> JobSizes:
-    sizes = sizes_of(task.model, task.rule, task.request.precision, task.request.moments, rows)
+    split = split_weights(task.model, task.units, task.rule, task.request, rows)
+    sizes = sizes_of(task.model, task.rule, task.request, rows, split)
     small = {name for name, size in sizes.items() if size.weight.numel <= SMALL and name not in rows}
-    return JobSizes(sizes, rows, blocked, small | always_near(task.units), hold)
+    return JobSizes(sizes, rows, blocked, small | always_near(task.units), hold, split)
 
 
 def sample_batches(model: nn.Module, request: Request) -> list[Batch]:

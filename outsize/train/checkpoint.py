@@ -117,6 +117,8 @@ class Checkpoint:
         for entry in self.weights.values():
             rows = sum(piece.part.shape[0] for piece in entry.pieces) if entry.shape else 1
             entry.shape = (rows, *entry.shape[1:]) if entry.shape else ()
+        for name, shape in manifest.facts.get("shapes", {}).items():
+            self.weights[name].shape = tuple(shape)
         self._low = {name: self._low_bits(name) for name in self.weights if LOW in self._states[name]}
         self.optimizer = self._optimizer(manifest.facts["optimizer"])
 
@@ -126,7 +128,7 @@ class Checkpoint:
         if (place := weight_place(block.name)) is not None:
             part = block.parts[0]
             entry = self.weights.setdefault(place.parameter, Entry(part.shape, part.dtype))
-            entry.pieces.append(Piece(block, part, place.row * prod(part.shape[1:])))
+            entry.pieces.append(Piece(block, part, place.row * prod(part.shape[1:]) + (place.offset or 0)))
         elif (place := chunk_place(block.name)) is not None:
             for part in block.parts:
                 self._states[place.parameter][part.name].append((place, block, part))
@@ -238,7 +240,7 @@ def open_checkpoint(folder: StateFolder, step: int | None = None) -> Iterator[Ch
     goes on, only its kept steps can be read.
 
     Raises RunError when there is no such step or it cannot be read now."""
-    with _nobody_writing(folder) as free:
+    with nobody_writing(folder) as free:
         held = _find(folder, step, free)
         if isinstance(held, int):
             packed = PackedStep(folder, held)
@@ -280,7 +282,7 @@ def _find(folder: StateFolder, step: int | None, free: bool) -> Held:
 
 
 @contextmanager
-def _nobody_writing(folder: StateFolder) -> Iterator[bool]:
+def nobody_writing(folder: StateFolder) -> Iterator[bool]:
     """Hold the run's lock together with other readers. False when a process that writes has it."""
     try:
         lock = os.open(folder.directory / "lock", os.O_RDONLY | os.O_CLOEXEC)

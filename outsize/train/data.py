@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 
 import numpy
 import torch
+import xxhash
 
 from outsize.errors import DataError, OptionError, StorageError
 from outsize.train.documents import read_documents
@@ -77,6 +78,14 @@ class PackedDataset:
             input_ids[row] = tokens
             labels[row] = numpy.where(learnt, input_ids[row], NOT_LEARNT)
         return {"input_ids": torch.from_numpy(input_ids), "labels": torch.from_numpy(labels)}
+
+    def digest(self) -> str:
+        """Of all its bytes: 16 hexadecimal digits."""
+        found = xxhash.xxh3_64()
+        with self.path.open("rb") as file:
+            while piece := file.read(1 << 20):
+                found.update(piece)
+        return found.hexdigest()
 
     def close(self) -> None:
         os.close(self.descriptor)
@@ -169,9 +178,16 @@ def _sequences(
 
 
 def batches(
-    dataset: PackedDataset, batch_size: int, seed: int, start_step: int = 0, accumulate: int = 1
+    dataset: PackedDataset,
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    accumulate: int = 1,
+    rank: int = 0,
+    workers: int = 1,
 ) -> Iterator[list[Batch]]:
-    """For each step from `start_step` on, without end: `accumulate` micro-batches of `batch_size` sequences.
+    """For each step from `start_step` on, without end: `accumulate` micro-batches of `batch_size` sequences. Of several
+    workers each gets its run of the step's sequences, in as many micro-batches as that takes.
 
     Every epoch is another permutation, given by (seed, epoch) alone; a step that reaches the end of an epoch
     goes on into the next, so a data set smaller than a batch repeats within it. What a step reads is a pure
@@ -180,16 +196,12 @@ def batches(
     """
     if min(batch_size, accumulate) < 1 or start_step < 0:
         raise OptionError(f"batch size {batch_size}, accumulation {accumulate}, start step {start_step}: too small")
+    size = batch_size * accumulate
     for step in count_from(start_step):
-        first = step * accumulate
+        mine = range(step * size + size * rank // workers, step * size + size * (rank + 1) // workers)
         yield [
-            dataset.batch(
-                [
-                    index_at(position, dataset.count, seed)
-                    for position in range(micro_batch * batch_size, (micro_batch + 1) * batch_size)
-                ]
-            )
-            for micro_batch in range(first, first + accumulate)
+            dataset.batch([index_at(position, dataset.count, seed) for position in mine[first : first + batch_size]])
+            for first in range(0, len(mine), batch_size)
         ]
 
 

@@ -40,12 +40,14 @@ def export_checkpoint(
     masters: bool = False,
     groups: Iterable[Group] | None = None,
     compress: bool = False,
+    notes: Path | None = None,
 ) -> Exported:
     """Write the step into a new folder `target`: the weights as the model computes with them or, with `masters`, in fp32
     where the run keeps that; configuration and tokenizer out of `companions`; with `groups` (which may be empty, when
     they are not known) the optimizer's state. `compress` packs tensors without loss. Memory: some 50 MiB.
 
-    `target` appears complete or not at all. Raises OptionError when it exists, StorageError when the disk is full."""
+    `target` appears complete or not at all; `notes` as for `new_folder`. Raises OptionError when it exists, StorageError
+    when the disk is full."""
     weights = {
         name: (entry.shape, checkpoint.master_dtype(name) if masters else entry.dtype)
         for name, entry in checkpoint.weights.items()
@@ -65,7 +67,7 @@ def export_checkpoint(
     states = _state_specs(checkpoint.optimizer) if groups is not None else {}
     if not compress:
         _check_space(target, _nbytes(weights) + _nbytes(states))
-    with new_folder(target) as folder:
+    with new_folder(target, notes) as folder:
         if companions is not None:
             copy_companions(companions, folder, largest_share(weights))
         write_tensors(folder, "model", weights, read, compress)

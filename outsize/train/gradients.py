@@ -2,7 +2,9 @@
 
 With one micro-batch and no clipping it is applied at once (update in backward). Otherwise it is added up in a block of
 its own, fp32, in the order in which micro-batches arrive. It is applied when the last one has come, or, when the global
-norm must be known first or a user's own loop decides, *held* until `settle` and applied before the weight's next use."""
+norm must be known first or a user's own loop decides, *held* until `settle` and applied before the weight's next use.
+
+Of several workers each gets the sum over all of them of its own share, and applies or holds that."""
 
 from __future__ import annotations
 
@@ -32,42 +34,48 @@ class Settled:
 
 
 class Gradients:
-    """Takes gradients of `weights`. `hold` keeps them until `settle`; `home` is the tier of those that must wait."""
+    """Takes gradients of `weights`. `hold` keeps them until `settle`; `home` is the tier of those that must wait. With
+    `exchange_late` (ZeRO 1) held gradients wait whole, and workers exchange them in `settle`; otherwise as they come."""
 
-    def __init__(self, store: Store, attachment: Attachment, updater: Updater, home: str, hold: bool) -> None:
+    def __init__(
+        self, store: Store, attachment: Attachment, updater: Updater, home: str, hold: bool, exchange_late: bool = False
+    ) -> None:
         self.store, self.attachment, self.updater, self.hold = store, attachment, updater, hold
+        self.group, self._late = updater.group, exchange_late
         self.groups: list[dict[str, Any]] = []
         self._home = home
         self._arrived: dict[str, int] = {}
         self._open: dict[str, Lease] = {}
+        self._partial: set[str] = set()  # blocks to whose gradient micro-batches are being added
         self._held: dict[str, RowBlock] = {}  # blocks whose gradient waits, in order of arrival
         self._norms: dict[str, torch.Tensor] = {}
         self._rows: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         self._settled: Settled | None = None
         attachment.take_gradient = self.take
-        attachment.before_use = self.apply_before_use
+        attachment.before_use = self.apply_weight
 
     # -- arriving ---------------------------------------------------------------------------------------------------
 
     def take(self, weight: Weight, gradient: torch.Tensor) -> None:
         """A whole weight's gradient of one micro-batch."""
         self._check_finite(weight, gradient)
+        block, lanes = weight.blocks[0], self.attachment.lanes.count
         arrived = self._arrived[weight.name] = self._arrived.get(weight.name, 0) + 1
-        last = arrived == self.attachment.lanes.count
-        if last and arrived == 1 and not self.hold:
-            self._apply(weight, weight.blocks[0], gradient, None)
-            self.attachment.release_early(weight)
+        if lanes > 1:
+            self._add(weight, block, gradient)
+            if arrived == lanes:
+                self._complete(weight, block)
             return
-        self._add(weight, weight.blocks[0], gradient)
-        if last or self.hold and self.attachment.lanes.count == 1:
-            self._complete(weight, weight.blocks[0])
+        self._complete(weight, block, gradient)
+        if not self.hold:
+            self.attachment.release_early(weight)
 
     def take_block(self, table: Table, block: RowBlock, gradient: torch.Tensor, last: bool) -> None:
         """A table's gradient from the head, for one block and one micro-batch; `last` when no more will come to it,
         neither from the head nor from the embedding."""
         self._check_finite(table.weight, gradient)
-        if last and not self.hold and block.name not in self._open:
-            self._apply(table.weight, block, gradient, None)
+        if last and block.name not in self._partial:
+            self._complete(table.weight, block, gradient)
             return
         self._add(table.weight, block, gradient)
         if last:
@@ -86,7 +94,7 @@ class Gradients:
         """All micro-batches are through the embedding: add its rows to the head's part, block by block."""
         arrived = self._rows.pop(table.weight.name, [])
         for block in table.weight.blocks:
-            if block.name not in self._held:
+            if block.name not in self._partial:
                 self._add(table.weight, block, None)
             lease = self._lease(table.weight, block)
             for rows, gradient in arrived:
@@ -108,18 +116,22 @@ class Gradients:
         """The block's gradient, near and writable, until `_complete` or `pause_block`."""
         lease = self._open.get(block.name)
         if lease is None:
-            name = f"{GRADIENT}:{block.name}"
-            if name not in self.store.entries:
-                part = (GRADIENT, "gradient", torch.float32, weight.block_shape(block))
-                self.store.create(make_block(name, [part]), self._home, durable=False)
-            lease = self._open[block.name] = self.store.lease(name, fresh=fresh)
-            lease.change()
+            name, shape = f"{GRADIENT}:{block.name}", weight.block_shape(block)
+            lease = self._open[block.name] = self._lease_of(name, shape, fresh)
+        return lease
+
+    def _lease_of(self, name: str, shape: tuple[int, ...], fresh: bool) -> Lease:
+        if name not in self.store.entries:
+            part = (GRADIENT, "gradient", torch.float32, shape)
+            self.store.create(make_block(name, [part]), self._home, durable=False)
+        lease = self.store.lease(name, fresh=fresh)
+        lease.change()
         return lease
 
     def _add(self, weight: Weight, block: RowBlock, gradient: torch.Tensor | None) -> None:
-        first = block.name not in self._held
+        first = block.name not in self._partial
         target = self._lease(weight, block, fresh=first).tensors[GRADIENT]
-        self._held[block.name] = block
+        self._partial.add(block.name)
         if gradient is None:
             target.zero_()
         elif first:
@@ -127,16 +139,48 @@ class Gradients:
         else:
             target.add_(gradient)
 
-    def _complete(self, weight: Weight, block: RowBlock) -> None:
-        """The sum is there: apply it, or let it go home until it is settled."""
-        lease = self._open.pop(block.name)
+    def _complete(self, weight: Weight, block: RowBlock, gradient: torch.Tensor | None = None) -> None:
+        """This worker's sum is there: `gradient`, or what was added up. Apply the share of everyone's, or let it go home
+        until it is settled."""
+        lease = self._open.pop(block.name, None)
+        self._partial.discard(block.name)
+        total = gradient if lease is None else lease.tensors[GRADIENT]
+        assert total is not None, f"nothing came to {block.name}"
+        total = total.reshape(-1)
+        part = total if self.hold and self._late else self.group.reduce(total, block.shares)
         if self.hold:
-            self._norms[block.name] = torch.linalg.vector_norm(lease.tensors[GRADIENT])
-            lease.release()
+            self._wait(block, part, lease)
             return
-        self._apply(weight, block, lease.tensors[GRADIENT], None)
-        del self._held[block.name]
-        lease.drop()
+        self._apply(weight, block, part, None, self.groups)
+        if lease is not None:
+            lease.drop()
+
+    def _wait(self, block: RowBlock, part: torch.Tensor, lease: Lease | None) -> None:
+        """Let the share, or the whole, of a gradient go home. It may lie in `lease` already."""
+        if lease is None or part.data_ptr() != lease.bytes.data_ptr():
+            if lease is not None:
+                lease.drop()
+            first = block.name not in self._held
+            lease = self._lease_of(self._waiting(block), tuple(part.shape), fresh=first)
+            target = lease.tensors[GRADIENT].view(-1)
+            target.copy_(part) if first else target.add_(part)
+        self._norms[block.name] = torch.linalg.vector_norm(lease.tensors[GRADIENT])
+        self._held[block.name] = block
+        lease.release()
+
+    def _waiting(self, block: RowBlock) -> str:
+        """The name of the block in which its gradient waits."""
+        share = "" if self._late or block.shares.all_own else f"@{block.shares.own.start}"
+        return f"{GRADIENT}:{block.name}{share}"
+
+    def _exchange(self, block: RowBlock) -> None:
+        """Put the share of everyone's sum in its place in this worker's gradient, which has waited whole."""
+        with self.store.lease(self._waiting(block)) as lease:
+            lease.change()
+            total, own = lease.tensors[GRADIENT].view(-1), block.shares.own
+            share = self.group.reduce(total, block.shares)
+            self._norms[block.name] = torch.linalg.vector_norm(share)
+            total[own.start : own.stop] = share
 
     # -- applying ---------------------------------------------------------------------------------------------------
 
@@ -148,13 +192,17 @@ class Gradients:
     def norm(self) -> torch.Tensor:
         """The global norm of what is held: of the norms by weight, as `torch.nn.utils.clip_grad_norm_` computes it."""
         order = [block.name for weight in self.attachment.weights.values() for block in weight.blocks]
-        return torch.linalg.vector_norm(torch.stack([self._norms[name] for name in order if name in self._norms]))
+        own = torch.stack([self._norms[name] for name in order if name in self._norms]).tolist()
+        return torch.linalg.vector_norm(torch.tensor(self.group.each(*own)))
 
     def settle(self, groups: list[dict[str, Any]], clip: float | None) -> float | None:
         """Held gradients belong to a step now: each is applied before its weight is next used. Returns their norm."""
         self._arrived.clear()
         if not self._held:
             return None
+        if self._late:
+            for block in self._held.values():
+                self._exchange(block)
         norm = self.norm()
         scale = None if clip is None else float(torch.clamp(clip / (norm + 1e-6), max=1.0))
         assert self._settled is None, "the step before has not been applied"
@@ -168,16 +216,11 @@ class Gradients:
         """Held gradients of a finished step wait to be applied."""
         return self._settled is not None
 
-    def apply_before_use(self, weight: Weight, lease: Lease) -> None:
-        if self._settled is not None:
-            for block in weight.blocks:
-                self._apply_held(weight, block, lease)
-
     def apply_weight(self, weight: Weight) -> None:
-        """Apply a weight's settled gradient now, block by block."""
+        """Apply a weight's settled gradient, if any, block by block: it is about to be used."""
         if self._settled is not None:
             for block in weight.blocks:
-                self._apply_held(weight, block, None)
+                self._apply_held(weight, block, self._settled)
 
     def apply_all(self) -> None:
         """Apply every settled gradient now; weights that nothing is about to use come near one block at a time."""
@@ -188,24 +231,20 @@ class Gradients:
         assert not self._settled.waiting, f"gradients belong to no weight: {list(self._settled.waiting)}"
         self._settled = None
 
-    def _apply_held(self, weight: Weight, block: RowBlock, lease: Lease | None) -> None:
-        if self._settled is not None and self._settled.waiting.pop(block.name, None) is not None:
-            held = self.store.lease(f"{GRADIENT}:{block.name}")
-            self._apply(weight, block, held.tensors[GRADIENT], self._settled.scale, lease, self._settled.groups)
+    def _apply_held(self, weight: Weight, block: RowBlock, settled: Settled) -> None:
+        if settled.waiting.pop(block.name, None) is not None:
+            held = self.store.lease(self._waiting(block))
+            part, own = held.tensors[GRADIENT].view(-1), block.shares.own
+            share = part[own.start : own.stop] if self._late else part
+            self._apply(weight, block, share, settled.scale, settled.groups)
             held.drop()
 
     def _apply(
-        self,
-        weight: Weight,
-        block: RowBlock,
-        gradient: torch.Tensor,
-        scale: float | None,
-        lease: Lease | None = None,
-        groups: list[dict[str, Any]] | None = None,
+        self, weight: Weight, block: RowBlock, share: torch.Tensor, scale: float | None, groups: list[dict[str, Any]]
     ) -> None:
-        lease = lease or (self.attachment.leased(weight) if weight.whole else None)
+        lease = self.attachment.leased(weight) if weight.whole and not block.split else None
         if lease is not None:
-            self.updater.update(block, gradient, lease, groups or self.groups, scale)
+            self.updater.update(block, share, lease, groups, scale)
             return
-        with self.store.lease(block.name) as own:
-            self.updater.update(block, gradient, own, groups or self.groups, scale)
+        with self.store.lease(block.home) as own:
+            self.updater.update(block, share, own, groups, scale)

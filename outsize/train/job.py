@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from outsize.distributed.group import Group
 from outsize.errors import RunError
 from outsize.memory.store import Store
 from outsize.model.attach import Attachment
@@ -22,7 +23,7 @@ from outsize.train.gradients import Gradients
 from outsize.train.loss import Head, HeadBlock, blocked_cross_entropy, next_tokens
 from outsize.train.optimizers import OptimizerRule
 from outsize.train.precision import find_precision
-from outsize.train.update import Updater
+from outsize.train.update import Updater, shares_for
 
 Read = Callable[[str, int, int], torch.Tensor]
 """(parameter, first row, past the last) -> those rows, in any float dtype."""
@@ -50,8 +51,17 @@ class StreamedOptimizer(Optimizer):
 
 
 @dataclass(frozen=True)
+class Counts:
+    """Tokens to be learnt in a step: in each of this worker's micro-batches, and by all workers together."""
+
+    by_lane: list[int]
+    everyone: int
+
+
+@dataclass(frozen=True)
 class StepResult:
-    """`loss` is the mean over the step's learnt tokens, `norm` the gradients' global norm before clipping, if computed."""
+    """`loss` is the mean over the step's learnt tokens, `norm` the gradients' global norm before clipping, if computed;
+    both, and `tokens`, are of all workers together."""
 
     loss: float
     norm: float | None
@@ -72,13 +82,15 @@ class Job:
         device: torch.device,
     ) -> None:
         self.model, self.store, self.plan, self.updater, self.weights = model, store, plan, updater, weights
-        split = dict(plan.table_rows)
+        self.group = updater.group
+        tables = dict(plan.table_rows)
         resident = always_near(units) | {
             name for unit in units if not unit.repeated for name, _ in unit.parameters if name in plan.near_weights
         }
-        self.attachment = Attachment(model, store, units, weights, resident - split.keys(), plan, device)
-        self.tables = [Table(weights[name], store, users_of(model, weights[name].parameter), device) for name in split]
-        self.gradients = Gradients(store, self.attachment, updater, plan.gradient_home, plan.hold)
+        resident -= tables.keys() | plan.split_weights
+        self.attachment = Attachment(model, store, units, weights, resident, plan, device)
+        self.tables = [Table(weights[name], store, users_of(model, weights[name].parameter), device) for name in tables]
+        self.gradients = Gradients(store, self.attachment, updater, plan.gradient_home, plan.hold, plan.zero == 1)
         for table in self.tables:
             table.take_rows = self.gradients.take_rows
         self.optimizer = StreamedOptimizer(self)
@@ -93,18 +105,22 @@ class Job:
         """One optimizer step over all micro-batches, unit by unit. `again`: another step follows at once.
 
         Raises RunError when the loss or a gradient is not finite; nothing of the step is then kept."""
+        learnt = [_learnt(self.model, batch["labels"]) for batch in micro_batches]
         tokens = sum(batch["input_ids"].numel() for batch in micro_batches)
+        everyone = self.group.each(sum(learnt), tokens)
+        counts = Counts(learnt, max(1, int(sum(said[0] for said in everyone))))
         self.updater.step_number = self.step_number
         with self.store.phase(self._phase(), again):
             self.gradients.begin_step(self.groups())
             with torch.autograd.set_multithreading_enabled(False):
-                loss = self._blocked_step(micro_batches) if self.plan.blocked_loss else self._module_step(micro_batches)
+                take = self._blocked_step if self.plan.blocked_loss else self._module_step
+                loss = take(micro_batches, counts)
             norm = self.gradients.settle(self.groups(), self.plan.clip) if self.plan.hold else None
         self.step_number += 1
         self.random_state = torch.get_rng_state()
         if not self.plan.hold:
             self._completed()
-        return StepResult(loss, norm, tokens)
+        return StepResult(loss, norm, int(sum(said[1] for said in everyone)))
 
     def _phase(self) -> str:
         """A held update is applied a step late: a run's first step touches blocks otherwise than all later ones."""
@@ -131,6 +147,7 @@ class Job:
     def _update_unentered(self) -> None:
         """Tables and resident weights are read without a unit being entered: their held gradients come first."""
         entered = {weight.name for unit in self.attachment.units for weight in unit.weights}
+        entered -= {table.weight.name for table in self.tables}  # whose rows are gathered before their unit is entered
         for name, weight in self.weights.items():
             if name not in entered:
                 self.gradients.apply_weight(weight)
@@ -143,26 +160,25 @@ class Job:
                 if table.embeddings and table.weight.trainable:
                     self.gradients.finish_table(table)
 
-    def _module_step(self, micro_batches: list[dict[str, torch.Tensor]]) -> float:
+    def _module_step(self, micro_batches: list[dict[str, torch.Tensor]], counts: Counts) -> float:
         """Through the module's own head and loss, each lane's loss weighted by its share of the learnt tokens."""
-        counts = [_learnt(self.model, batch["labels"]) for batch in micro_batches]
         losses = self._forward([lambda batch=batch: self.model(**batch).loss for batch in micro_batches])
-        shares = [count / sum(counts) for count in counts]
-        weighted = losses if len(losses) == 1 else [loss * share for loss, share in zip(losses, shares, strict=True)]
-        total = float(sum(loss.detach() for loss in weighted))
-        self._check_loss(total)
+        weighted = [loss * (count / counts.everyone) for loss, count in zip(losses, counts.by_lane, strict=True)]
+        total = self._check_loss(float(sum(loss.detach() for loss in weighted)))
         self._backward([loss.backward for loss in weighted])
         return total
 
-    def _blocked_step(self, micro_batches: list[dict[str, torch.Tensor]]) -> float:
+    def _blocked_step(self, micro_batches: list[dict[str, torch.Tensor]], counts: Counts) -> float:
         """Base model, then head and loss over blocks of the vocabulary, then backward from the hidden states."""
         outputs = self._forward([lambda batch=batch: self._hidden(batch) for batch in micro_batches])
         picked = [
             next_tokens(hidden.detach(), batch["labels"]) for hidden, batch in zip(outputs, micro_batches, strict=True)
         ]
         head = self._head(lanes=len(picked))
-        loss, gradients = blocked_cross_entropy([p[0] for p in picked], [p[1] for p in picked], head)
-        self._check_loss(float(loss))
+        loss, gradients = blocked_cross_entropy(
+            [p[0] for p in picked], [p[1] for p in picked], head, count=counts.everyone
+        )
+        total = self._check_loss(float(loss))
         starts = []
         for output, gradient, (_, _, where) in zip(outputs, gradients, picked, strict=True):
             full = torch.zeros_like(output)
@@ -170,7 +186,7 @@ class Job:
             starts.append(lambda output=output, full=full: output.backward(full))
         del outputs, picked, gradients
         self._backward(starts)
-        return float(loss)
+        return total
 
     def _hidden(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         inputs = {name: value for name, value in batch.items() if name != "labels"}
@@ -289,12 +305,15 @@ class Job:
         self.store.flush()
         self.store.close()
 
-    def _check_loss(self, loss: float) -> None:
+    def _check_loss(self, part: float) -> float:
+        """The loss of the step, of which this worker's lanes have found `part`."""
+        loss = float(sum(torch.tensor(said) for (said,) in self.group.each(part)))
         if loss != loss or loss in (float("inf"), float("-inf")):
             raise RunError(
                 f"The loss of step {self.step_number} is {loss}. The weights of the last committed step are untouched; "
                 "use a smaller learning rate, warm-up, clipping, or look at the data."
             )
+        return loss
 
 
 def always_near(units: list[Unit]) -> set[str]:
@@ -329,13 +348,14 @@ def bind(
     device: torch.device,
     progress: Callable[[str], None] | None = None,
     make_updater: type[Updater] = Updater,
+    group: Group | None = None,
 ) -> Job:
     """Bring a model's weights into the store as the plan says, and attach the module to it. `progress` hears of each
-    weight that is there. Memory held is one block and its source rows."""
+    weight that is there. Memory held is one block and its source rows. Of several workers each calls it alike."""
     leave_meta(model, device)
     precision = find_precision(plan.precision)
     moments = torch.bfloat16 if plan.moments == "bf16" else None
-    updater = make_updater(store, precision, rule, moments)
+    updater = make_updater(store, precision, rule, moments, group=group)
     weights: dict[str, Weight] = {}
     rows = dict(plan.table_rows)
     near = plan.near_weights | always_near(
@@ -344,11 +364,13 @@ def bind(
     for name, parameter in model.named_parameters():
         home = "host" if name in near else "disk"
         dtype = precision.compute if parameter.requires_grad else parameter.dtype
-        weight = weights[name] = make_weight(name, parameter, dtype, home, rows.get(name))
+        shares = shares_for(rule, name, parameter, updater.group)
+        split = name in plan.split_weights
+        weight = weights[name] = make_weight(name, parameter, dtype, home, rows.get(name), shares, split)
         create_blocks(store, weight)
         if weight.trainable:
             updater.add(weight, "host" if name in plan.near_states else "disk")
-        if not store.has_bytes(weight.blocks[0].name):  # else a committed step has brought them
+        if not store.has_bytes(weight.blocks[0].home):  # else a committed step has brought them
             fill_blocks(store, weight, lambda start, stop, name=name: read(name, start, stop), updater.put)
         if progress is not None:
             progress(name)

@@ -49,13 +49,18 @@ def next_tokens(hidden: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tenso
 
 
 def blocked_cross_entropy(
-    hiddens: Sequence[torch.Tensor], targets: Sequence[torch.Tensor], head: Head, gradient: bool = True
+    hiddens: Sequence[torch.Tensor],
+    targets: Sequence[torch.Tensor],
+    head: Head,
+    gradient: bool = True,
+    count: int | None = None,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Mean cross entropy over all tokens of all lanes, and its gradient by each lane's hidden states.
+    """Mean cross entropy over all tokens of all lanes, and its gradient by each lane's hidden states. With a `count` the
+    sum is divided by that instead: these are lanes of one worker, and the others have the rest of so many tokens.
 
     hiddens: `[tokens, hidden]` each; targets: `[tokens]` each. Returns (fp32 scalar, gradients like hiddens or [])."""
     lanes = [_lane(hidden, target) for hidden, target in zip(hiddens, targets, strict=True)]
-    count = sum(lane.targets.numel() for lane in lanes)
+    count = count or sum(lane.targets.numel() for lane in lanes)
     for block in head.blocks:
         with head.weight(block) as weight:
             for lane in lanes:

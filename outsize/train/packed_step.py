@@ -19,7 +19,7 @@ from outsize.memory.disk import DiskTier
 from outsize.memory.homes import Committed
 from outsize.memory.host import allocate_slab
 from outsize.memory.tier import Extent
-from outsize.model.new_folder import new_folder
+from outsize.model.new_folder import new_folder, remove_folder
 from outsize.model.packed_file import PackedTensor, packed_name, read_packed, write_packed
 from outsize.train.manifest import Manifest
 from outsize.train.retention import PINNED
@@ -89,6 +89,12 @@ def pack_step(folder: StateFolder, manifest: Manifest) -> None:
         with new_folder(_home(folder, manifest.step)) as place:
             write_packed(place / packed_name(_STEM), {name: segment.spec for name, (_, segment) in held.items()}, read)
             (place / _MANIFEST).write_bytes(manifest.encode())
+
+
+def remove_packed(folder: StateFolder, step: int) -> None:
+    """Give the packed step up, if there is one."""
+    if _home(folder, step).exists():
+        remove_folder(_home(folder, step))
 
 
 class PackedStep:

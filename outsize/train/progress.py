@@ -111,3 +111,19 @@ class Progress:
         if remaining <= 0:
             return f"done in {format_duration(elapsed)}"
         return f"{format_duration(elapsed / (self._done - self._done_before) * remaining)} left"
+
+
+class Silent(Progress):
+    """What a worker says that is not the first one."""
+
+    def start(self, total_steps: int, done: int = 0) -> None:
+        pass
+
+    def step(self, line: StepLine) -> None:
+        pass
+
+    def evaluation(self, step: int, eval_loss: float) -> None:
+        pass
+
+    def message(self, text: str) -> None:
+        pass

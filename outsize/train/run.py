@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -19,7 +21,7 @@ from outsize.memory.homes import Committed
 from outsize.memory.ledger import Ledger
 from outsize.memory.transfer import Ticket
 from outsize.model.companions import persistent_buffers
-from outsize.model.export import write_safetensors
+from outsize.model.export import read_along, write_safetensors
 from outsize.train.data import PackedDataset, batches, in_order
 from outsize.train.job import Job
 from outsize.train.progress import Progress
@@ -64,6 +66,7 @@ class Run:
         self.metrics: Metrics | None = None
         self.moved: Counter[tuple[str, str, str]] = Counter()
         self.commit_seconds = 0.0  # that steps have waited for
+        self.stopping: Callable[[], bool] = lambda: False
         self._committed: Ticket | None = None
         self._last_commit = -1
         self._warm = False
@@ -71,15 +74,16 @@ class Run:
         job.on_complete = self._completed
 
     def recover(self) -> int:
-        """Continue at the last committed step, or at a later one that a keeper holds. Returns the number of steps done.
+        """Continue at the last committed step, or at a later one that a keeper holds; where none is, what the job holds is
+        the first to be committed. Returns the number of steps done.
 
         Raises RunError when the state is not that of this run."""
         manifest = self.state.read()
         if manifest is None:
             self.state.write_layout(self.job.store)
-            self.commit(0, wait=True)
-            self._publish(0)
-            return 0
+            self.commit(self.job.step_number, wait=True)
+            self._publish(self.job.step_number)
+            return self.job.step_number
         self.state.check_layout(self.job.store)
         found = self.state.published
         step, facts = (manifest.step, manifest.facts) if found is None else (found.step, found.facts)
@@ -111,6 +115,7 @@ class Run:
         return {
             "about": self.about,
             "optimizer": self.job.updater.facts(),
+            "shapes": {weight.name: weight.shape for weight in self.job.weights.values() if weight.blocks[0].split},
             "random": base64.b64encode(bytes(self.job.random_state.tolist())).decode(),
         }
 
@@ -132,6 +137,7 @@ class Run:
             if self.metrics is not None:
                 self.metrics.sync()  # a committed step's line must not be lost: nobody writes it again
             self.state.write_manifest(step, places, facts, keep, drop)
+            self.job.group.all_have()  # until then nobody may write over the step before
             if asked:
                 self.state.keep_answered()
 
@@ -147,18 +153,31 @@ class Run:
     def _complete(self, step: int) -> None:
         """Everything is that of `step`: publish it, and commit it if that is due."""
         self._publish(step)
+        self._commit_if_due(step)
+
+    def _commit_if_due(self, step: int) -> None:
         if step % self.job.plan.commit_every == 0 or self.retention.is_kept(step) or self.state.keep_asked():
             self.commit(step)
 
-    def train(self, data: PackedDataset, schedule: Schedule, scheduler: Any, evaluation: PackedDataset | None) -> None:
-        """Steps from where the state stands to `schedule.steps`."""
+    def train(
+        self,
+        data: PackedDataset,
+        schedule: Schedule,
+        scheduler: Any,
+        evaluation: PackedDataset | None,
+        stopping: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Steps from where the state stands to `schedule.steps`, or until `stopping`; the last one done is committed."""
+        self.stopping = stopping
         first = self.job.step_number
         metrics = self.metrics = Metrics(self.metrics_path, first)
-        source = batches(data, schedule.batch_size, schedule.seed, first, schedule.accumulate)
+        group = self.job.group
+        source = batches(data, schedule.batch_size, schedule.seed, first, schedule.accumulate, group.rank, group.size)
         before = Counter(self.job.store.ledger.moved)
+        self._commit_if_due(first)  # a keeper may have held it when the process was killed before its commit
         if first and not metrics.has_evaluation(first - 1):  # killed between that step's commit and its evaluation
             self._evaluate_if_due(metrics, first - 1, schedule, evaluation)
-        for step in range(first, schedule.steps):
+        for step in takewhile(lambda step: not stopping(), range(first, schedule.steps)):
             last = step + 1 == schedule.steps
             line = self._step(step, next(source), scheduler, again=not last)
             metrics.append(line)
@@ -166,7 +185,8 @@ class Run:
                 self._complete(step + 1)
             self.progress.step(line)
             self._evaluate_if_due(metrics, step, schedule, evaluation)
-            if schedule.sample_prompt and schedule.sample_every and ((step + 1) % schedule.sample_every == 0 or last):
+            due = schedule.sample_every and ((step + 1) % schedule.sample_every == 0 or last)
+            if schedule.sample_prompt and due and not stopping():
                 self.progress.message(f"sample: {self._sample(schedule)}")
         self.finish()
         self.moved = self.job.store.ledger.moved - before
@@ -221,7 +241,11 @@ class Run:
         every = schedule.eval_every
         if evaluation is None or not every or ((step + 1) % every and step + 1 != schedule.steps):
             return
-        loss = self.job.evaluate(in_order(evaluation, schedule.batch_size))
+        loss = self.job.evaluate(
+            takewhile(lambda batch: not self.stopping(), in_order(evaluation, schedule.batch_size))
+        )
+        if self.stopping():  # the run evaluates when it continues
+            return
         metrics.append_evaluation(step, loss)
         self.progress.evaluation(step, loss)
 
@@ -235,7 +259,8 @@ class Run:
 
 
 def export(job: Job, directory: Path) -> None:
-    """Write the job's weights, in the dtype they compute in, and its persistent buffers, as safetensors."""
+    """Write the job's weights, in the dtype they compute in, and its persistent buffers, as safetensors. Of several workers
+    the first one writes, and all read along, as what is split comes from everyone."""
     buffers = persistent_buffers(job.model)
     specs = {name: (weight.shape, weight.dtype) for name, weight in job.weights.items()}
     specs |= {name: (tuple(buffer.shape), buffer.dtype) for name, buffer in buffers.items()}
@@ -244,7 +269,11 @@ def export(job: Job, directory: Path) -> None:
         return buffers[name][start:stop] if name in buffers else job.read(name, start, stop)
 
     with job.evaluation_mode():
-        write_safetensors(directory, specs, read)
+        if job.group.rank == 0:
+            write_safetensors(directory, specs, read)
+        else:
+            read_along(specs, read)
+        job.group.each(0)
 
 
 def _counts(job: Job) -> dict[str, float]:

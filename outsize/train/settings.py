@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from outsize.errors import RunError, StorageError
+from outsize.model.new_folder import made_for
+from outsize.sizes import format_size
 from outsize.train.state import replace_file
 
 VERSION = 1  # of run.json
 FREE = {
-    "memory", "out", "activations", "commit_every", "keep_last", "keep_every", "eval_data", "eval_every", "sample_prompt",
-    "sample_every", "plan", "json",
+    "memory", "out", "activations", "commit_every", "keeper", "keep_last", "keep_every", "eval_data", "eval_every",
+    "sample_prompt", "sample_every", "plan", "workers", "worker_timeout", "json",
 }  # fmt: skip
 """What may differ when a run is continued; all else must stay as it was."""
 PATHS = ("data", "eval_data", "optimizer_state", "out", "plan")
@@ -44,6 +46,7 @@ class TrainSettings:
     loss: str = "auto"
     activations: str = "auto"
     commit_every: int | None = None
+    keeper: bool = False
     keep_last: int = 0
     keep_every: int = 0
     eval_data: Path | None = None
@@ -54,11 +57,20 @@ class TrainSettings:
     block_class: str | None = None
     plan: Path | None = None
     optimizer_state: Path | None = None
+    workers: int = 1
+    zero: int = 3
+    worker_timeout: float = 30.0
     json: bool = False
 
     def identity(self) -> dict[str, Any]:
         """What must stay the same when a run is continued."""
         return {key: value for key, value in self.plain().items() if key not in FREE}
+
+    def shared(self) -> dict[str, Any]:
+        """What all workers must have been told alike; files are told by what is in them."""
+        own = {*PATHS, "model", "memory", "json", "workers"}
+        memory = "none" if self.memory is None else format_size(self.memory)
+        return {"memory": memory, **{key: value for key, value in self.plain().items() if key not in own}}
 
     def plain(self) -> dict[str, Any]:
         """As JSON. Paths outside the run are absolute, so that it can be continued from any folder."""
@@ -86,18 +98,20 @@ def continues(settings: TrainSettings) -> bool:
         return True
     try:
         settings.out.mkdir(parents=True, exist_ok=True)
-        strange = {path.name.removesuffix(".partial") for path in settings.out.iterdir()} - BEGUN
+        strange = {made_for(path.name) for path in settings.out.iterdir()} - BEGUN
     except OSError as problem:
         raise StorageError(f"{settings.out} cannot be used: {problem.strerror}. Choose another --out.") from problem
     if strange:
         raise RunError(
             f"{settings.out} holds {sorted(strange)[0]} and no run of Outsize. Choose another --out, or empty it."
         )
+    if (settings.out / "state" / "manifest").exists():
+        raise RunError(f"{settings.out} holds a run's state without its run.json. Restore it, or choose another --out.")
     return False
 
 
 def record(settings: TrainSettings) -> None:
-    """Say whose folder this is, once there is something in it to continue."""
+    """Say whose folder this is, before the first commit: what is committed is never taken for another run's."""
     said = {"version": VERSION, "settings": settings.plain()}
     replace_file(settings.out / "run.json", json.dumps(said, indent=2).encode())
 

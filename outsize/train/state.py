@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from outsize.distributed.group import Group
+from outsize.distributed.shard import ShardedStore
 from outsize.errors import RunError, StorageError
 from outsize.memory import shared
 from outsize.memory.disk import DiskTier
@@ -20,22 +22,25 @@ from outsize.memory.shared import Shared
 from outsize.memory.store import Store
 from outsize.memory.tier import Tier
 from outsize.memory.transfer import Transfers
-from outsize.model.new_folder import sync
+from outsize.model.new_folder import PARTIAL, make_durable, remove_abandoned, remove_noted, sync
 from outsize.plan import Plan
 from outsize.train.manifest import Layout, Manifest
 from outsize.train.published import Published, find_published
 
 
 class StateFolder:
-    """`directory` with the files blocks, layout, manifest, lock and the folders kept and packed.
+    """`directory` with the files blocks, layout, manifest, lock and the folders kept, packed and exports.
 
-    `lock()` makes this process the only one that writes; reading needs no lock."""
+    `lock()` makes this process the only one that writes; reading needs no lock. Of `several` workers, to whom a step
+    counts when all have committed it, the folder also has the manifest of the step before."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, several: bool = False) -> None:
         self.directory = directory
         self.blocks, self.kept, self.packed = directory / "blocks", directory / "kept", directory / "packed"
+        self.exports = directory / "exports"
         self.published: Published | None = None
         """What `open_store` has found in a keeper's memory, at least as new as the committed step."""
+        self.several = several
         self._layout: Layout | None = None
         self._lock = -1
 
@@ -46,7 +51,7 @@ class StateFolder:
 
         Raises RunError when another process has it, StorageError when the folder cannot be written."""
         try:
-            _make_durable_folder(self.kept)
+            make_durable(self.kept)
             self._lock = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as problem:
             raise StorageError(
@@ -59,7 +64,15 @@ class StateFolder:
             raise RunError(
                 f"{self.directory} is in use by another process. Wait for it, or choose another --out."
             ) from problem
+        self.tidy()
+        for partial in self.kept.glob(f"*{PARTIAL}"):
+            partial.unlink(missing_ok=True)  # a step that was to be kept when the run was killed
         return self
+
+    def tidy(self) -> None:
+        """Remove what killed processes were writing: exports, wherever they are, and packed steps."""
+        remove_noted(self.exports)
+        remove_abandoned(self.packed)
 
     def __enter__(self) -> StateFolder:
         return self
@@ -87,6 +100,11 @@ class StateFolder:
             return Manifest.read(path, layout)
         except RunError as problem:
             raise RunError(f"{problem} {self.remedy()}") from problem
+
+    def recoverable(self) -> dict[int, Path]:
+        """Manifests by their step: the committed one and, of several workers, the one before."""
+        paths = [self.directory / "manifest", self.directory / "before"]
+        return {Manifest.read(path, self.layout()).step: path for path in reversed(paths) if path.exists()}
 
     def remedy(self) -> str:
         """What can be done about a damaged committed step."""
@@ -153,7 +171,11 @@ class StateFolder:
         content = Manifest(step, self.layout(), places, facts).encode()
         if keep is not None:
             replace_file(self.kept / keep, content)
-        replace_file(self.directory / "manifest", content)
+        manifest, before = self.directory / "manifest", self.directory / "before"
+        if self.several and manifest.exists():
+            before.unlink(missing_ok=True)
+            os.link(manifest, before)
+        replace_file(manifest, content)
         if drop:
             self.forget(drop)
 
@@ -188,8 +210,14 @@ class StateFolder:
         shared.dismiss(self.directory)
         replace_file(self.directory / "manifest", manifest)
 
+    def begin_again(self) -> None:
+        """No step is committed here any more."""
+        shared.dismiss(self.directory)
+        with _clear(self.directory):
+            for name in ("manifest", "before"):
+                (self.directory / name).unlink(missing_ok=True)
 
-PARTIAL = ".partial"
+
 ASKED = "keep-next"
 
 
@@ -235,14 +263,6 @@ def _write_durably(path: Path, content: bytes) -> None:
         os.close(file)
 
 
-def _make_durable_folder(folder: Path) -> None:
-    """Make a folder and those above it; a commit in a folder whose own name is lost would be lost too."""
-    if not folder.exists():
-        _make_durable_folder(folder.parent)
-        folder.mkdir(exist_ok=True)
-        sync(folder.parent)
-
-
 def _describe(block: Any) -> str:
     return (
         "missing"
@@ -251,10 +271,15 @@ def _describe(block: Any) -> str:
     )
 
 
-def open_store(plan: Plan, folder: StateFolder, wrap_disk: Callable[[Tier], Tier] = lambda tier: tier) -> Store:
+def open_store(
+    plan: Plan,
+    folder: StateFolder,
+    wrap_disk: Callable[[Tier], Tier] = lambda tier: tier,
+    group: Group | None = None,
+) -> Store:
     """The store of a training job: an arena and host memory near, the folder's blocks on disk; whatever was committed
     there is announced. Memory that a keeper holds for the run is used again, if the plan shares any. `wrap_disk` puts a
-    layer before the disk, such as one that throttles it."""
+    layer before the disk, such as one that throttles it. Of several workers each has a folder and a store of its own."""
     manifest = folder.read()
     found = folder.published = find_published(folder.directory, manifest)
     memory = None
@@ -262,7 +287,9 @@ def open_store(plan: Plan, folder: StateFolder, wrap_disk: Callable[[Tier], Tier
         again = found is not None and found.memory.nbytes == plan.shared_bytes
         memory = found.memory if found and again else Shared(folder.directory, plan.shared_bytes)
     tiers = {"host": HostTier(plan.memory_bytes or 1 << 60), "disk": wrap_disk(DiskTier(folder.blocks))}
-    store = Store(tiers, plan.arena_bytes, allocate_slab, Transfers(), checked=True, shared=memory)
+    store = ShardedStore(
+        group or Group(), tiers, plan.arena_bytes, allocate_slab, Transfers(), checked=True, shared=memory
+    )
     if manifest is not None:
         kept = {name: folder.read_kept(name).places for name in folder.kept_names()}
         store.homes.recover(

@@ -7,7 +7,7 @@ its parameters pass through one by one."""
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from outsize.distributed.group import Group
+from outsize.distributed.shares import Shares
 from outsize.memory.block import make_block
 from outsize.memory.codec import join_master, split_master, stochastic_round
 from outsize.memory.store import Lease, Store
@@ -54,6 +56,14 @@ class Kind:
         return {*layout.group, *({"train_mode"} & self.initial_group.keys())}
 
 
+def shares_for(rule: OptimizerRule, name: str, parameter: torch.Tensor, group: Group) -> Callable[[int], Shares]:
+    """Who updates what of a parameter's blocks: shares of each, or all of a block where the optimizer must see that."""
+    if not parameter.requires_grad:
+        return group.shares
+    cls, _ = rule(name, parameter)
+    return group.shares if is_elementwise(cls) else group.undivided
+
+
 def find_kind(kinds: list[Kind], cls: type[Optimizer], options: dict[str, Any]) -> Kind:
     """The one among `kinds`; made and added when there is none."""
     for kind in kinds:
@@ -65,7 +75,8 @@ def find_kind(kinds: list[Kind], cls: type[Optimizer], options: dict[str, Any]) 
 
 @dataclass
 class Chunk:
-    """Elements [start, stop) of a weight's block, and what its optimizer remembers besides tensors."""
+    """Elements [start, stop) of a weight's block, within this worker's share, and what its optimizer remembers besides
+    tensors."""
 
     block: RowBlock
     state: str
@@ -80,7 +91,8 @@ class Chunk:
 
 
 class Updater:
-    """Steps weights held in `store`. `moment_dtype` bf16 rounds the optimizer's tensors between steps (approximate)."""
+    """Steps weights held in `store`, of each the own share among the workers of `group`. `moment_dtype` bf16 rounds the
+    optimizer's tensors between steps (approximate)."""
 
     def __init__(
         self,
@@ -89,10 +101,12 @@ class Updater:
         rule: OptimizerRule,
         moment_dtype: torch.dtype | None = None,
         seed: int = 0,
+        group: Group | None = None,
     ) -> None:
         self.store, self.precision, self.rule, self.seed = store, precision, rule, seed
         self.kinds: list[Kind] = []
         self.chunks: dict[str, list[Chunk]] = {}
+        self.group = group or Group()
         self.step_number = 0
         self.seconds = 0.0  # spent in `update`, not counting waits for state
         self._moment_dtype = moment_dtype
@@ -113,12 +127,13 @@ class Updater:
                     self.store.create(make_block(chunk.state, parts), home)
 
     def _cut(self, block: RowBlock, shape: tuple[int, ...], kind: Kind) -> Iterator[Chunk]:
-        name = block.name.replace(WEIGHT, "state", 1)
+        name, own = block.name.replace(WEIGHT, "state", 1), block.shares.own
         if not is_elementwise(kind.cls):
-            yield Chunk(block, name, 0, prod(shape), shape, kind, kind.layout(shape))
+            if block.shares.all_own:
+                yield Chunk(block, name, 0, prod(shape), shape, kind, kind.layout(shape))
             return
-        for start in range(0, prod(shape), CHUNK):
-            stop = min(start + CHUNK, prod(shape))
+        for start in range(own.start, own.stop, CHUNK):
+            stop = min(start + CHUNK, own.stop)
             yield Chunk(block, f"{name}@{start}", start, stop, (stop - start,), kind, kind.layout((stop - start,)))
 
     def _parts(self, chunk: Chunk) -> list[tuple[str, str, torch.dtype, tuple[int, ...]]]:
@@ -133,23 +148,37 @@ class Updater:
     # -- bringing weights in ----------------------------------------------------------------------------------------
 
     def put(self, block: RowBlock, source: torch.Tensor, target: torch.Tensor) -> None:
-        """Store source numbers (any float dtype, 1-D) as the compute weight `target` and, if split, their low bits."""
+        """Store source numbers (any float dtype, 1-D) as the compute weight `target` and, if split, their low bits; both
+        are those of `block.home`."""
         if self.precision.master != "split" or block.name not in self.chunks:
             target.copy_(source)
             return
+        own, first = block.shares.own, block.shares.own.start if block.split else 0
+        for others in (target[: own.start - first], target[own.stop - first :]):
+            if others.numel():
+                start = others.storage_offset() - target.storage_offset()
+                self._put_high(source[start : start + others.numel()], others)
         for chunk in self.chunks[block.name]:
             low = torch.empty(chunk.stop - chunk.start, dtype=torch.int16)
-            master = torch.empty(chunk.stop - chunk.start).copy_(source[chunk.start : chunk.stop])
-            split_master(master, target[chunk.start : chunk.stop], low)
+            span = slice(chunk.start - first, chunk.stop - first)
+            master = torch.empty(chunk.stop - chunk.start).copy_(source[span])
+            split_master(master, target[span], low)
             if source.dtype is not torch.bfloat16:
                 with self.store.lease(chunk.state, fresh=True) as lease:
                     lease.bytes.zero_()
                     lease.tensors["low"].copy_(low)
 
+    def _put_high(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Of another worker's share, only the compute weight."""
+        for start in range(0, source.numel(), CHUNK):
+            piece = source[start : start + CHUNK]
+            split_master(piece.to(torch.float32, copy=True), target[start : start + CHUNK], None)
+
     def masters(self, block: RowBlock, weight: torch.Tensor) -> torch.Tensor:
         """The block's numbers in fp32 (1-D), joined from `weight` (its compute copy, 1-D) and the state's low bits."""
         if self.precision.master != "split" or block.name not in self.chunks:
             return weight.float()
+        assert block.shares.all_own, f"low bits of {block.name} are with several workers"
         out = torch.empty(weight.numel(), dtype=torch.float32, device=weight.device)
         for chunk in self.chunks[block.name]:
             span = slice(chunk.start, chunk.stop)
@@ -162,18 +191,20 @@ class Updater:
     def update(
         self, block: RowBlock, gradient: torch.Tensor, weight: Lease, groups: list[dict[str, Any]], scale: float | None
     ) -> None:
-        """Apply `gradient` (the block's shape, any float dtype, times `scale`) to the leased weight and its state.
+        """Apply `gradient` (1-D, of the own share, any float dtype, times `scale`) to the share's state and to `weight`, a
+        lease of `block.home`. A weight that is whole on every worker is so again afterwards.
 
         `groups` are the hyper-parameters of each kind now."""
         waited, started = sum(self.store.waiting_seconds.values()), self.store.clock.now()
         weight.change()
-        flat_weight = weight.tensors[WEIGHT].view(-1)
-        flat_gradient = gradient.reshape(-1)
+        own = block.own(weight)
         for chunk in self.chunks[block.name]:
-            span = slice(chunk.start, chunk.stop)
-            self._visit(chunk, flat_weight[span], flat_gradient[span], groups, scale, "step")
+            span = slice(chunk.start - block.shares.own.start, chunk.stop - block.shares.own.start)
+            self._visit(chunk, own[span], gradient[span], groups, scale, "step")
         waited = sum(self.store.waiting_seconds.values()) - waited
         self.seconds += self.store.clock.note("update", started) - waited
+        if not block.split:
+            self.group.gather(weight.tensors[WEIGHT].view(-1), block.shares)
 
     def visit_all(self, method: str, groups: list[dict[str, Any]]) -> None:
         """Call the optimizer's own `method` ("train" or "eval", as schedulefree has them) on every chunk."""
@@ -187,6 +218,7 @@ class Updater:
                         if chunk.stepped:
                             span = lease.tensors[WEIGHT].view(-1)[chunk.start : chunk.stop]
                             self._visit(chunk, span, None, groups, None, method)
+                    self.group.gather(lease.tensors[WEIGHT].view(-1), block.shares)
 
     @property
     def has_modes(self) -> bool:

@@ -1,0 +1,87 @@
+"""Who is still there. Each worker counts up at the meeting point while it lives; whoever finds that another has stopped
+counting ends its own process, as the exchange that it waits in would not."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+
+from torch._C._distributed_c10d import Store
+
+from outsize.errors import RunError
+
+LOOK_EVERY = 1.0  # seconds
+STOPPED = 1  # exit code
+
+
+class Watch:
+    """A thread of worker `rank` of `size`. `patience`, in seconds, is for a worker that is stopped or cut off; of one that
+    has died, the exchange tells at once."""
+
+    def __init__(self, meeting: Store, rank: int, size: int, patience: float) -> None:
+        self.rank, self._patience = rank, patience
+        self._meeting: Store = meeting.clone()  # pyright: ignore[reportAttributeAccessIssue] - a connection of its own: one that waits would hold up the other
+        self._others = [peer for peer in range(size) if peer != rank]
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True, name="watch")
+        self._thread.start()
+
+    def lost(self, peer: int | None, problem: Exception) -> RunError:
+        """What to raise when an exchange fails, with `peer` if that is known: names the worker with whom it began, as
+        others stop because of that one."""
+        first = peer
+        try:
+            while first is not None and self._meeting.check([_lost(first)]):
+                first = int(self._meeting.get(_lost(first)))
+            if first is None:
+                first = next((p for p in self._others if not self._meeting.check([_lost(p)])), None)
+            if first is not None:
+                self._meeting.set(_lost(self.rank), str(first))
+        except RuntimeError:  # the meeting point is gone too
+            pass
+        name = "Another worker" if first is None else f"Worker {first}"
+        reason = str(problem).partition("\n")[0]
+        return RunError(
+            f"{name} is lost, and worker {self.rank} stops: {reason} The same command continues at the last step that "
+            "all have committed."
+        )
+
+    def close(self) -> None:
+        self._closing.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        counts: dict[int, tuple[bytes, float]] = dict.fromkeys(self._others, (b"", time.monotonic()))
+        number = 0
+        while not self._closing.wait(LOOK_EVERY):
+            number += 1
+            try:
+                self._meeting.set(_alive(self.rank), str(number))
+                for peer in self._others:
+                    count = self._meeting.get(_alive(peer)) if self._meeting.check([_alive(peer)]) else b""
+                    if count != counts[peer][0]:
+                        counts[peer] = (count, time.monotonic())
+            except RuntimeError:
+                return  # the meeting point has closed: whatever goes wrong now, exchanges will tell
+            for peer, (_, since) in counts.items():
+                if time.monotonic() - since > self._patience:
+                    self._stop(peer)
+
+    def _stop(self, peer: int) -> None:
+        print(
+            f"outsize: worker {peer} has not moved for {self._patience:g} seconds, and worker {self.rank} stops. The same "
+            "command continues at the last step that all have committed.",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(STOPPED)
+
+
+def _alive(rank: int) -> str:
+    return f"alive {rank}"
+
+
+def _lost(rank: int) -> str:
+    return f"lost {rank}"

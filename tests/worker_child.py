@@ -1,0 +1,133 @@
+"""The process that tests/workers.py starts: a worker for each line of its input, times as many as that says, is forked."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from exactness import ACTIVATIONS_OF, Setting, bind_job, make_batches, make_model, make_plan
+from torch import nn
+from workers import Case
+
+from outsize.distributed.group import find_group
+from outsize.model.units import find_units
+from outsize.plan import Plan
+from outsize.train.job import Job, always_near
+from outsize.train.optimizers import OptimizerRule, default_rule
+
+
+def serve() -> None:
+    for family in ("llama", "qwen3"):  # imports that the workers then have
+        make_model(family)
+    for line in sys.stdin:
+        told = json.loads(line)
+        pids = [_fork(rank, told) for rank in range(told["workers"])]
+        codes = dict(os.waitpid(pid, 0) for pid in pids)
+        print(json.dumps([os.waitstatus_to_exitcode(codes[pid]) for pid in pids]), flush=True)
+
+
+def _fork(rank: int, told: dict[str, Any]) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    folder, size = Path(told["folder"]), told["workers"]
+    log = os.open(folder / f"log-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    if size > 1:
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size))
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(told["port"]))
+    signal.alarm(100)  # a worker that waits for ever must not hold up the others' tests
+    code = 0
+    try:
+        DO[told["do"]](folder, told["told"])
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def optimizer(name: str) -> OptimizerRule:
+    return default_rule(name, {"lr": 0.05 if name == "sgd" else 0.01})
+
+
+def plan_of(model: nn.Module, case: Case) -> Plan:
+    micro_batches = -(-case.sequences // (case.workers * case.batch))
+    setting = Setting(
+        case.precision,
+        case.placement,
+        accumulate=micro_batches,
+        clip=case.clip,
+        table_rows=case.table_rows,
+        activations=ACTIVATIONS_OF[case.activations],
+    )
+    plan = make_plan(model, setting)
+    if case.workers == 1:
+        return plan
+    whole = {name for name, _ in plan.table_rows} | always_near(find_units(model))
+    large = {name for name, p in model.named_parameters() if p.numel() > case.split and name not in whole}
+    split = frozenset(large) if case.zero == 3 else frozenset()
+    return replace(
+        plan, workers=case.workers, zero=case.zero, split_weights=split, arena_bytes=2 * plan.arena_bytes + (1 << 20)
+    )
+
+
+def _train(folder: Path, told: dict[str, Any]) -> None:
+    case, group = Case(**told), find_group()
+    model = make_model(case.family, case.tied, hidden=case.hidden)
+    own = folder / f"worker-{group.rank}"
+    own.mkdir()
+    job = bind_job(model, optimizer(case.optimizer), plan_of(model, case), own, group)
+    losses, norms = [], []
+    start = dict(group.ledger.moved)
+    for sequences in make_batches(case.steps, case.sequences, sequences=1):
+        mine = range(len(sequences) * group.rank // group.size, len(sequences) * (group.rank + 1) // group.size)
+        micro_batches = [
+            {
+                key: torch.cat([sequences[index][key] for index in mine[first : first + case.batch]])
+                for key in sequences[0]
+            }
+            for first in range(0, len(mine), case.batch)
+        ]
+        result = job.train_step(micro_batches)
+        losses.append(result.loss)
+        norms.append(result.norm)
+    job.flush()
+    moved = {key: count - start.get(key, 0) for key, count in group.ledger.moved.items()}
+    found = {"losses": losses, "norms": norms, "weights": weights_of(job)}
+    found["ledger"] = {"moved": moved, "held": dict(group.ledger.held), "shares": shares_of(job)}
+    job.store.flush()
+    job.store.transfers.drain()
+    torch.save(found, folder / f"found-{group.rank}")
+    group.each(0)
+    job.close()
+    group.close()
+
+
+def weights_of(job: Job) -> dict[str, torch.Tensor]:
+    return {name: job.read(name, 0, weight.shape[0] if weight.shape else 1) for name, weight in job.weights.items()}
+
+
+def shares_of(job: Job) -> dict[str, list[list[int]]]:
+    """Own elements, of how many, and whether they are all that is at home; of each block."""
+    return {
+        block.name: [len(block.shares.own), block.shares.spans[-1].stop, block.split]
+        for weight in job.weights.values()
+        for block in weight.blocks
+    }
+
+
+DO: dict[str, Callable[[Path, dict[str, Any]], None]] = {"train": _train}
+
+
+if __name__ == "__main__":
+    serve()
