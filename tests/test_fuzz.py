@@ -15,11 +15,11 @@ from server import Address, serving
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Address]:
     model = write_model(tmp_path_factory.mktemp("model"), letters=True, template=TEMPLATE)
     log = tmp_path_factory.mktemp("server") / "log"
-    with serving(model, log, "--concurrency", 64, "--step-tokens", 128, "--max-body", "64KiB", context=32) as address:
+    with serving(model, log, "--concurrency", 64, "--step-tokens", 128, "--max-body", "64KiB", context=96) as address:
         yield address
 
 
 def test_no_request_makes_the_server_fail(server: Address) -> None:
-    statuses = fuzz(server, examples=25)
+    statuses = fuzz(server, examples=40)
     assert {200, 400} <= statuses.keys() and max(statuses) < 500, statuses
     server.settle()
