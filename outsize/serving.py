@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from outsize.errors import OptionError
+from outsize.errors import OptionError, StorageError
 from outsize.machine.describe import describe, process_memory
 from outsize.memory.disk import DiskTier
 from outsize.memory.host import HostTier, allocate_slab
@@ -67,7 +67,7 @@ class Engine(Service):
         use_paged_attention(module)
         units = find_units(module)
         with ExitStack() as stack:
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="outsize-", dir=scratch))
+            folder = stack.enter_context(_scratch(scratch))
             free = min(describe(place).disk_free_bytes for place in (folder, kv_directory or folder))
             self.plan: Plan = plan_serving(module, units, request, process_memory().resident_bytes, free)
             assert self.plan.serving is not None
@@ -95,6 +95,14 @@ class Engine(Service):
                 index,
             )
             super().__init__(engine, stack.pop_all().close)
+
+
+def _scratch(parent: str | Path | None) -> tempfile.TemporaryDirectory[str]:
+    """A folder for what streams, gone with the engine."""
+    try:
+        return tempfile.TemporaryDirectory(prefix="outsize-", dir=parent)
+    except OSError as problem:
+        raise StorageError(f"{problem.filename}: no folder can be made there ({problem.strerror}).") from problem
 
 
 def end_tokens(module: Any) -> frozenset[int]:

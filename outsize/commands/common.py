@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -18,11 +19,23 @@ Memory = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print machine-readable lines only.")]
 
 
+class Terminated(KeyboardInterrupt):
+    """Somebody asked the process to end, with SIGTERM; treated as Ctrl-C, so that scratch files do not stay behind."""
+
+
+def _terminate(*_: object) -> NoReturn:
+    raise Terminated
+
+
 @contextmanager
 def interruptible(what_now: str) -> Iterator[None]:
-    """Ctrl-C ends the process at once with exit code 130 and one line."""
+    """Ctrl-C, or SIGTERM, ends the process at once with one line and exit code 130, or 143."""
+    before = signal.signal(signal.SIGTERM, _terminate)
     try:
         yield
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print(f"\noutsize: stopped. {what_now}", file=sys.stderr, flush=True)
-        os._exit(130)  # transfers may be under way: nothing of a step that was not committed matters
+        # Transfers may be under way: nothing of a step that was not committed matters.
+        os._exit(143 if isinstance(stop, Terminated) else 130)
+    finally:
+        signal.signal(signal.SIGTERM, before)
