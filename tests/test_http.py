@@ -175,6 +175,18 @@ def test_a_full_queue_and_a_late_answer_say_so(model: Path, tmp_path: Path) -> N
         assert late.status_code == 503 and late.json()["error"]["code"] == "timeout"
 
 
+def test_every_figure_of_the_live_view_is_documented(server: Address) -> None:
+    table = Path(__file__).parent.parent.joinpath("docs/serving.md").read_text().partition("## /stats")[2]
+    server.client.completions.create(model="tiny", prompt="w1", max_tokens=2)
+    now = server.stats()
+    told = {"predicted", "measured"}  # their names are those of `Predicted`
+    names = set(now) | {name for part in now if isinstance(now[part], dict) and part not in told for name in now[part]}
+    names |= set(now["units"][0]) - {"name"}
+    assert [name for name in sorted(names - {"sequences"}) if f"`{name}`" not in table] == []
+    assert now["measured"]["seconds_per_step"] > 0 and now["predicted"]["host_peak_bytes"] > 0
+    assert sum(unit["bytes"] for unit in now["units"]) == now["memory"]["held"]["host"]["weight"]
+
+
 def test_told_to_stop_it_ends_streams_politely_and_leaves_nothing_behind(model: Path, tmp_path: Path) -> None:
     asked = {"model": "tiny", "prompt": "w1", "max_tokens": 500, "n": 128, "stream": True, "ignore_eos": True}
     (tmp_path / "scratch").mkdir()
