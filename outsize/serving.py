@@ -22,6 +22,7 @@ from outsize.model.units import find_units
 from outsize.plan import Plan, ServeRequest
 from outsize.planner.serving import plan_serving
 from outsize.serve.attention import use_paged_attention
+from outsize.serve.constraint import schemas_bytes
 from outsize.serve.engine import Engine as StepEngine
 from outsize.serve.far_index import FarIndex
 from outsize.serve.request import Sampling
@@ -69,7 +70,8 @@ class Engine(Service):
         with ExitStack() as stack:
             folder = stack.enter_context(_scratch(scratch))
             free = min(describe(place).disk_free_bytes for place in (folder, kv_directory or folder))
-            self.plan: Plan = plan_serving(module, units, request, process_memory().resident_bytes, free)
+            baseline = process_memory().resident_bytes + schemas_bytes(module.config.get_text_config().vocab_size)
+            self.plan: Plan = plan_serving(module, units, request, baseline, free)
             assert self.plan.serving is not None
             tiers: dict[str, Tier] = {"host": HostTier(limit), "disk": DiskTier(Path(folder) / "blocks")}
             store = Store(tiers, self.plan.arena_bytes, allocate_slab, Transfers())
