@@ -20,6 +20,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Address]:
 
 
 def test_no_request_makes_the_server_fail(server: Address) -> None:
-    statuses = fuzz(server, examples=40)
+    statuses = fuzz(server, examples=25)
     assert {200, 400} <= statuses.keys() and max(statuses) < 500, statuses
     server.settle()
