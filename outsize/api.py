@@ -282,13 +282,7 @@ def _free_memory() -> int:
 
 
 def _prepared(
-    path: Path,
-    tokenizer: Any,
-    settings: TrainSettings,
-    name: str,
-    progress: Progress,
-    continuing: bool,
-    group: Group,
+    path: Path, tokenizer: Any, settings: TrainSettings, name: str, progress: Progress, continuing: bool, group: Group
 ) -> PackedDataset:
     packed = settings.out / f"{name}.npy"
 
