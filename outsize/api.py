@@ -25,7 +25,6 @@ from outsize.plan import Plan, Request
 from outsize.planner.check import check_plan
 from outsize.planner.training import Place, Task, plan_training
 from outsize.sizes import parse_size
-from outsize.train.checkpoint import open_checkpoint
 from outsize.train.data import PackedDataset, prepare
 from outsize.train.export import Exported, export_checkpoint
 from outsize.train.import_state import bring_optimizer, check_optimizer
@@ -38,10 +37,10 @@ from outsize.train.progress import Progress, Silent
 from outsize.train.recipe import groups_at, optimizer_rule, rule_of, scheduler_for
 from outsize.train.report import each_line, held_by_tier, measured, moved_a_step, write_report
 from outsize.train.retention import Retention
-from outsize.train.run import Run, Schedule, export
+from outsize.train.run import Run, Schedule, check_loss, export
 from outsize.train.settings import TrainSettings, continues, read_settings, record
 from outsize.train.state import StateFolder, open_store
-from outsize.train.together import bring_back, retire, settle
+from outsize.train.together import bring_back, open_step, retire, settle
 
 CPU = torch.device("cpu")
 
@@ -182,7 +181,7 @@ def _train(
         bring_optimizer(job.updater, job.weights, begin)
     give_back()
     if plan.blocked_loss and not continuing:
-        _check_loss(job, data)
+        check_loss(job, data)
     scheduler = scheduler_for(settings, job.optimizer)
     about = {"model": fingerprint_model(source.config), "tokenizer": fingerprint_tokenizer(tokenizer)}
     retention = Retention(settings.keep_last, settings.keep_every)
@@ -283,13 +282,7 @@ def _free_memory() -> int:
 
 
 def _prepared(
-    path: Path,
-    tokenizer: Any,
-    settings: TrainSettings,
-    name: str,
-    progress: Progress,
-    continuing: bool,
-    group: Group,
+    path: Path, tokenizer: Any, settings: TrainSettings, name: str, progress: Progress, continuing: bool, group: Group
 ) -> PackedDataset:
     packed = settings.out / f"{name}.npy"
 
@@ -344,21 +337,6 @@ def _schedule(settings: TrainSettings) -> Schedule:
     )
 
 
-def _check_loss(job: Job, data: PackedDataset) -> None:
-    """Families scale or cap their logits: compare the blocked loss with the module's own on a few tokens."""
-    batch = {name: value[:, :16] for name, value in data.batch([0]).items()}
-    batch["labels"] = batch["input_ids"].clone()
-    blocked = job.evaluate(iter([batch]))
-    with torch.no_grad(), job.evaluation_mode(), job.attachment.traversal():
-        own = float(job.model(**batch).loss)
-    tolerance = 2 * torch.finfo(next(iter(job.weights.values())).dtype).eps * max(abs(own), 1.0)
-    if abs(own - blocked) > tolerance:
-        raise OptionError(
-            f"{type(job.model).__name__} does more to its logits than its head's weights say: loss {own:.6f} by the "
-            f"module, {blocked:.6f} over blocks of the vocabulary. Use --loss module."
-        )
-
-
 def _planned(settings: TrainSettings, task: Task, place: Place) -> Plan:
     return plan_training(task, place) if settings.plan is None else check_plan(read_plan(settings.plan), task, place)
 
@@ -405,7 +383,7 @@ def export_run(
 ) -> Exported:
     """As `outsize checkpoint export` does. Raises OutsizeError subclasses; nothing half-written stays."""
     companions = run / COMPANIONS
-    with open_checkpoint(folder, step) as checkpoint:
+    with open_step(folder, step) as checkpoint:
         groups = None
         if optimizer:
             shapes = {name: entry.shape for name, entry in checkpoint.weights.items()}

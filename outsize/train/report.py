@@ -65,6 +65,9 @@ class StepLine:
     read_wait_seconds: float
     write_wait_seconds: float
     update_seconds: float
+    wire_bytes: int = 0
+    """That came from other workers."""
+    wire_wait_seconds: float = 0.0
 
     @property
     def tokens_per_second(self) -> float:
@@ -75,6 +78,8 @@ class StepLine:
         record = asdict(self) | {"tokens_per_second": self.tokens_per_second}
         if self.gradient_norm is None:
             del record["gradient_norm"]
+        if not self.wire_bytes:
+            del record["wire_bytes"], record["wire_wait_seconds"]
         return _one_line(record)
 
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from outsize.errors import RunError
+from outsize.distributed.group import PEER
+from outsize.errors import OptionError, RunError
 from outsize.machine.allocator import recycle_up_to
 from outsize.machine.describe import process_memory
 from outsize.memory.clock import Span
@@ -229,6 +230,8 @@ class Run:
             read_wait_seconds=spent["read_wait"],
             write_wait_seconds=spent["write_wait"],
             update_seconds=spent["update"],
+            wire_bytes=int(spent["wire_bytes"]),
+            wire_wait_seconds=spent["wire_wait"],
         )
 
     def timeline(self) -> tuple[Span, ...]:
@@ -258,6 +261,21 @@ class Run:
         return self.tokenizer.decode(generated[0], skip_special_tokens=True)
 
 
+def check_loss(job: Job, data: PackedDataset) -> None:
+    """Families scale or cap their logits: compare the blocked loss with the module's own on a few tokens."""
+    batch = {name: value[:, :16] for name, value in data.batch([0]).items()}
+    batch["labels"] = batch["input_ids"].clone()
+    blocked = job.evaluate(iter([batch]))
+    with torch.no_grad(), job.evaluation_mode(), job.attachment.traversal():
+        own = float(job.model(**batch).loss)
+    tolerance = 2 * torch.finfo(next(iter(job.weights.values())).dtype).eps * max(abs(own), 1.0)
+    if abs(own - blocked) > tolerance:
+        raise OptionError(
+            f"{type(job.model).__name__} does more to its logits than its head's weights say: loss {own:.6f} by the "
+            f"module, {blocked:.6f} over blocks of the vocabulary. Use --loss module."
+        )
+
+
 def export(job: Job, directory: Path) -> None:
     """Write the job's weights, in the dtype they compute in, and its persistent buffers, as safetensors. Of several workers
     the first one writes, and all read along, as what is split comes from everyone."""
@@ -284,4 +302,6 @@ def _counts(job: Job) -> dict[str, float]:
         "read_wait": job.store.waiting_seconds["read"],
         "write_wait": job.store.waiting_seconds["write"],
         "update": job.updater.seconds,
+        "wire_bytes": ledger.total_moved(source=PEER),
+        "wire_wait": job.group.waiting_seconds,
     }
