@@ -12,7 +12,7 @@ from torch import nn
 
 from outsize.distributed.group import Group, find_group
 from outsize.errors import DamageError, OptionError
-from outsize.machine.allocator import give_back
+from outsize.machine.allocator import give_back, recycle_up_to
 from outsize.machine.describe import describe, process_memory
 from outsize.machine.find import find_machine, this_machine
 from outsize.machine.machine import Machine
@@ -87,6 +87,7 @@ def attach(
     baseline = max(process_memory().resident_bytes - in_memory, 0)
     task = Task(model, units, rule, request, block_class=block_class)
     plan = plan_training(task, Place(this_machine(directory), baseline, describe(directory).disk_free_bytes))
+    recycle_up_to(plan.recycle_bytes)  # planning has tried other sizes
     store = open_store(plan, folder)
 
     def read(name: str, start: int, stop: int) -> torch.Tensor:
@@ -221,7 +222,7 @@ def _train(
 def read_plan(path: Path) -> Plan:
     """The plan that `outsize plan --save` wrote, as it may have been edited since. Raises OptionError."""
     try:
-        return Plan.from_json(path.read_text(encoding="utf-8"), str(path))
+        return Plan.from_json(path.read_bytes().decode(errors="replace"), str(path))
     except OSError as problem:
         raise OptionError(
             f"{path} cannot be read: {problem.strerror}. Write a plan with `outsize plan --save`."
@@ -362,6 +363,7 @@ def _report(settings: TrainSettings, folder: Path, run: Run, units: list[Unit], 
     steps = {"predicted": plan.predicted.timeline, "measured": run.timeline()}
     found = measured(each_line(folder / "metrics.jsonl")) | {"disk_bytes": job.store.tiers["disk"].used}
     job.close()
+    give_back()  # what the steps' tensors took is room for the pictures
     facts = {
         "model": settings.model,
         "optimizer": settings.optimizer,

@@ -15,9 +15,10 @@ from outsize.sizes import format_size
 class Predicted:
     """What a plan says will be measured. Bytes and seconds, of one step where it says so; 0 device bytes without a GPU.
 
-    `moved` is (source, destination, kind, bytes) of a step; `memory` is (cause, bytes), which add up to the peak.
-    `timeline` is what one step does when: (compute, update, waiting, read or write, begin, end); `tensors` is (time,
-    bytes of its tensors from then on). None: not predicted."""
+    `bytes_read`, `bytes_written` and `moved` (source, destination, kind, bytes) are means of steps in the middle of a run,
+    commits included, evaluation and samples not. `memory` is (cause, bytes), which add up to the peak. `timeline` is
+    what one step does when: (compute, update, waiting, read or write, begin, end); `tensors` is (time, bytes of its tensors
+    from then on). None: not predicted."""
 
     host_peak_bytes: int
     device_peak_bytes: int
@@ -128,6 +129,13 @@ class Plan:
     serving: Serving | None = None
     reasons: tuple[str, ...] = field(default=())
 
+    def __post_init__(self) -> None:
+        if self.gradient_home not in ("host", "disk"):
+            raise OptionError(f"A plan's gradient_home cannot be {self.gradient_home!r}; it is host or disk.")
+        for name, count in (("commit_every", self.commit_every), ("accumulate", self.accumulate), *self.table_rows):
+            if count < 1:
+                raise OptionError(f"A plan's {name} cannot be {count}; it is at least 1.")
+
     @property
     def exactness(self) -> str:
         """`exact`, `rounding` or `approximate`, the loosest of all choices."""
@@ -208,7 +216,7 @@ def _read_value(value: Any, wanted: Any, place: str) -> Any:
             return tuple(_read_value(item, kind, place) for item, kind in zip(value, inside, strict=True))
     fits = (int, float) if origin is float else origin
     exact = isinstance(value, fits) and (origin is bool or not isinstance(value, bool))
-    if not exact or (isinstance(value, (int, float)) and value < 0):
+    if not exact or (isinstance(value, (int, float)) and not 0 <= value < float("inf")):
         raise OptionError(
             f"{place} cannot be {value!r}; it must be {getattr(wanted, '__name__', wanted)}, not negative."
         )

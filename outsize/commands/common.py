@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
+
+from outsize.errors import OptionError
 
 Model = Annotated[str, typer.Option(help="A Hugging Face folder, a .gguf file, or a hub id.")]
 Memory = Annotated[
     str | None,
     typer.Option(help="Peak memory of the whole process, such as 4GiB or 800MiB. Without it: what is free now."),
+]
+OptimizerOption = Annotated[
+    list[str] | None, typer.Option(help="name=value for the optimizer's class; may be given several times.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print machine-readable lines only.")]
 
@@ -39,3 +45,19 @@ def interruptible(what_now: str) -> Iterator[None]:
         os._exit(143 if isinstance(stop, Terminated) else 130)
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def read_options(pairs: list[str]) -> dict[str, Any]:
+    """name=value pairs; values are read as JSON where they are JSON, so that 0.9, true and [0.9, 0.99] mean that.
+
+    Raises OptionError for what is no pair."""
+    found = {}
+    for pair in pairs:
+        name, separator, value = pair.partition("=")
+        if not separator:
+            raise OptionError(f"--optimizer-option {pair!r} is not of the form name=value, such as weight_decay=0.1.")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from outsize.commands.common import Json, Model, interruptible
+from outsize.commands.common import Json, Model, OptimizerOption, interruptible, read_options
 from outsize.errors import BudgetError, OptionError, StorageError
 from outsize.sizes import format_size, parse_size
 
@@ -30,6 +30,7 @@ def plan(
     precision: Annotated[str, typer.Option(help="mixed, fp32 or bf16 (approximate).")] = "mixed",
     moments: Annotated[str, typer.Option(help="fp32, or bf16 (approximate).")] = "fp32",
     optimizer: Annotated[str, typer.Option(help="As in `outsize train`.")] = "adamw",
+    optimizer_option: OptimizerOption = None,
     clip: Annotated[float | None, typer.Option(min=0.0, help="Largest global gradient norm.")] = None,
     loss: Annotated[str, typer.Option(help="auto, blocked or module.")] = "auto",
     activations: Annotated[
@@ -60,6 +61,7 @@ def plan(
         "precision": precision,
         "moments": moments,
         "optimizer": optimizer,
+        "optimizer_options": read_options(optimizer_option or []),
         "loss": loss,
         "activations": activations,
     }

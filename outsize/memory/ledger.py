@@ -32,6 +32,6 @@ class Ledger:
         """Bytes moved so far from `source` and to `destination`; None stands for any tier."""
         return sum(
             nbytes
-            for (start, end, _), nbytes in self.moved.items()
+            for (start, end, _), nbytes in dict(self.moved).items()  # threads that move blocks may add a kind
             if source in (None, start) and destination in (None, end)
         )

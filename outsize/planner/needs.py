@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
+from math import prod
 
 from outsize.memory.disk import BOUNCE
 from outsize.memory.tier import PAGE, pages
@@ -134,7 +135,9 @@ def _exchanged(sizes: dict[str, WeightSize], plan: Plan) -> int:
 
 
 def gradient_bytes(sizes: dict[str, WeightSize]) -> int:
-    return sum(4 * size.weight.numel for size in sizes.values() if size.weight.trainable)
+    """Of gradients that wait: a block of fp32 in whole pages for each block of a weight."""
+    weights = [size.weight for size in sizes.values() if size.weight.trainable]
+    return sum(pages(4 * prod(weight.block_shape(block))) for weight in weights for block in weight.blocks)
 
 
 def _chunked(size: WeightSize) -> bool:

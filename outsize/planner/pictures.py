@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from outsize.errors import StorageError
 from outsize.plan import Plan
+from outsize.planner.search import TENSORS
 from outsize.sizes import format_size
 from outsize.train.pictures import COLOURS, OTHER, new_figure, save_figure, set_title
 
@@ -71,7 +72,7 @@ def _draw_memory(axes: Axes, plan: Plan, length: float) -> None:
     predicted = plan.predicted
     assert predicted is not None
     causes = dict(predicted.memory)
-    steady = {cause: nbytes for cause, nbytes in causes.items() if cause != "tensors of a step"}
+    steady = {cause: nbytes for cause, nbytes in causes.items() if cause != TENSORS}
     bottom = 0.0
     for (cause, nbytes), colour in zip(steady.items(), CAUSES, strict=False):
         height = nbytes / 2**20

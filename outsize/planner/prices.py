@@ -101,6 +101,7 @@ def _measure(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fl
                 function(*real_args, **real_kwargs)
                 seconds = perf_counter() - started
                 best = seconds if best is None else min(best, seconds)
+                del real_args, real_kwargs  # or the next ones would lie beside them
         except (RuntimeError, IndexError, TypeError, ValueError):
             return None
     return best

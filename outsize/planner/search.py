@@ -314,8 +314,9 @@ class Search:
         if choice.placement.shared:
             held = f"a crash of this process loses no step: a keeper process holds the last in {snapshot} more"
         else:
-            held = f"a crash loses {every} at most"
-        return f"every {every} steps, {snapshot} from memory while the next computes; {held}"
+            held = f"a crash loses {every} at most" if every > 1 else "a crash loses the step under way"
+        often = f"every {every} steps" if every > 1 else "every step"
+        return f"{often}, {snapshot} from memory while the next computes; {held}"
 
 
 def told(activations: tuple[tuple[str, Activations], ...]) -> str:

@@ -90,17 +90,21 @@ def searches(task: Task, place: Place) -> Iterator[Search]:
     fit."""
     job = describe_job(task)
     names = [unit.name for unit in task.units if unit.repeated]
+    left = 0
     for how in _considered(task.request):
-        yield search_of(task, place, job, job.plan(task.request, tuple((n, how) for n in names)))
+        found = search_of(task, place, job, job.plan(task.request, tuple((n, how) for n in names)), left)
+        left = found.needs.baseline - place.baseline_bytes
+        yield found
 
 
-def search_of(task: Task, place: Place, job: JobSizes, bare: Plan) -> Search:
-    """Rehearse a plan that places nothing yet, and find what it needs. What rehearsing leaves in memory counts."""
+def search_of(task: Task, place: Place, job: JobSizes, bare: Plan, left: int = 0) -> Search:
+    """Rehearse a plan that places nothing yet, and find what it needs. What rehearsing leaves in memory counts, and so do
+    the `left` bytes of an earlier rehearsal: what that has imported this one finds there."""
     resident = process_memory().resident_bytes
     batches = task.micro_batches or sample_batches(task.model, task.request)
     found = rehearse(task.model, bare, task.rule, place.prices, batches, task.source_dtype, task.block_class)
     give_back()
-    baseline = place.baseline_bytes + max(process_memory().resident_bytes - resident, 0)
+    baseline = place.baseline_bytes + max(process_memory().resident_bytes - resident, left)
     needs = find_needs(task.units, job.sizes, job.rows, job.always, baseline, found, bare)
     return Search(bare, job, needs, task.request, ways_of(place.machine), found)
 
@@ -198,8 +202,8 @@ def _too_small(request: Request, needs: Needs) -> str:
 
 
 def _round_up(nbytes: int) -> int:
-    """To whole steps of 8 MiB: no two processes hold quite the same."""
-    return -(-nbytes // (8 << 20)) * (8 << 20)
+    """To whole steps of 8 MiB, and at least half of one: no two processes hold quite the same."""
+    return -(-(nbytes + (4 << 20)) // (8 << 20)) * (8 << 20)
 
 
 def _mebibytes(nbytes: int) -> str:

@@ -117,6 +117,7 @@ class Job:
                 loss = take(micro_batches, counts)
             norm = self.gradients.settle(self.groups(), self.plan.clip) if self.plan.hold else None
         self.step_number += 1
+        self.updater.step_number = self.step_number  # of a held update, whether the next step applies it or a flush
         self.random_state = torch.get_rng_state()
         if not self.plan.hold:
             self._completed()
@@ -216,9 +217,11 @@ class Job:
         total, count = 0.0, 0
         self.flush()
         with torch.no_grad(), self.evaluation_mode():
-            for batch in batches:
-                learnt = _learnt(self.model, batch["labels"])
-                with self.store.phase("evaluate", again=True), self.attachment.traversal():
+            coming = next(batches, None)
+            while (batch := coming) is not None:
+                coming, learnt = next(batches, None), _learnt(self.model, batch["labels"])
+                # After the last nothing is read ahead: nobody would want it.
+                with self.store.phase("evaluate", again=coming is not None), self.attachment.traversal():
                     total += self._evaluate(batch) * learnt
                 count += learnt
         return total / max(count, 1)
