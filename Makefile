@@ -23,7 +23,8 @@ demo: $(READY) build/smollm2.gguf build/python-docs.txt ## fine-tune SmolLM2-135
 test: $(READY) ## run the tests
 	OMP_NUM_THREADS=1 $(VENV)/pytest -n 2
 
-soak: $(READY) ## kill a run 300 times and flip 10,000 bits; writes docs/reliability.md
+soak: $(READY) ## kill commands at every change, a run 300 times, and flip 10,000 bits; writes docs/reliability.md
+	OMP_NUM_THREADS=1 EVERY_INSTANT=1 $(VENV)/pytest tests/test_instants.py
 	OMP_NUM_THREADS=1 $(VENV)/python tests/soak.py --kills 300 --flips 10000 --page docs/reliability.md
 
 soak-serve: $(READY) ## attack a server: crowds of 200 clients, a third of them rude, and thousands of drawn requests
