@@ -100,7 +100,8 @@ class Plan:
     forward. `recycle_bytes`: the C library keeps freed memory of tensors up to this size, until the
     process holds more than `predicted`. `blocked_loss`: the head and its loss are computed over
     blocks of the vocabulary. `shared_bytes`: all blocks together, when they stay near in memory that outlives the
-    process, each with a twin; 0: they do not. `serving`: what a plan for serving says beside."""
+    process, each with a twin; 0: they do not. `packed`: weights near, in groups that are multiplied at once, which are held
+    as the processor's matrix products read them. `serving`: what a plan for serving says beside."""
 
     precision: str
     arena_bytes: int
@@ -118,6 +119,7 @@ class Plan:
     commit_every: int = 1
     recycle_bytes: int = 8 << 20
     shared_bytes: int = 0
+    packed: tuple[tuple[str, ...], ...] = ()
     memory_bytes: int | None = None
     predicted: Predicted | None = None
     serving: Serving | None = None

@@ -21,6 +21,7 @@ from outsize.planner.training import SMALL, TABLE_BLOCK, table_rows
 from outsize.serve.attention import Discovery, Paged, context_limit
 from outsize.serve.cache import Cache, page_shape
 from outsize.serve.layout import Layout, Span
+from outsize.serve.products import LinearCalls, can_pack
 from outsize.sizes import format_size
 from outsize.train.job import always_near, users_of
 
@@ -46,12 +47,15 @@ def plan_serving(
 
     Raises BudgetError with the smallest budget that works, OptionError for a context longer than the model's, ModelError
     when the model cannot be served."""
-    layers, sizes, context = discover(model), _sizes(model), _context(model, request)
+    layers, groups = discover(model)
+    sizes, context = _sizes(model), _context(model, request)
     fixed = baseline_bytes + int(ALLOCATOR * measure_step(model, layers, context, request)) + FIXED
     room = _Room(request.memory_bytes - fixed, -(-context // PAGE_TOKENS), page_size(layers), request.seats)
     if room.left >= sum(sizes.values()) + room.one * room.page_bytes:
         near, rows, arena = set(sizes), {}, pages(1)
         room.left -= sum(sizes.values())
+        packed = _packed(model, groups, near, room.left - room.one * room.page_bytes)
+        room.left -= sum(sizes[name] for name in _twice(model, packed))
         count = room.take_pages(room.left)
     else:
         near, rows = _near(model, units), _tables(model)
@@ -69,6 +73,7 @@ def plan_serving(
         room.left -= arena
         count = room.take_pages(room.left // FOR_MANY)
         near |= room.take_weights(sizes, near | set(rows))
+        packed = _packed(model, groups, near - set(rows), 0)
     far = sum(nbytes for name, nbytes in sizes.items() if name not in near)
     if far > disk_free_bytes:
         raise BudgetError(
@@ -85,6 +90,7 @@ def plan_serving(
         frozenset(near),
         table_rows=tuple(rows.items()),
         blocked_loss=bool(rows),
+        packed=packed,
         memory_bytes=request.memory_bytes,
         predicted=Predicted(request.memory_bytes - room.left, 0, far, 0, far),
         serving=serving,
@@ -116,18 +122,23 @@ class _Room:
         return taken
 
 
-def discover(model: nn.Module) -> tuple[KvLayer, ...]:
-    """What each layer keeps of a token, learnt by running the module on fake tensors. Raises ModelError when it keeps
-    what cannot be paged."""
-    found = Discovery()
+def discover(model: nn.Module) -> tuple[tuple[KvLayer, ...], list[tuple[str, ...]]]:
+    """What each layer keeps of a token, and which linear layers are called with one input one after the other, by their
+    weights' names; learnt by running the module on fake tensors. Raises ModelError when it keeps what cannot be paged."""
+    found, calls = Discovery(), LinearCalls()
 
     def run(fake: nn.Module) -> torch.Tensor:
         ids = torch.zeros((1, 2), dtype=torch.long)
-        return fake(input_ids=ids, position_ids=ids, use_cache=False, paged=found).logits
+        with calls.watching(fake):
+            return fake(input_ids=ids, position_ids=ids, use_cache=False, paged=found).logits
 
-    measure_demand(model, _measurable(model), run, KEEP, gradients=False)
+    try:
+        measure_demand(model, _measurable(model), run, KEEP, gradients=False)
+    except RuntimeError:  # the module looks at some output in a way that one beside others cannot be looked at
+        found, calls = Discovery(), LinearCalls(beside=False)
+        measure_demand(model, _measurable(model), run, KEEP, gradients=False)
     found.complete(model)
-    return _in(_dtype(model), tuple(found.layers))
+    return _in(_dtype(model), tuple(found.layers)), calls.groups()
 
 
 def measure_step(model: nn.Module, layers: tuple[KvLayer, ...], context: int, request: ServeRequest) -> int:
@@ -210,6 +221,19 @@ def _tables(model: nn.Module) -> dict[str, int]:
 
 def _sizes(model: nn.Module) -> dict[str, int]:
     return {name: pages(p.numel() * p.dtype.itemsize) for name, p in model.named_parameters()}
+
+
+def _packed(model: nn.Module, groups: list[tuple[str, ...]], near: set[str], spare: int) -> tuple[tuple[str, ...], ...]:
+    """The groups that are held as products. One whose weight somebody else needs as it is costs its bytes again: that
+    may take `spare` bytes."""
+    found = [group for group in groups if near.issuperset(group) and can_pack(model.get_parameter(group[0]).dtype)]
+    spent = sum(_sizes(model)[name] for name in _twice(model, tuple(found)))
+    return tuple(group for group in found if spent <= spare or not _twice(model, (group,)))
+
+
+def _twice(model: nn.Module, packed: tuple[tuple[str, ...], ...]) -> list[str]:
+    """Weights of products that are needed as they are too."""
+    return [name for group in packed for name in group if len(users_of(model, model.get_parameter(name))) > 1]
 
 
 def _near(model: nn.Module, units: list[Unit]) -> set[str]:
