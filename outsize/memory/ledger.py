@@ -34,6 +34,9 @@ class Ledger:
     def held_in(self, tier: str) -> int:
         return sum(nbytes for (where, _), nbytes in self.held.items() if where == tier)
 
+    def held_by_store(self, tier: str) -> int:
+        return self.held_in(tier) - self.adopted[tier]
+
     def total_moved(self, source: str | None = None, destination: str | None = None) -> int:
         """Bytes moved so far from `source` and to `destination`; None stands for any tier."""
         return sum(

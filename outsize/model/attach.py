@@ -210,9 +210,13 @@ class Attachment:
         if not attached.entered:
             self._enter(attached)
 
-    def _enter(self, attached: AttachedUnit) -> None:
+    def _stay_within(self) -> None:
+        """Have the C library return what it keeps, if that is more than was planned."""
         if process_memory().resident_bytes > self._most_bytes:
             give_back()
+
+    def _enter(self, attached: AttachedUnit) -> None:
+        self._stay_within()
         attached.entered, attached.left_by = True, 0
         for weight in attached.weights:
             lease = attached.leases[weight.name] = self.store.lease(weight.blocks[0].name)
@@ -254,6 +258,7 @@ class Attachment:
         phases: list[Any] = []
 
         def begin(module: nn.Module, args: Any) -> None:
+            self._stay_within()
             phases.append(self.store.phase(phase, again=True))
             phases[-1].__enter__()
 

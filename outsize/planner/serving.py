@@ -9,18 +9,17 @@ import torch
 from torch import nn
 
 from outsize.errors import BudgetError, OptionError
-from outsize.memory.null import NullTier
-from outsize.memory.store import Store
+from outsize.machine.allocator import LARGEST_RECYCLED
 from outsize.memory.tier import pages
-from outsize.memory.transfer import Transfers
 from outsize.model.units import Unit
 from outsize.model.vocabulary import Table
 from outsize.plan import KEEP, KvLayer, Plan, Predicted, ServeRequest, Serving
 from outsize.planner.demand import measure_demand
+from outsize.planner.serving_forecast import run_step
 from outsize.planner.training import SMALL, TABLE_BLOCK, table_rows
-from outsize.serve.attention import Discovery, Paged, context_limit
-from outsize.serve.cache import Cache, page_shape
-from outsize.serve.layout import Layout, Span
+from outsize.serve.attention import Discovery, context_limit
+from outsize.serve.cache import page_shape
+from outsize.serve.layout import Span
 from outsize.serve.products import LinearCalls, can_pack
 from outsize.sizes import format_size
 from outsize.train.job import always_near, users_of
@@ -29,9 +28,7 @@ ALLOCATOR = 2.0  # resident over live bytes of torch's CPU allocator; docs/log.m
 FIXED = 232 << 20  # bytes: what glibc's heap hoards beside, thread stacks, kernels' scratch; docs/log.md
 
 PAGE_TOKENS = 16
-FOR_MANY = (
-    4  # while weights stream, one part in so many of the free memory goes to the keys and values of many requests
-)
+FOR_MANY = 4  # while weights stream, one part in so many of the free memory goes to pages for many requests
 FAR_TIMES = 8  # as many pages as near may lie on disk, at most
 FAR_DISK = 4  # and take one part in so many of what the disk has free
 
@@ -91,6 +88,7 @@ def plan_serving(
         table_rows=tuple(rows.items()),
         blocked_loss=bool(rows),
         packed=packed,
+        recycle_bytes=LARGEST_RECYCLED,
         memory_bytes=request.memory_bytes,
         predicted=Predicted(request.memory_bytes - room.left, 0, far, 0, far),
         serving=serving,
@@ -144,27 +142,12 @@ def discover(model: nn.Module) -> tuple[tuple[KvLayer, ...], list[tuple[str, ...
 def measure_step(model: nn.Module, layers: tuple[KvLayer, ...], context: int, request: ServeRequest) -> int:
     """Bytes beside weights and pages that the largest step needs: the last chunk of a sequence as long as the context, with
     logits for every seat."""
-    count = min(request.step_tokens, context)
-    dtype = _measurable(model)
+    count, dtype = min(request.step_tokens, context), _measurable(model)
     layers = _in(dtype, layers)
-    span = Span(list(range(-(-context // PAGE_TOKENS))), context - count, count)
-
-    def run(fake: nn.Module) -> torch.Tensor:
-        store = Store({"host": NullTier("host", 1 << 60)}, 0, _fake_bytes, Transfers(readers=0))
-        cache = Cache(store, layers, len(span.pages), PAGE_TOKENS)
-        layout = Layout([span], PAGE_TOKENS, torch.device("cpu"))
-        store.transfers.close()
-        return fake(
-            input_ids=torch.zeros((1, count), dtype=torch.long),
-            position_ids=layout.positions(),
-            use_cache=False,
-            logits_to_keep=torch.zeros(min(request.seats, count), dtype=torch.long),
-            paged=Paged(cache, layout),
-        ).logits.float()
-
-    demand = measure_demand(model, dtype, run, KEEP, gradients=False)
+    span = Span(range(-(-context // PAGE_TOKENS)), context - count, count)
+    peak = run_step(model, layers, [span], PAGE_TOKENS, request.seats, dtype=dtype)
     wider = max(1, _dtype(model).itemsize // dtype.itemsize)
-    return max(demand.peak - len(span.pages) * page_size(layers), 0) * wider
+    return max(peak - len(span.pages) * page_size(layers), 0) * wider
 
 
 def page_size(layers: tuple[KvLayer, ...]) -> int:
@@ -179,10 +162,6 @@ def _in(dtype: torch.dtype, layers: tuple[KvLayer, ...]) -> tuple[KvLayer, ...]:
 def _measurable(model: Any) -> torch.dtype:
     """The dtype to run on fake tensors: torch's fake product of experts knows bf16 only."""
     return torch.bfloat16 if model._can_set_experts_implementation() else _dtype(model)
-
-
-def _fake_bytes(nbytes: int) -> torch.Tensor:
-    return torch.empty(nbytes, dtype=torch.uint8)
 
 
 def _dtype(model: nn.Module) -> torch.dtype:
