@@ -388,8 +388,7 @@ class Store:
                     f"{name} is {entry.residency.value} but not in its place"
                 )
             held = sum(e.block.nbytes * e.copies for e in self.entries.values() if e.storage is not None)
-            held += self.ledger.adopted[self.near]
-            assert held == self.ledger.held_in(self.near), "the ledger and the store disagree on what is near"
+            assert held == self.ledger.held_by_store(self.near), "the ledger and the store disagree on what is near"
             for tier in self.tiers.values():
                 tier.check()
 
