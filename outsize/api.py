@@ -211,9 +211,9 @@ def plan(
     """What `task` with `model` would do within `memory`, without doing it. The plan prints itself as a table.
 
     For `train`, `request` takes the fields of `outsize.plan.Request` (sequence_length, batch_size, accumulate, precision,
-    moments, clip, loss, activations, commit_every, keeper); for `serve`, context, concurrency and step_tokens. `machine` is the
-    name or file of one described, None this one, whose disk is that of `directory`. `model` may be a folder that holds
-    nothing but config.json. Raises OptionError, ModelError, or BudgetError with the smallest memory that works."""
+    moments, clip, loss, activations, commit_every, keeper); for `serve`, context, concurrency and step_tokens. `machine`
+    is the name or file of one described, None this one, whose disk is that of `directory`. `model` may be a folder that
+    holds nothing but config.json. Raises OptionError, ModelError, or BudgetError with the smallest memory that works."""
     known = {
         "train": {field.name for field in fields(Request)} - {"memory_bytes", "hold"},
         "serve": {"context", "concurrency", "step_tokens"},
