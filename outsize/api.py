@@ -247,15 +247,22 @@ def plan(
 ) -> Plan:
     """What `task` with `model` would do within `memory`, without doing it. The plan prints itself as a table.
 
-    `request` takes the fields of `outsize.plan.Request` (sequence_length, batch_size, accumulate, precision, moments,
-    clip, loss, activations, commit_every, keeper). `machine` is the name or file of one described, None this one, whose
-    disk is that of `directory`. `model` may be a folder that holds nothing but config.json. Raises OptionError,
-    ModelError, or BudgetError with the smallest memory that works."""
-    if task != "train":
-        raise OptionError(f"task {task!r} cannot be planned; there is train.")
-    known = {field.name for field in fields(Request)} - {"memory_bytes", "hold"}
+    For `train`, `request` takes the fields of `outsize.plan.Request` (sequence_length, batch_size, accumulate, precision,
+    moments, clip, loss, activations, commit_every, keeper); for `serve`, context, concurrency and step_tokens. `machine`
+    is the name or file of one described, None this one, whose disk is that of `directory`. `model` may be a folder that
+    holds nothing but config.json. Raises OptionError, ModelError, or BudgetError with the smallest memory that works."""
+    known = {
+        "train": {field.name for field in fields(Request)} - {"memory_bytes", "hold"},
+        "serve": {"context", "concurrency", "step_tokens"},
+    }.get(task)
+    if known is None:
+        raise OptionError(f"task {task!r} cannot be planned; there are train and serve.")
     if unknown := sorted(request.keys() - known):
-        raise OptionError(f"plan has no option {unknown[0]!r}; it has {', '.join(sorted(known))}.")
+        raise OptionError(f"plan of {task} has no option {unknown[0]!r}; it has {', '.join(sorted(known))}.")
+    if task == "serve":
+        from outsize.serving import plan_service
+
+        return plan_service(model, memory=memory, machine=_machine(machine, Path(directory)), **request)
     asked, place = Request(parse_size(memory), **request), _machine(machine, Path(directory))
     source = open_model(model)
     tokenizer = source.tokenizer()  # a run will hold it
