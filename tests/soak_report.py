@@ -106,8 +106,8 @@ What was done to runs, and what came of it. [commit.md](commit.md) says why.
 Runs of a small model, killed with SIGKILL at random instants, over and over: in training, and in `outsize checkpoint
 keep` (packing or not), `rollback`, `drop`, `export` and `import`. Each time the run continued with weights and optimizer
 state placed elsewhere: all near, all on disk, some of each, or all near with a keeper and hardly a commit to disk.
-`outsize checkpoint verify` compared every byte. What was exported or imported was there as a whole, with the bytes it always had,
-or not at all. When a run reached its end, its losses, step by step, and its weights were compared with those of a run
+`outsize checkpoint verify` compared every byte. What was exported or imported was there as a whole, with the bytes it always
+had, or not at all. When a run reached its end, its losses, step by step, and its weights were compared with those of a run
 that nobody disturbed, and the next began.
 
     {command}{portions}
