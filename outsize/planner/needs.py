@@ -24,7 +24,7 @@ LOOSE = 1.1  # leases end in another order than they begin, so that free room is
 MANY = 48  # units that the C library is asked about
 RECYCLE = 4 << 20  # bytes; tensors up to this size are always kept by the C library for the next one
 THREADS = 4 << 20  # bytes: stacks of the transfer threads and of lanes, and what python keeps for each
-KERNELS = 64 << 20  # bytes that products and OpenMP keep for themselves; measured, docs/log.md
+KERNELS = 104 << 20  # bytes that products and OpenMP keep for themselves; fitted, docs/log.md
 BUFFERS = {"split": 3, "none": 3, "same": 0}  # of a piece in fp32, by how masters are kept: master, gradient, one more
 
 
