@@ -231,5 +231,5 @@ def test_a_machine_that_is_not_here_can_be_planned_for(tmp_path: Path) -> None:
     assert isinstance(plan.predicted, Predicted) and plan.predicted.seconds_per_step
     with pytest.raises(OptionError, match="there is no machine 'abacus'"):
         outsize.plan(str(tmp_path), memory="1GiB", machine="abacus")
-    with pytest.raises(OptionError, match="plan has no option 'sequence'"):
+    with pytest.raises(OptionError, match="plan of train has no option 'sequence'"):
         outsize.plan(str(tmp_path), memory="1GiB", sequence=32)
