@@ -189,16 +189,17 @@ def command(settings: dict[str, Any], out: Path) -> list[str]:
     return ["train", *options, "--memory", "2GiB", "--out", str(out)]
 
 
-def test_the_launcher_names_who_was_killed_and_begins_again(
-    settings: dict[str, Any], pair: Path, tmp_path: Path
-) -> None:
-    line = [sys.executable, "-m", "outsize", *command(settings, tmp_path / "run"), "--workers", "2"]
+def test_the_launcher_names_who_was_killed_and_begins_again(settings: dict[str, Any], tmp_path: Path) -> None:
+    steps = 150
+    told = command(settings | {"steps": steps}, tmp_path / "run")
+    line = [sys.executable, "-m", "outsize", *told, "--workers", "2"]
     launcher = subprocess.Popen(line, stderr=subprocess.PIPE, text=True)
     await_line(tmp_path / "run" / "metrics.jsonl", 2)
     os.kill(worker_of(launcher.pid, "1"), signal.SIGKILL)
     _, errors = launcher.communicate(timeout=100)
     assert launcher.returncode == 0 and "Worker 1 was ended by SIGKILL. All begin again." in errors, errors
-    assert_same(tmp_path / "run", pair)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(steps))
 
 
 def test_torchrun_starts_workers_and_mistakes_end_it_with_one_code(
