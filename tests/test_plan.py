@@ -227,9 +227,9 @@ def test_more_memory_is_never_slower() -> None:
 
 def test_a_machine_that_is_not_here_can_be_planned_for(tmp_path: Path) -> None:
     tiny_model("llama", tied=True).save_pretrained(tmp_path)
-    plan = outsize.plan(str(tmp_path), memory="1GiB", machine="laptop", sequence_length=32)
+    plan = outsize.plan(str(tmp_path), memory="8GiB", machine="laptop", sequence_length=32)
     assert isinstance(plan.predicted, Predicted) and plan.predicted.seconds_per_step
     with pytest.raises(OptionError, match="there is no machine 'abacus'"):
-        outsize.plan(str(tmp_path), memory="1GiB", machine="abacus")
+        outsize.plan(str(tmp_path), memory="8GiB", machine="abacus")
     with pytest.raises(OptionError, match="plan of train has no option 'sequence'"):
-        outsize.plan(str(tmp_path), memory="1GiB", sequence=32)
+        outsize.plan(str(tmp_path), memory="8GiB", sequence=32)

@@ -52,9 +52,10 @@ def launch(workers: int) -> None:
 def _killed(failed: Exception, left: int) -> str:
     """What to say of the worker that was killed, if another attempt is left."""
     codes: dict[int, int] = {rank: failure.exitcode for rank, failure in failed.failures.items()}  # pyright: ignore
-    rank = min(codes, key=lambda rank: codes[rank])  # signals are negative
-    if codes[rank] >= 0:
-        sys.exit(codes[rank])
+    # Signals are negative; SIGTERM is the launcher's own, to the others when one has failed.
+    rank = next((rank for rank, code in codes.items() if code < 0 and code != -signal.SIGTERM), None)
+    if rank is None:
+        sys.exit(max(*codes.values(), 1))
     said = f"Worker {rank} was ended by {signal.Signals(-codes[rank]).name}."
     if not left:
         raise RunError(f"{said} The same command continues at the last step that all have committed.") from failed

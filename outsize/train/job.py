@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import nan
 from typing import Any
 
 import torch
@@ -108,7 +109,9 @@ class Job:
         learnt = [_learnt(self.model, batch["labels"]) for batch in micro_batches]
         tokens = sum(batch["input_ids"].numel() for batch in micro_batches)
         everyone = self.group.each(sum(learnt), tokens)
-        counts = Counts(learnt, max(1, int(sum(said[0] for said in everyone))))
+        counts = Counts(learnt, int(sum(said[0] for said in everyone)))
+        if not counts.everyone:
+            self._check_loss(nan)  # the mean of no loss
         self.updater.step_number = self.step_number
         with self.store.phase(self._phase(), again):
             self.gradients.begin_step(self.groups())
