@@ -26,7 +26,7 @@ from outsize.sizes import format_size
 from outsize.train.job import always_near, users_of
 
 ALLOCATOR = 2.0  # resident over live bytes of torch's CPU allocator; docs/log.md has the measurement
-FIXED = 256 << 20  # bytes: what glibc's heap hoards beside, thread stacks, kernels' scratch; docs/log.md
+FIXED = 232 << 20  # bytes: what glibc's heap hoards beside, thread stacks, kernels' scratch; docs/log.md
 
 PAGE_TOKENS = 16
 FOR_MANY = 4  # while weights stream, one part in so many of the free memory goes to pages for many requests
