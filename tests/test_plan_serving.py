@@ -31,7 +31,9 @@ def planned(folder: Path, memory: str, **options) -> Plan:
 def test_more_memory_serves_more_and_faster(folder: Path) -> None:
     with pytest.raises(BudgetError, match="Give --memory") as refused:
         planned(folder, "300MiB", context=256)
-    least = f"{8 + int(str(refused.value).split('Give --memory ')[1].split('MiB')[0])}MiB"  # planning leaves some behind
+    least = (
+        f"{8 + int(str(refused.value).split('Give --memory ')[1].split('MiB')[0])}MiB"  # planning leaves some behind
+    )
     small, large = (planned(folder, memory, context=256, concurrency=16) for memory in (least, "8GiB"))
     for plan in (small, large):
         assert plan.served is not None and plan.predicted is not None and plan.memory_bytes is not None
