@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test soak soak-serve lint docs bench foresight clean
+.PHONY: help demo test soak soak-serve soak-workers lint docs bench foresight clean
 
 help: ## say what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -23,11 +23,15 @@ demo: $(READY) build/smollm2.gguf build/python-docs.txt ## fine-tune SmolLM2-135
 test: $(READY) ## run the tests
 	OMP_NUM_THREADS=1 $(VENV)/pytest -n 2
 
-soak: $(READY) ## kill a run 300 times and flip 10,000 bits; writes docs/reliability.md
+soak: $(READY) ## kill commands at every change, a run 300 times, and flip 10,000 bits; writes docs/reliability.md
+	OMP_NUM_THREADS=1 EVERY_INSTANT=1 $(VENV)/pytest tests/test_instants.py
 	OMP_NUM_THREADS=1 $(VENV)/python tests/soak.py --kills 300 --flips 10000 --page docs/reliability.md
 
 soak-serve: $(READY) ## attack a server: crowds of 200 clients, a third of them rude, and thousands of drawn requests
 	OMP_NUM_THREADS=1 $(VENV)/python tests/soak_serve.py --clients 200 --rounds 5 --examples 1000
+
+soak-workers: $(READY) ## kill one of two workers 50 times
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(VENV)/python tests/soak_workers.py --kills 50
 
 lint: $(READY) ## check style and types
 	$(VENV)/ruff check

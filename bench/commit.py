@@ -101,8 +101,9 @@ def steps(place: str, out: str, memory: int, keeper: bool, modes: list[str], rou
             self._publish(number + 1)
         between = perf_counter() - started
         if number >= SKIPPED:
-            found = {"seconds": line.seconds, "waited": line.write_wait_seconds, "read_wait": line.read_wait_seconds}
-            took[switch["mode"]].append(found | {"before": switch["between"]})
+            seconds = {"seconds": line.seconds - switch["between"], "before": switch["between"]}
+            waits = {"waited": line.write_wait_seconds, "read_wait": line.read_wait_seconds}
+            took[switch["mode"]].append(seconds | waits)
         switch.update(mode=coming, between=between)
         if number == SKIPPED + len(modes) * rounds - 1:
             self.commit(number + 1, wait=True)

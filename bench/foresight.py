@@ -165,7 +165,7 @@ def main() -> None:
     more = [longer(bench, settings)] if arguments.only is None else []
     table = "\n".join([*verdicts(results), *more, "", *rows(results)])
     if arguments.only is not None:
-        print(table)
+        print("\n".join([*verdicts(results), "", *rows(results)]))
         return
     command = " ".join(["python", "bench/foresight.py", *sys.argv[1:]])
     head = f"`{command}`, {date.today()}: {describe_machine(bench.folder)}.\n\n"

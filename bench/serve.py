@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from shapes import LLAMA
-from table import machine_words
+from table import describe_machine
 from train import HERE, STREAMED, Bench
 
 BEGIN, END = "<!-- begin: written by bench/serve.py -->", "<!-- end: bench/serve.py -->"
@@ -37,7 +37,7 @@ def past(bench: Bench, model: str) -> None:
     bench.measure("cgroup", "served", "streamed", STREAMED, memory=BUDGET, batches=BATCHES, new=8, **options)
     read = int(bench.results["cgroup"].get("bytes_read", 0))
     if read:
-        bench.measure("disk alone", "floors", "disk", STREAMED, place=str(bench.folder), steps=5, read=read, written=0)
+        bench.measure("disk alone", "served", "disk", STREAMED, place=str(bench.folder), nbytes=read, rounds=5)
     bench.measure("accelerate", "served", "accelerate", STREAMED, memory=600_000_000, new=4, **options)
     for budget in CURVE:
         bench.measure(
@@ -71,11 +71,11 @@ def main() -> None:
     parser.add_argument("--page", type=Path, default=HERE.parent / "docs" / "benchmarks.md")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    bench = Bench(arguments.folder.resolve(), 0, results_name="serving.json")
+    bench = Bench(arguments.folder.resolve(), 0, file="serving.json")
     for name in arguments.groups or GROUPS:
         GROUPS[name](bench, arguments.model)
     command = " ".join(["python", "bench/serve.py", *sys.argv[1:]])
-    body = "\n".join(lines(bench.results, f"`{command}`, {date.today()}: {machine_words(bench.folder)}."))
+    body = "\n".join(lines(bench.results, f"`{command}`, {date.today()}: {describe_machine(bench.folder)}."))
     print(body)
     write_part(arguments.page, body)
 

@@ -81,6 +81,33 @@ def _read_so_far(engine: Any) -> int:
     return engine.engine.store.ledger.total_moved("disk", "host")
 
 
+def disk(place: str, nbytes: int, rounds: int) -> dict[str, Any]:
+    """Seconds to read so many bytes as a step does, and nothing else."""
+    from outsize.memory.disk import DiskTier
+    from outsize.memory.host import allocate_slab
+    from outsize.memory.transfer import PIECE, Transfers
+
+    path, ring = Path(place) / "floor", [allocate_slab(PIECE).random_() for _ in range(8)]
+    tier, transfers = DiskTier(path), Transfers()
+    try:
+        extents = [tier.allocate(PIECE) for _ in range(-(-nbytes // PIECE))]
+        for number, extent in enumerate(extents):  # what was never written would be read for nothing
+            tier.write(extent, 0, ring[number % len(ring)])
+        tier.flush()
+
+        def read() -> None:
+            tickets = [transfers.read(tier, extent, 0, ring[n % len(ring)]) for n, extent in enumerate(extents)]
+            for ticket in tickets:
+                ticket.wait()
+
+        found = [seconds(read) for _ in range(rounds)]
+    finally:
+        transfers.close()
+        tier.close()
+        path.unlink()
+    return {"seconds": statistics.median(found) * nbytes / (len(extents) * PIECE)}
+
+
 def accelerate(place: str, memory: int, new: int, limit: int | None = None) -> dict[str, Any]:
     """transformers with accelerate's offloading to disk, one sequence."""
     with memory_cgroup(limit), tempfile.TemporaryDirectory(dir=place) as folder:

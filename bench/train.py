@@ -29,11 +29,13 @@ Results = dict[str, dict[str, Any]]
 
 @dataclass
 class Bench:
-    """Runs configurations and keeps what they say, by name. `folder` is scratch space on the disk under test."""
+    """Runs configurations and keeps what they say, by name, in `file` too. `folder` is scratch space on the disk under
+    test."""
 
     folder: Path
     steps: int
     results: Results = field(default_factory=dict)
+    file: str = "results.json"
 
     def measure(
         self, name: str, module: str, function: str, environment: dict[str, str] | None = None, **options: Any
@@ -49,7 +51,7 @@ class Bench:
         found = json.loads(lines[-1]) if lines and not done.returncode else {"failed": f"exit code {done.returncode}"}
         self.results[name] = {"options": options, **found}
         print(f"    {json.dumps(found)}", file=sys.stderr, flush=True)
-        (self.folder / "results.json").write_text(json.dumps(self.results, indent=1))
+        (self.folder / self.file).write_text(json.dumps(self.results, indent=1))
 
     def prepare(self, shape: Shape) -> str:
         place = self.folder / shape.name.replace(" ", "-").replace(",", "")

@@ -12,7 +12,7 @@ from torch import nn
 
 from outsize.distributed.group import Group, find_group
 from outsize.errors import DamageError, OptionError
-from outsize.machine.allocator import give_back
+from outsize.machine.allocator import give_back, recycle_up_to
 from outsize.machine.describe import describe, process_memory
 from outsize.machine.find import find_machine, this_machine
 from outsize.machine.machine import Machine
@@ -25,7 +25,6 @@ from outsize.plan import Plan, Request
 from outsize.planner.check import check_plan
 from outsize.planner.training import Place, Task, plan_training
 from outsize.sizes import parse_size
-from outsize.train.checkpoint import open_checkpoint
 from outsize.train.data import PackedDataset, prepare
 from outsize.train.export import Exported, export_checkpoint
 from outsize.train.import_state import bring_optimizer, check_optimizer
@@ -38,10 +37,10 @@ from outsize.train.progress import Progress, Silent
 from outsize.train.recipe import groups_at, optimizer_rule, rule_of, scheduler_for
 from outsize.train.report import each_line, held_by_tier, measured, moved_a_step, write_report
 from outsize.train.retention import Retention
-from outsize.train.run import Run, Schedule, export
+from outsize.train.run import Run, Schedule, check_loss, export
 from outsize.train.settings import TrainSettings, continues, read_settings, record
 from outsize.train.state import StateFolder, open_store
-from outsize.train.together import bring_back, retire, settle
+from outsize.train.together import bring_back, open_step, retire, settle
 
 CPU = torch.device("cpu")
 
@@ -88,6 +87,7 @@ def attach(
     baseline = max(process_memory().resident_bytes - in_memory, 0)
     task = Task(model, units, rule, request, block_class=block_class)
     plan = plan_training(task, Place(this_machine(directory), baseline, describe(directory).disk_free_bytes))
+    recycle_up_to(plan.recycle_bytes)  # planning has tried other sizes
     store = open_store(plan, folder)
 
     def read(name: str, start: int, stop: int) -> torch.Tensor:
@@ -182,7 +182,7 @@ def _train(
         bring_optimizer(job.updater, job.weights, begin)
     give_back()
     if plan.blocked_loss and not continuing:
-        _check_loss(job, data)
+        check_loss(job, data)
     scheduler = scheduler_for(settings, job.optimizer)
     about = {"model": fingerprint_model(source.config), "tokenizer": fingerprint_tokenizer(tokenizer)}
     retention = Retention(settings.keep_last, settings.keep_every)
@@ -222,7 +222,7 @@ def _train(
 def read_plan(path: Path) -> Plan:
     """The plan that `outsize plan --save` wrote, as it may have been edited since. Raises OptionError."""
     try:
-        return Plan.from_json(path.read_text(encoding="utf-8"), str(path))
+        return Plan.from_json(path.read_bytes().decode(errors="replace"), str(path))
     except OSError as problem:
         raise OptionError(
             f"{path} cannot be read: {problem.strerror}. Write a plan with `outsize plan --save`."
@@ -247,15 +247,22 @@ def plan(
 ) -> Plan:
     """What `task` with `model` would do within `memory`, without doing it. The plan prints itself as a table.
 
-    `request` takes the fields of `outsize.plan.Request` (sequence_length, batch_size, accumulate, precision, moments,
-    clip, loss, activations, commit_every, keeper). `machine` is the name or file of one described, None this one, whose
-    disk is that of `directory`. `model` may be a folder that holds nothing but config.json. Raises OptionError,
-    ModelError, or BudgetError with the smallest memory that works."""
-    if task != "train":
-        raise OptionError(f"task {task!r} cannot be planned; there is train.")
-    known = {field.name for field in fields(Request)} - {"memory_bytes", "hold"}
+    For `train`, `request` takes the fields of `outsize.plan.Request` (sequence_length, batch_size, accumulate, precision,
+    moments, clip, loss, activations, commit_every, keeper); for `serve`, context, concurrency and step_tokens. `machine`
+    is the name or file of one described, None this one, whose disk is that of `directory`. `model` may be a folder that
+    holds nothing but config.json. Raises OptionError, ModelError, or BudgetError with the smallest memory that works."""
+    known = {
+        "train": {field.name for field in fields(Request)} - {"memory_bytes", "hold"},
+        "serve": {"context", "concurrency", "step_tokens"},
+    }.get(task)
+    if known is None:
+        raise OptionError(f"task {task!r} cannot be planned; there are train and serve.")
     if unknown := sorted(request.keys() - known):
-        raise OptionError(f"plan has no option {unknown[0]!r}; it has {', '.join(sorted(known))}.")
+        raise OptionError(f"plan of {task} has no option {unknown[0]!r}; it has {', '.join(sorted(known))}.")
+    if task == "serve":
+        from outsize.serving import plan_service
+
+        return plan_service(model, memory=memory, machine=_machine(machine, Path(directory)), **request)
     asked, place = Request(parse_size(memory), **request), _machine(machine, Path(directory))
     source = open_model(model)
     tokenizer = source.tokenizer()  # a run will hold it
@@ -283,13 +290,7 @@ def _free_memory() -> int:
 
 
 def _prepared(
-    path: Path,
-    tokenizer: Any,
-    settings: TrainSettings,
-    name: str,
-    progress: Progress,
-    continuing: bool,
-    group: Group,
+    path: Path, tokenizer: Any, settings: TrainSettings, name: str, progress: Progress, continuing: bool, group: Group
 ) -> PackedDataset:
     packed = settings.out / f"{name}.npy"
 
@@ -344,21 +345,6 @@ def _schedule(settings: TrainSettings) -> Schedule:
     )
 
 
-def _check_loss(job: Job, data: PackedDataset) -> None:
-    """Families scale or cap their logits: compare the blocked loss with the module's own on a few tokens."""
-    batch = {name: value[:, :16] for name, value in data.batch([0]).items()}
-    batch["labels"] = batch["input_ids"].clone()
-    blocked = job.evaluate(iter([batch]))
-    with torch.no_grad(), job.evaluation_mode(), job.attachment.traversal():
-        own = float(job.model(**batch).loss)
-    tolerance = 2 * torch.finfo(next(iter(job.weights.values())).dtype).eps * max(abs(own), 1.0)
-    if abs(own - blocked) > tolerance:
-        raise OptionError(
-            f"{type(job.model).__name__} does more to its logits than its head's weights say: loss {own:.6f} by the "
-            f"module, {blocked:.6f} over blocks of the vocabulary. Use --loss module."
-        )
-
-
 def _planned(settings: TrainSettings, task: Task, place: Place) -> Plan:
     return plan_training(task, place) if settings.plan is None else check_plan(read_plan(settings.plan), task, place)
 
@@ -384,6 +370,7 @@ def _report(settings: TrainSettings, folder: Path, run: Run, units: list[Unit], 
     steps = {"predicted": plan.predicted.timeline, "measured": run.timeline()}
     found = measured(each_line(folder / "metrics.jsonl")) | {"disk_bytes": job.store.tiers["disk"].used}
     job.close()
+    give_back()  # what the steps' tensors took is room for the pictures
     facts = {
         "model": settings.model,
         "optimizer": settings.optimizer,
@@ -405,7 +392,7 @@ def export_run(
 ) -> Exported:
     """As `outsize checkpoint export` does. Raises OutsizeError subclasses; nothing half-written stays."""
     companions = run / COMPANIONS
-    with open_checkpoint(folder, step) as checkpoint:
+    with open_step(folder, step) as checkpoint:
         groups = None
         if optimizer:
             shapes = {name: entry.shape for name, entry in checkpoint.weights.items()}

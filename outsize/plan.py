@@ -15,9 +15,10 @@ from outsize.sizes import format_size
 class Predicted:
     """What a plan says will be measured. Bytes and seconds, of one step where it says so; 0 device bytes without a GPU.
 
-    `moved` is (source, destination, kind, bytes) of a step; `memory` is (cause, bytes), which add up to the peak.
-    `timeline` is what one step does when: (compute, update, waiting, read or write, begin, end); `tensors` is (time,
-    bytes of its tensors from then on). None: not predicted."""
+    `bytes_read`, `bytes_written` and `moved` (source, destination, kind, bytes) are means of steps in the middle of a run,
+    commits included, evaluation and samples not. `memory` is (cause, bytes), which add up to the peak. `timeline` is
+    what one step does when: (compute, update, waiting, read or write, begin, end); `tensors` is (time, bytes of its tensors
+    from then on). None: not predicted."""
 
     host_peak_bytes: int
     device_peak_bytes: int
@@ -89,6 +90,23 @@ class Serving:
 
 
 @dataclass(frozen=True)
+class Served:
+    """What requests will see: `requests` of the whole context hold pages at once, the others wait. With contexts half full,
+    `alone` and (`sequences` of them) `together` get so many tokens a second. A prompt of `prompt` tokens has its first
+    answer after `first_token_seconds`, being read at `reading` tokens a second; beside a reader a step takes longer than
+    `step_seconds`, but no longer than one of its chunks."""
+
+    requests: int
+    sequences: int
+    alone: float
+    together: float
+    prompt: int
+    first_token_seconds: float
+    reading: float
+    step_seconds: float
+
+
+@dataclass(frozen=True)
 class Plan:
     """Where every kind of byte lives, and how each unit runs.
 
@@ -101,8 +119,9 @@ class Plan:
     process holds more than `predicted`. `blocked_loss`: the head and its loss are computed over
     blocks of the vocabulary. `shared_bytes`: all blocks together, when they stay near in memory that outlives the
     process, each with a twin; 0: they do not. Of several `workers` each has its share of every optimizer state; from the
-    level `zero` 2 on also of gradients that wait, and of `split_weights`. `serving`: what a plan for serving says
-    beside."""
+    level `zero` 2 on also of gradients that wait, and of `split_weights`. `packed`: weights near, in groups that are
+    multiplied at once, which are held as the processor's matrix products read them. `serving`: what a plan for serving
+    says beside, and `served` what that means for requests."""
 
     precision: str
     arena_bytes: int
@@ -123,10 +142,19 @@ class Plan:
     workers: int = 1
     zero: int = 3
     split_weights: frozenset[str] = frozenset()
+    packed: tuple[tuple[str, ...], ...] = ()
     memory_bytes: int | None = None
     predicted: Predicted | None = None
     serving: Serving | None = None
+    served: Served | None = None
     reasons: tuple[str, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        if self.gradient_home not in ("host", "disk"):
+            raise OptionError(f"A plan's gradient_home cannot be {self.gradient_home!r}; it is host or disk.")
+        for name, count in (("commit_every", self.commit_every), ("accumulate", self.accumulate), *self.table_rows):
+            if count < 1:
+                raise OptionError(f"A plan's {name} cannot be {count}; it is at least 1.")
 
     @property
     def exactness(self) -> str:
@@ -155,7 +183,7 @@ class Plan:
         lines = [reason.partition(": ") for reason in self.reasons]
         rows = [(what, why) for what, _, why in lines]
         if predicted is not None:
-            rows[:0] = _outcome(self, predicted)
+            rows[:0] = _outcome(self, predicted) if self.served is None else _service(self, self.served, predicted)
         width = max((len(what) for what, _ in rows), default=0)
         return "\n".join(f"{what:<{width}}  {why}" for what, why in rows)
 
@@ -177,6 +205,24 @@ def _outcome(plan: Plan, predicted: Predicted) -> list[tuple[str, str]]:
     rows += [("a step moves", f"{read} read from disk, {written} written to it")]
     rows += [("", f"{format_size(n)} {kind} {source} to {target}") for source, target, kind, n in predicted.moved]
     return [*rows, ("numbers", plan.exactness)]
+
+
+def _service(plan: Plan, served: Served, predicted: Predicted) -> list[tuple[str, str]]:
+    """What a user asks of a server first: for how many, how fast, how soon."""
+    budget = "" if plan.memory_bytes is None else f" of {format_size(plan.memory_bytes)}"
+    each, context = served.together / served.sequences, plan.serving.context if plan.serving else 0
+    return [
+        ("memory", f"the process peaks at {format_size(predicted.host_peak_bytes)}{budget}"),
+        ("requests", f"{served.requests} at once with {context} tokens each; others wait, their turn comes"),
+        ("tokens/s", f"{served.alone:,.1f} for one alone"),
+        ("", f"{served.together:,.1f} for {served.sequences} together, {each:,.1f} for each"),
+        ("first token", f"after {served.first_token_seconds:.2f} s, of a prompt of {served.prompt} tokens"),
+        ("", f"prompts are read at {served.reading:,.0f} tokens/s"),
+        (
+            "a step takes",
+            f"{served.step_seconds * 1e3:,.0f} ms, and reads {format_size(predicted.bytes_read)} from disk",
+        ),
+    ]
 
 
 def _read_fields(cls: type, values: Any, place: str) -> dict[str, Any]:
@@ -208,7 +254,7 @@ def _read_value(value: Any, wanted: Any, place: str) -> Any:
             return tuple(_read_value(item, kind, place) for item, kind in zip(value, inside, strict=True))
     fits = (int, float) if origin is float else origin
     exact = isinstance(value, fits) and (origin is bool or not isinstance(value, bool))
-    if not exact or (isinstance(value, (int, float)) and value < 0):
+    if not exact or (isinstance(value, (int, float)) and not 0 <= value < float("inf")):
         raise OptionError(
             f"{place} cannot be {value!r}; it must be {getattr(wanted, '__name__', wanted)}, not negative."
         )

@@ -9,19 +9,24 @@ from typing import Any
 
 import torch
 
-from outsize.errors import OptionError
+from outsize.errors import OptionError, StorageError
+from outsize.machine.allocator import recycle_up_to
 from outsize.machine.describe import describe, process_memory
+from outsize.machine.machine import Machine
 from outsize.memory.disk import DiskTier
 from outsize.memory.host import HostTier, allocate_slab
 from outsize.memory.store import Store
 from outsize.memory.tier import Tier
 from outsize.memory.transfer import Transfers
 from outsize.model.fingerprint import Summed, fingerprint_model
-from outsize.model.load import open_model
+from outsize.model.load import ModelSource, open_model
 from outsize.model.units import find_units
 from outsize.plan import Plan, ServeRequest
 from outsize.planner.serving import plan_serving
+from outsize.planner.serving_forecast import with_forecast
+from outsize.planner.training import Place
 from outsize.serve.attention import use_paged_attention
+from outsize.serve.constraint import schemas_bytes
 from outsize.serve.engine import Engine as StepEngine
 from outsize.serve.far_index import FarIndex
 from outsize.serve.request import Sampling
@@ -62,16 +67,16 @@ class Engine(Service):
         limit = parse_size(memory) if memory is not None else _free_memory()
         request = ServeRequest(limit, context, seats, step_tokens)
         source = open_model(model)
-        stored = source.config.dtype if isinstance(source.config.dtype, torch.dtype) else torch.bfloat16
-        module: Any = source.build(stored)
-        use_paged_attention(module)
+        module = _module(source)
         units = find_units(module)
         with ExitStack() as stack:
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="outsize-", dir=scratch))
+            folder = stack.enter_context(_scratch(scratch))
             free = min(describe(place).disk_free_bytes for place in (folder, kv_directory or folder))
-            self.plan: Plan = plan_serving(module, units, request, process_memory().resident_bytes, free)
+            baseline = process_memory().resident_bytes + schemas_bytes(module.config.get_text_config().vocab_size)
+            self.plan: Plan = plan_serving(module, units, request, baseline, free)
             assert self.plan.serving is not None
             tiers: dict[str, Tier] = {"host": HostTier(limit), "disk": DiskTier(Path(folder) / "blocks")}
+            recycle_up_to(self.plan.recycle_bytes)
             store = Store(tiers, self.plan.arena_bytes, allocate_slab, Transfers())
             stack.callback(store.close)
             weights = Summed(source.read)
@@ -95,6 +100,40 @@ class Engine(Service):
                 index,
             )
             super().__init__(engine, stack.pop_all().close)
+
+
+def _scratch(parent: str | Path | None) -> tempfile.TemporaryDirectory[str]:
+    """A folder for what streams, gone with the engine."""
+    try:
+        return tempfile.TemporaryDirectory(prefix="outsize-", dir=parent)
+    except OSError as problem:
+        raise StorageError(f"{problem.filename}: no folder can be made there ({problem.strerror}).") from problem
+
+
+def plan_service(
+    model: str,
+    *,
+    memory: str | int,
+    machine: Machine,
+    context: int | None = None,
+    concurrency: int = 32,
+    step_tokens: int = 512,
+) -> Plan:
+    """What `Engine` would do with `model` within `memory`, without doing it, and what requests would see on `machine`.
+    `model` may be a folder that holds nothing but config.json. Raises as `Engine` does."""
+    request = ServeRequest(parse_size(memory), context, concurrency, step_tokens)
+    module = _module(open_model(model))
+    place = Place(machine, process_memory().resident_bytes, machine.capacity("disk"))
+    found = plan_serving(module, find_units(module), request, place.baseline_bytes, place.disk_free_bytes)
+    return with_forecast(found, module, machine, place.prices)
+
+
+def _module(source: ModelSource) -> Any:
+    """The model's module without weights, attending over pages, in the dtype in which its files say they are."""
+    stored = source.config.dtype if isinstance(source.config.dtype, torch.dtype) else torch.bfloat16
+    module = (source.build if source.files.has_weights else source.outline)(stored)
+    use_paged_attention(module)
+    return module
 
 
 def end_tokens(module: Any) -> frozenset[int]:

@@ -62,7 +62,7 @@ def serving(model: Path, log: Path, *more: object, key: str | None = KEY, contex
     finally:
         process.send_signal(signal.SIGTERM)
         code = process.wait(timeout=60)
-    assert code in (0, -signal.SIGTERM)
+    assert code == 128 + signal.SIGTERM
     assert "Traceback" not in log.read_text(), log.read_text()
 
 

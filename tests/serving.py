@@ -99,7 +99,7 @@ def bound_model(
     weights = {name: parameter.detach() for name, parameter in whole.named_parameters()}
     model = make()
     use_paged_attention(model)
-    units, layers = find_units(model), discover(model)
+    units, (layers, _) = find_units(model), discover(model)
     near = {n for u in units for n, _ in u.parameters if not u.repeated} if streamed else set(weights)
     with tempfile.TemporaryDirectory() as folder:
         tiers: dict[str, Tier] = {"host": HostTier(8 << 30), "disk": DiskTier(Path(folder) / "blocks")}

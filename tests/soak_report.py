@@ -87,7 +87,7 @@ def describe(results: Results, flipped: int, missed: int, command: str) -> str:
     rows = "".join(f"| {where} | {results.kills[where]} | {said} |\n" for where, said in outcome.items())
     return PAGE.format(
         command=command,
-        portions=f", {results.portions} times" if results.portions > 1 else "",
+        portions=f"    # {results.portions} times" if results.portions > 1 else "",
         rows=rows,
         kills=results.kills.total(),
         runs=results.runs,
@@ -104,13 +104,13 @@ What was done to runs, and what came of it. [commit.md](commit.md) says why.
 ## Kills
 
 Runs of a small model, killed with SIGKILL at random instants, over and over: in training, and in `outsize checkpoint
-keep` (packing or not), `rollback`, `export` and `import`. Each time the run continued with weights and optimizer state
-placed elsewhere: all near, all on disk, some of each, or all near with a keeper and hardly a commit to disk. `outsize
-checkpoint verify` compared every byte. What was exported or imported was there as a whole, with the bytes it always had,
-or not at all. When a run reached its end, its losses, step by step, and its weights were compared with those of a run
+keep` (packing or not), `rollback`, `drop`, `export` and `import`. Each time the run continued with weights and optimizer
+state placed elsewhere: all near, all on disk, some of each, or all near with a keeper and hardly a commit to disk.
+`outsize checkpoint verify` compared every byte. What was exported or imported was there as a whole, with the bytes it always
+had, or not at all. When a run reached its end, its losses, step by step, and its weights were compared with those of a run
 that nobody disturbed, and the next began.
 
-    {command}
+    {command}{portions}
 
 | killed while | kills | outcome |
 |---|---|---|
@@ -118,6 +118,24 @@ that nobody disturbed, and the next began.
 
 {late} more tries had ended before their kill came. "Committing" is from the sync of the data to the end of the manifest;
 the next step computes meanwhile.
+
+## Every change
+
+`tests/test_instants.py` kills each of these commands before the first change that it makes to a name on disk, before the
+second, and so on (some of them in `make test`, all in `make soak`), a training run from the moment when there is no run
+yet. The same command then goes on, with the same numbers, and nothing is left of what the killed one was writing.
+
+## Disks and people
+
+| | shown by |
+|---|---|
+| Ctrl-C, once and twice, with clipping and without | `tests/test_interrupt.py` |
+| a disk that is full, and has room again, in training | `test_a_run_on_a_full_disk_says_so_and_goes_on_once_there_is_space` |
+| a disk that fails at any call, for once or for good | `test_a_disk_that_fails_at_any_call_loses_no_committed_step` |
+| a run that cannot be written, read by all commands that only read | `test_a_run_that_cannot_be_written_can_be_read` |
+| two processes on one run | `test_a_second_process_is_refused_and_ctrl_c_commits_the_first` |
+| files missing, cut short, moved, of another model, tokenizer or format | `test_checkpoint.py`, `test_commit.py` |
+| an import that would run code | `test_what_would_run_code_is_refused_and_not_run` |
 
 ## Flipped bits
 

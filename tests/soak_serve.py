@@ -49,7 +49,7 @@ def answered(server: Address, prompt: str) -> str:
 def requests(folder: Path, examples: int) -> None:
     model = write_model(folder / "letters", letters=True, template=TEMPLATE)
     options = ["--concurrency", 64, "--step-tokens", 128, "--max-body", "64KiB"]
-    with serving(model, folder / "fuzz.log", *options, context=32) as server:
+    with serving(model, folder / "fuzz.log", *options, context=96) as server:
         began = time.monotonic()
         statuses = fuzz(server, examples)
         server.settle()

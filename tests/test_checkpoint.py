@@ -235,7 +235,16 @@ def test_a_run_that_cannot_be_written_can_be_read(run: Path, tmp_path: Path) -> 
 
 
 def test_a_state_without_its_settings_is_nobodys(run: Path, folder: Path) -> None:
-    for name in ("run.json", "metrics.jsonl", "report.json", "report.md", "loss.png", "memory.png"):
+    for name in (
+        "run.json",
+        "metrics.jsonl",
+        "report.json",
+        "report.md",
+        "loss.png",
+        "memory.png",
+        "timeline.png",
+        "trace.json",
+    ):
         (run / name).unlink(missing_ok=True)
     shutil.rmtree(run / "model")
     with pytest.raises(RunError, match="holds a run's state without its run.json"):

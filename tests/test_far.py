@@ -101,7 +101,7 @@ def test_a_disk_without_room_is_used_as_far_as_it_goes(llama: Bound, tmp_path: P
 
 def test_what_was_damaged_on_disk_is_computed_again(llama: Bound, tmp_path: Path) -> None:
     answers = []
-    for _ in range(2):
+    for _ in range(4):  # two sequences ask for the same damaged pages at once, and either may hear of it first
         with llama.engine(20, 2, 64, far_pages=40, directory=tmp_path) as engine:
             asked = [ask(engine, turn, max_new_tokens=8) for turn in TURNS]
             run(engine)
@@ -111,7 +111,7 @@ def test_what_was_damaged_on_disk_is_computed_again(llama: Bound, tmp_path: Path
             for position in range(100, file.seek(0, os.SEEK_END), 4096):
                 file.seek(position)
                 file.write(b"\xff\xff")
-    assert answers[0] == answers[1]
+    assert all(found == answers[0] for found in answers)
 
 
 def test_a_torn_index_is_read_as_far_as_it_goes(llama: Bound, tmp_path: Path) -> None:

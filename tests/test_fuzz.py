@@ -15,7 +15,7 @@ from server import Address, serving
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Address]:
     model = write_model(tmp_path_factory.mktemp("model"), letters=True, template=TEMPLATE)
     log = tmp_path_factory.mktemp("server") / "log"
-    with serving(model, log, "--concurrency", 64, "--step-tokens", 128, "--max-body", "64KiB", context=32) as address:
+    with serving(model, log, "--concurrency", 64, "--step-tokens", 128, "--max-body", "64KiB", context=96) as address:
         yield address
 
 

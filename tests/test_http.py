@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx2
@@ -170,3 +173,28 @@ def test_a_full_queue_and_a_late_answer_say_so(model: Path, tmp_path: Path) -> N
         assert full.status_code == 429 and full.headers["Retry-After"] == "1"
         late = here.post("/v1/completions", {**body, "prompt": "w1", "max_tokens": 60, "n": 60, "ignore_eos": True})
         assert late.status_code == 503 and late.json()["error"]["code"] == "timeout"
+
+
+def test_every_figure_of_the_live_view_is_documented(server: Address) -> None:
+    table = Path(__file__).parent.parent.joinpath("docs/serving.md").read_text().partition("## /stats")[2]
+    server.client.completions.create(model="tiny", prompt="w1", max_tokens=2)
+    now = server.stats()
+    told = {"predicted", "measured"}  # their names are those of `Predicted`
+    names = set(now) | {name for part in now if isinstance(now[part], dict) and part not in told for name in now[part]}
+    names |= set(now["units"][0]) - {"name"}
+    assert [name for name in sorted(names - {"sequences"}) if f"`{name}`" not in table] == []
+    assert now["measured"]["seconds_per_step"] > 0 and now["predicted"]["host_peak_bytes"] > 0
+    assert sum(unit["bytes"] for unit in now["units"]) == now["memory"]["held"]["host"]["weight"]
+
+
+def test_told_to_stop_it_ends_streams_politely_and_leaves_nothing_behind(model: Path, tmp_path: Path) -> None:
+    asked = {"model": "tiny", "prompt": "w1", "max_tokens": 500, "n": 128, "stream": True, "ignore_eos": True}
+    (tmp_path / "scratch").mkdir()
+    with ThreadPoolExecutor(1) as other:
+        with serving(model, tmp_path / "log", "--scratch", tmp_path / "scratch", context=512) as here:
+            stream = other.submit(here.post, "/v1/completions", asked)
+            while not here.stats()["requests"]["running"]:
+                time.sleep(0.05)
+        *_, last = [line for line in stream.result().text.split("\n\n") if line]
+    assert "The engine was closed" in json.loads(last.removeprefix("data: "))["error"]["message"]
+    assert "stopped." in (tmp_path / "log").read_text() and not list((tmp_path / "scratch").iterdir())

@@ -6,8 +6,9 @@ import json
 import os
 import signal
 import sys
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,31 @@ def serve() -> None:
     for line in sys.stdin:
         told = json.loads(line)
         pids = [_fork(rank, told) for rank in range(told["workers"])]
-        codes = dict(os.waitpid(pid, 0) for pid in pids)
+        if (kill := told["told"].get("kill")) is not None:
+            _strike(pids[kill["rank"]], Path(told["told"]["settings"]["out"]) / "metrics.jsonl", kill)
+        codes = dict(_wait(pids, stopped=kill is not None and kill["signal"] == "SIGSTOP"))
         print(json.dumps([os.waitstatus_to_exitcode(codes[pid]) for pid in pids]), flush=True)
+
+
+def _strike(pid: int, metrics: Path, kill: dict[str, Any]) -> None:
+    """Send the signal when so many steps are done, or after a time; too late is not at all."""
+    end = time.monotonic() + kill.get("after", 150)
+    while time.monotonic() < end and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        if "line" in kill and metrics.exists() and metrics.read_bytes().count(b"\n") >= kill["line"]:
+            break
+        time.sleep(0.002)
+    os.kill(pid, getattr(signal, kill["signal"]))
+
+
+def _wait(pids: list[int], stopped: bool) -> Iterator[tuple[int, int]]:
+    """How each ended; one that was stopped is killed when the others are gone."""
+    left = set(pids)
+    while left:
+        pid, status = os.wait()
+        left.discard(pid)
+        yield pid, status
+        if stopped and len(left) == 1:
+            os.kill(min(left), signal.SIGKILL)
 
 
 def _fork(rank: int, told: dict[str, Any]) -> int:
@@ -45,7 +69,7 @@ def _fork(rank: int, told: dict[str, Any]) -> int:
     if size > 1:
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size))
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(told["port"]))
-    signal.alarm(100)  # a worker that waits for ever must not hold up the others' tests
+    signal.alarm(200)  # a worker that waits for ever must not hold up the others' tests
     code = 0
     try:
         DO[told["do"]](folder, told["told"])
@@ -126,7 +150,25 @@ def shares_of(job: Job) -> dict[str, list[list[int]]]:
     }
 
 
-DO: dict[str, Callable[[Path, dict[str, Any]], None]] = {"train": _train}
+def _run(folder: Path, told: dict[str, Any]) -> None:
+    """As the command line does it."""
+    from outsize import api
+    from outsize.train.settings import TrainSettings
+
+    if told.get("disk"):
+        api._planned = _on_disk(api._planned)
+    given = told["settings"] | told.get("own", {}).get(os.environ.get("RANK", "0"), {})
+    api.train(TrainSettings(**given | {"data": Path(given["data"]), "out": Path(given["out"])}))
+
+
+def _on_disk(planned: Callable[..., Plan]) -> Callable[..., Plan]:
+    """Nothing stays near, though there is room."""
+    return lambda *given: replace(
+        planned(*given), near_weights=frozenset(), near_states=frozenset(), arena_bytes=32 << 20
+    )
+
+
+DO: dict[str, Callable[[Path, dict[str, Any]], None]] = {"train": _train, "run": _run}
 
 
 if __name__ == "__main__":

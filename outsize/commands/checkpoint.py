@@ -24,14 +24,21 @@ Step = Annotated[int, typer.Argument(help="A kept step.", show_default=False)]
 AnyStep = Annotated[int | None, typer.Argument(help="A kept step, or the committed one.", show_default=False)]
 
 
-def open_state(run: Path) -> StateFolder:
-    """The state of a run's folder, or of one that `outsize.attach` was given. Raises RunError when there is none."""
+def open_state(run: Path, several: bool = False) -> StateFolder:
+    """The state of a run's folder, or of one that `outsize.attach` was given; `several`: also of a run of several workers.
+    Raises RunError when there is none."""
     from outsize.train.state import StateFolder
 
     directory = run / "state" if (run / "state").is_dir() else run
     if not directory.is_dir():
         raise RunError(f"{run}: there is no such folder. Give the folder of a run, as told to outsize train --out.")
-    if not (directory / "layout").exists():
+    if any(directory.glob("worker-*-of-*/layout")):
+        if not several:
+            raise RunError(
+                f"{run} is a run of several workers, of which only `outsize checkpoint export` can be asked. Bring it "
+                "together first: outsize train --resume RUN --workers 1."
+            )
+    elif not (directory / "layout").exists():
         raise RunError(f"{run} holds no run of Outsize: there is no {directory}/layout.")
     folder = StateFolder(directory)
     folder.tidy()

@@ -34,7 +34,7 @@ def export(
     """
     from outsize.api import export_run
 
-    folder = open_state(run)
+    folder = open_state(run, several=True)
     with interruptible(f"{to} was not written."):
         done = export_run(run, folder, step, to, optimizer=optimizer, masters=masters, compress=compress)
     if json_lines:

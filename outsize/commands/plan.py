@@ -8,18 +8,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from outsize.commands.common import Json, Model, interruptible
+from outsize.commands.common import Json, Model, OptimizerOption, interruptible, read_options
 from outsize.errors import BudgetError, OptionError, StorageError
 from outsize.sizes import format_size, parse_size
 
 if TYPE_CHECKING:
     from outsize.plan import Plan
 
+TRAINED = ("peak", "seconds a step", "tokens/s", "waiting", "read", "written", "numbers")
+SERVED = ("peak", "requests", "tokens/s alone", "together", "first token", "read")
+
 
 def plan(
     model: Model,
     memory: Annotated[str, typer.Option(help="Peak memory of the whole process, such as 3GiB or 800MiB.")],
-    task: Annotated[str, typer.Option(help="What is planned: train.")] = "train",
+    task: Annotated[str, typer.Option(help="What is planned: train or serve.")] = "train",
     machine: Annotated[
         str | None, typer.Option(help="A described machine by name, or the TOML file of one; otherwise this machine.")
     ] = None,
@@ -30,6 +33,7 @@ def plan(
     precision: Annotated[str, typer.Option(help="mixed, fp32 or bf16 (approximate).")] = "mixed",
     moments: Annotated[str, typer.Option(help="fp32, or bf16 (approximate).")] = "fp32",
     optimizer: Annotated[str, typer.Option(help="As in `outsize train`.")] = "adamw",
+    optimizer_option: OptimizerOption = None,
     clip: Annotated[float | None, typer.Option(min=0.0, help="Largest global gradient norm.")] = None,
     loss: Annotated[str, typer.Option(help="auto, blocked or module.")] = "auto",
     activations: Annotated[
@@ -38,6 +42,9 @@ def plan(
     commit_every: Annotated[int | None, typer.Option(min=1, help="Steps between commits.")] = None,
     keeper: Annotated[bool, typer.Option(help="Let a process hold the last step in memory.")] = False,
     block_class: Annotated[str | None, typer.Option(help="Class of the repeated block, if it is not found.")] = None,
+    context: Annotated[int | None, typer.Option(min=2, help="serve: tokens of prompt and answer together.")] = None,
+    concurrency: Annotated[int, typer.Option(min=1, help="serve: requests computed at once, at most.")] = 32,
+    step_tokens: Annotated[int, typer.Option(min=1, help="serve: tokens computed at once.")] = 512,
     compare: Annotated[str | None, typer.Option(help="Other memory sizes, as 2GiB,4GiB,8GiB, in one table.")] = None,
     picture: Annotated[Path | None, typer.Option(help="Draw the step, or time against memory with --compare.")] = None,
     trace: Annotated[Path | None, typer.Option(help="Write the step as a trace that Perfetto opens.")] = None,
@@ -47,6 +54,8 @@ def plan(
     """Say whether a job fits, where its bytes will live and how long a step takes, before anything is done.
 
     Example: outsize plan --model my-model --memory 3GiB --save plan.json
+
+    Example: outsize plan --task serve --model my-model --memory 2GiB --concurrency 16 --context 4096
     """
     parse_size(memory)
     sizes = [size.strip() for size in compare.split(",")] if compare else []
@@ -54,18 +63,29 @@ def plan(
         parse_size(size)
     from outsize.api import plan as make
 
-    where = {"task": task, "machine": machine, "directory": directory, "block_class": block_class}
-    amounts = {"sequence_length": sequence_length, "batch_size": batch_size, "accumulate": accumulate, "clip": clip}
-    how: dict[str, Any] = {
+    if task == "serve" and (picture or trace):
+        raise OptionError("--picture and --trace show a step of training; leave them out for --task serve.")
+    where = {"task": task, "machine": machine, "directory": directory}
+    asked: dict[str, Any] = {
+        "block_class": block_class,
+        "sequence_length": sequence_length,
+        "batch_size": batch_size,
+        "accumulate": accumulate,
+        "clip": clip,
         "precision": precision,
         "moments": moments,
         "optimizer": optimizer,
+        "optimizer_options": read_options(optimizer_option or []),
         "loss": loss,
         "activations": activations,
+        "commit_every": commit_every,
+        "keeper": keeper,
     }
+    if task == "serve":
+        asked = {"context": context, "concurrency": concurrency, "step_tokens": step_tokens}
 
     def planned(size: str) -> Plan:
-        return make(model, memory=size, commit_every=commit_every, keeper=keeper, **where, **amounts, **how)
+        return make(model, memory=size, **where, **asked)
 
     with interruptible("Nothing was kept."):
         if sizes:
@@ -117,15 +137,25 @@ def _compare(planned: Any, sizes: dict[str, None], picture: Path | None, json_li
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("memory", "peak", "seconds a step", "tokens/s", "waiting", "read", "written", "numbers")
+    served = any(plan.served is not None for plan in plans.values())
+    table = Table("memory", *(SERVED if served else TRAINED))
     for size, plan in found.items():
         table.add_row(size, *(_columns(plan) if not isinstance(plan, str) else ["does not fit"]))
     Console().print(table)
 
 
 def _columns(plan: Plan) -> list[str]:
-    predicted = plan.predicted
+    predicted, served = plan.predicted, plan.served
     assert predicted is not None
+    if served is not None:
+        return [
+            format_size(predicted.host_peak_bytes),
+            str(served.requests),
+            f"{served.alone:,.1f}",
+            f"{served.together:,.1f} ({served.sequences})",
+            f"{served.first_token_seconds:.2f} s ({served.prompt})",
+            format_size(predicted.bytes_read),
+        ]
     waiting = (predicted.read_wait_seconds or 0.0) + (predicted.write_wait_seconds or 0.0)
     return [
         format_size(predicted.host_peak_bytes),

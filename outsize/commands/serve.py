@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 from ipaddress import ip_address
 from pathlib import Path
@@ -15,6 +16,9 @@ from outsize.sizes import parse_size
 
 if TYPE_CHECKING:
     from outsize.serve.http import Server
+
+
+GRACE = 5  # seconds that requests have to be finished when the server is told to stop
 
 
 def serve(
@@ -59,7 +63,7 @@ def serve(
     limits = Limits(parse_size(max_body), timeout, max_waiting, frozenset(api_key or ()))
     listening = _listen(host, port)
     with (
-        interruptible("Requests under way were ended."),
+        interruptible("No request is under way any more."),
         Engine(
             model,
             memory=memory,
@@ -77,14 +81,21 @@ def serve(
 
 
 def _run(server: Server, listening: socket.socket) -> None:
-    """Answer until a signal comes."""
+    """Answer until a signal comes; requests under way then have `GRACE` seconds to be finished."""
     import uvicorn
+
+    class Polite(uvicorn.Server):
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            loop = asyncio.get_running_loop()
+            end = loop.call_later(GRACE, loop.run_in_executor, None, server.service.close)
+            await super().shutdown(sockets)
+            end.cancel()
 
     typer.echo(f"running on {_address(listening)}, with a page for the browser; Ctrl-C stops it", err=True)
     if not server.limits.keys and not ip_address(listening.getsockname()[0]).is_loopback:
         typer.echo("whoever reaches this computer may ask; --api-key lets only those who have a key", err=True)
-    config = uvicorn.Config(server.app, log_level="warning", access_log=False, timeout_graceful_shutdown=10)
-    uvicorn.Server(config).run(sockets=[listening])
+    config = uvicorn.Config(server.app, log_level="warning", access_log=False, timeout_graceful_shutdown=4 * GRACE)
+    Polite(config).run(sockets=[listening])
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -93,8 +104,9 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as problem:
+        what = str(problem.strerror).partition(" (while")[0]
         raise OptionError(
-            f"Cannot listen at {host} port {port}: {problem.strerror}. Give another --port, or 0 for any that is free."
+            f"Cannot listen at {host} port {port}: {what}. Give another --port, or 0 for any that is free."
         ) from problem
 
 

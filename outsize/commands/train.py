@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from outsize.commands.common import Json, Memory, interruptible
+from outsize.commands.common import Json, Memory, OptimizerOption, interruptible, read_options
 from outsize.errors import OptionError
 from outsize.sizes import parse_size
 
@@ -44,9 +44,7 @@ def train(
     optimizer: Annotated[
         str, typer.Option(help="adamw, sgd, adafactor, muon, any torch.optim class, or a dotted path.")
     ] = "adamw",
-    optimizer_option: Annotated[
-        list[str] | None, typer.Option(help="name=value for the optimizer's class; may be given several times.")
-    ] = None,
+    optimizer_option: OptimizerOption = None,
     optimizer_state: Annotated[
         Path | None,
         typer.Option(help="Begin with the optimizer's state in this folder, as outsize checkpoint export writes it."),
@@ -108,7 +106,7 @@ def train(
     Continue it: outsize train --resume runs/first --memory 2GiB
     """
     limit = parse_size(memory) if memory else None
-    options = _options(optimizer_option or [])
+    options = read_options(optimizer_option or [])
     told = {
         "model": model,
         "data": data,
@@ -187,17 +185,3 @@ def _settings(context: typer.Context, told: dict[str, Any], resume: Path | None)
 def _was_given(context: typer.Context, name: str) -> bool:
     source = context.get_parameter_source(name)
     return source is not None and source.name == "COMMANDLINE"  # typer has its own copy of click's enumeration
-
-
-def _options(pairs: list[str]) -> dict[str, Any]:
-    """name=value pairs; values are read as JSON where they are JSON, so that 0.9, true and [0.9, 0.99] mean that."""
-    found = {}
-    for pair in pairs:
-        name, separator, value = pair.partition("=")
-        if not separator:
-            raise OptionError(f"--optimizer-option {pair!r} is not of the form name=value, such as weight_decay=0.1.")
-        try:
-            found[name] = json.loads(value)
-        except ValueError:
-            found[name] = value
-    return found

@@ -106,6 +106,7 @@ class Workers(Group):
         self._scratch: dict[torch.dtype, torch.Tensor] = {}
         try:
             meeting, _, _ = next(rendezvous("env://", rank, size, timeout=TO_MEET))
+            self._watch = Watch(meeting, rank, size, patience)
             distributed.init_process_group("gloo", store=meeting, rank=rank, world_size=size, timeout=TO_ANSWER)
             commits = distributed.new_group(backend="gloo", timeout=TO_ANSWER)
             assert isinstance(commits, distributed.ProcessGroup), "every worker is a member"
@@ -115,7 +116,6 @@ class Workers(Group):
                 f"Worker {rank} of {size} cannot reach the meeting point {os.environ.get('MASTER_ADDR')}:"
                 f"{os.environ.get('MASTER_PORT')}: {problem}"
             ) from problem
-        self._watch = Watch(meeting, rank, size, patience)
 
     def gather(self, whole: torch.Tensor, shares: Shares) -> None:
         self._wait(lambda: gather(whole, shares))

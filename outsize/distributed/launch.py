@@ -9,6 +9,8 @@ import sys
 
 from outsize.errors import RunError
 
+RESTARTS = 3  # after a worker was killed
+
 
 def is_worker() -> bool:
     """A launcher has started this process as one of several."""
@@ -16,31 +18,45 @@ def is_worker() -> bool:
 
 
 def launch(workers: int) -> None:
-    """Run this process's own command line as so many workers, and return when all are done.
+    """Run this process's own command line as so many workers, and return when all are done. When one is killed, all begin
+    again at the last committed step.
 
-    Raises RunError naming the worker that failed first."""
+    Raises RunError naming a worker that is killed again and again; ends with the exit code of one that has said itself
+    what is wrong."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # what failed is said by us, once
+    signal.signal(signal.SIGINT, lambda number, frame: None)  # Ctrl-C is for the workers, who commit their step
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // workers)))
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=workers,
-        run_id="outsize",
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-        shutdown_timeout=5,
-    )
-    try:
-        elastic_launch(config, sys.executable)("-m", "outsize", *sys.argv[1:])
-    except ChildFailedError as failed:
-        rank, failure = failed.get_first_failure()
-        raise RunError(_say(rank, failure.exitcode)) from failed
+    for left in reversed(range(RESTARTS + 1)):
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=workers,
+            run_id="outsize",
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            max_restarts=0,
+            shutdown_timeout=5,
+            signals_to_handle="SIGTERM,SIGHUP,SIGQUIT",
+        )
+        try:
+            elastic_launch(config, sys.executable)("-m", "outsize", *sys.argv[1:])
+            return
+        except ChildFailedError as failed:
+            killed = _killed(failed, left)
+            print(f"outsize: {killed} All begin again.", file=sys.stderr, flush=True)
 
 
-def _say(rank: int, code: int) -> str:
-    how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-    return f"Worker {rank} {how}. The same command continues at the last step that all have committed."
+def _killed(failed: Exception, left: int) -> str:
+    """What to say of the worker that was killed, if another attempt is left."""
+    codes: dict[int, int] = {rank: failure.exitcode for rank, failure in failed.failures.items()}  # pyright: ignore
+    # Signals are negative; SIGTERM is the launcher's own, to the others when one has failed.
+    rank = next((rank for rank, code in codes.items() if code < 0 and code != -signal.SIGTERM), None)
+    if rank is None:
+        sys.exit(max(*codes.values(), 1))
+    said = f"Worker {rank} was ended by {signal.Signals(-codes[rank]).name}."
+    if not left:
+        raise RunError(f"{said} The same command continues at the last step that all have committed.") from failed
+    return said

@@ -13,6 +13,7 @@ from torch._C._distributed_c10d import Store
 from outsize.errors import RunError
 
 LOOK_EVERY = 1.0  # seconds
+NOTICE = 1.0  # seconds in which all who live have noticed that one does not
 STOPPED = 1  # exit code
 
 
@@ -22,30 +23,26 @@ class Watch:
 
     def __init__(self, meeting: Store, rank: int, size: int, patience: float) -> None:
         self.rank, self._patience = rank, patience
-        self._meeting: Store = meeting.clone()  # pyright: ignore[reportAttributeAccessIssue] - a connection of its own: one that waits would hold up the other
+        self._meeting: Store = meeting.clone()  # pyright: ignore[reportAttributeAccessIssue] - a connection of its own
         self._others = [peer for peer in range(size) if peer != rank]
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._look, daemon=True, name="watch")
         self._thread.start()
 
     def lost(self, peer: int | None, problem: Exception) -> RunError:
-        """What to raise when an exchange fails, with `peer` if that is known: names the worker with whom it began, as
-        others stop because of that one."""
-        first = peer
+        """What to raise when an exchange fails, with `peer` if that is known. It names the worker with whom it began, which
+        is the one that does not say that it stops because of another."""
+        names = [] if peer is None else [peer]
         try:
-            while first is not None and self._meeting.check([_lost(first)]):
-                first = int(self._meeting.get(_lost(first)))
-            if first is None:
-                first = next((p for p in self._others if not self._meeting.check([_lost(p)])), None)
-            if first is not None:
-                self._meeting.set(_lost(self.rank), str(first))
+            self._meeting.set(_stops(self.rank), "")
+            time.sleep(NOTICE)
+            names = [other for other in self._others if not self._meeting.check([_stops(other)])] or names
         except RuntimeError:  # the meeting point is gone too
-            pass
-        name = "Another worker" if first is None else f"Worker {first}"
+            names = names or [0]
         reason = str(problem).partition("\n")[0]
         return RunError(
-            f"{name} is lost, and worker {self.rank} stops: {reason} The same command continues at the last step that "
-            "all have committed."
+            f"Worker {names[0] if names else '?'} is lost, and worker {self.rank} stops: {reason} The same command continues "
+            "at the last step that all have committed."
         )
 
     def close(self) -> None:
@@ -83,5 +80,5 @@ def _alive(rank: int) -> str:
     return f"alive {rank}"
 
 
-def _lost(rank: int) -> str:
-    return f"lost {rank}"
+def _stops(rank: int) -> str:
+    return f"stops {rank}"

@@ -107,8 +107,7 @@ class Store:
         if block.name in self.entries:
             raise ValueError(f"block {block.name} exists already")
         with self._turn:
-            entry = Entry(block, self.tiers[home], durable, Residency.EMPTY)
-            self.homes.settle(entry)
+            self.homes.settle(entry := Entry(block, self.tiers[home], durable, Residency.EMPTY))
             self.entries[block.name] = entry
         if home == self.near:
             self._settle_near(entry)
@@ -388,7 +387,7 @@ class Store:
                     f"{name} is {entry.residency.value} but not in its place"
                 )
             held = sum(e.block.nbytes * e.copies for e in self.entries.values() if e.storage is not None)
-            assert held == self.ledger.held_in(self.near), "the ledger and the store disagree on what is near"
+            assert held == self.ledger.held_by_store(self.near), "the ledger and the store disagree on what is near"
             for tier in self.tiers.values():
                 tier.check()
 

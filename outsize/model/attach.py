@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -34,6 +34,12 @@ STATE_IS_ELSEWHERE = (
     "job.detach() for an ordinary module, or outsize.train.run.export(job, folder) to write the weights to files."
 )
 BeforeUse = Callable[[Weight], None]
+
+
+class Handle(Protocol):
+    """What can be taken off a module again."""
+
+    def remove(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,8 @@ class Attachment:
     """The module's units bound to a store. `detach` makes it an ordinary module again.
 
     `resident` weights have parameters that always point into the store (small ones, and those of modules that enclose
-    others); all others must be `whole` or belong to a table that handles itself (`outsize.model.vocabulary`)."""
+    others); all others must be `whole` or belong to a table that handles itself (`outsize.model.vocabulary`). A parameter
+    that is not among `weights` is somebody else's."""
 
     def __init__(
         self,
@@ -82,7 +89,7 @@ class Attachment:
         self.take_gradient: GradientTaker | None = None
         self.before_use: BeforeUse | None = None
         self._at: dict[int, AttachedUnit] = {}
-        self._handles: list[Any] = []
+        self._handles: list[Handle] = []
         self._resident = {name: store.lease(weights[name].blocks[0].name) for name in resident}
         for weight in weights.values():
             self._rest(weight)
@@ -117,7 +124,8 @@ class Attachment:
             raise OptionError(
                 f"Activations of {unit.name} are to wait in {activations.home!r}, which is not a tier here."
             )
-        moving = [self.weights[name] for name, _ in unit.parameters if name not in self._resident]
+        names = [name for name, _ in unit.parameters if name in self.weights and name not in self._resident]
+        moving = [self.weights[name] for name in names]
         whole = tuple(weight for weight in dict.fromkeys(moving) if weight.whole)
         attached = AttachedUnit(unit, whole, activations, unit.module.forward)
         if whole:
@@ -202,9 +210,13 @@ class Attachment:
         if not attached.entered:
             self._enter(attached)
 
-    def _enter(self, attached: AttachedUnit) -> None:
+    def _stay_within(self) -> None:
+        """Have the C library return what it keeps, if that is more than was planned."""
         if process_memory().resident_bytes > self._most_bytes:
             give_back()
+
+    def _enter(self, attached: AttachedUnit) -> None:
+        self._stay_within()
         attached.entered, attached.left_by = True, 0
         for weight in attached.weights:
             if self.before_use is not None:
@@ -246,6 +258,7 @@ class Attachment:
         phases: list[Any] = []
 
         def begin(module: nn.Module, args: Any) -> None:
+            self._stay_within()
             phases.append(self.store.phase(phase, again=True))
             phases[-1].__enter__()
 
@@ -277,6 +290,10 @@ class Attachment:
             if attached.entered:
                 self._release(attached)
         self._mover.settle()
+
+    def until_detached(self, handle: Handle) -> None:
+        """Remove this too when the module is detached."""
+        self._handles.append(handle)
 
     def detach(self) -> None:
         """Take all hooks off. The parameters keep pointing where they do: read them from the store first."""

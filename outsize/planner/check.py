@@ -6,11 +6,12 @@ from collections.abc import Collection, Iterable
 from dataclasses import replace
 
 from outsize.errors import BudgetError, OptionError
-from outsize.machine.allocator import LARGEST_RECYCLED
 from outsize.plan import Plan, Request
-from outsize.planner.search import Choice, Placement
+from outsize.planner.needs import tensor_bytes
+from outsize.planner.search import Choice, JobSizes, Placement
 from outsize.planner.training import Place, Task, check_disk, search_of, sizes_of_job
 from outsize.sizes import format_size
+from outsize.train.job import always_near
 
 
 def check_plan(plan: Plan, task: Task, place: Place) -> Plan:
@@ -24,23 +25,24 @@ def check_plan(plan: Plan, task: Task, place: Place) -> Plan:
     _refuse_unknown("near_states", plan.near_states, known.sizes)
     _refuse_unknown("activations", [name for name, _ in plan.activations], [unit.name for unit in task.units])
     _refuse_unknown("table_rows", [name for name, _ in plan.table_rows], known.rows)
-    if plan.blocked_loss != bool(plan.table_rows):
+    if {name for name, _ in plan.table_rows} != (known.rows.keys() if plan.blocked_loss else set()):
         raise OptionError(
-            "The plan's blocked_loss and table_rows contradict each other: blocks need tables, and only they."
+            "The plan's blocked_loss and table_rows contradict each other: blocks need all tables, and only they need any."
         )
     job = sizes_of_job(task, dict(plan.table_rows), plan.blocked_loss, plan.hold)
-    search = search_of(replace(task, request=replace(request, commit_every=plan.commit_every)), place, job, plan)
-    if plan.shared_bytes not in (0, job.all_bytes):
-        raise OptionError(f"The plan's shared_bytes is {plan.shared_bytes}; it is {job.all_bytes} (all blocks), or 0.")
+    job = replace(job, always=always_near(task.units))  # small weights, too, are where the plan says
     if request.keeper and not plan.shared_bytes:
         raise OptionError("The plan has no keeper (shared_bytes is 0). Make it with --keeper, or leave --keeper out.")
+    _check_shared(plan, job)
+    search = search_of(replace(task, request=replace(request, commit_every=plan.commit_every)), place, job, plan)
+    tensors = tensor_bytes(search.rehearsed, plan.recycle_bytes)
+    search.needs = replace(search.needs, recycle=plan.recycle_bytes, tensors=tensors)
     told = Placement(
         near_weights=plan.near_weights | job.always,
-        near_states=plan.near_states | job.always,
+        near_states=plan.near_states,
         arena_bytes=plan.arena_bytes,
         gradient_home=plan.gradient_home,
         filled="as told",
-        generous=plan.recycle_bytes >= LARGEST_RECYCLED,
         shared=plan.shared_bytes > 0,
     )
     search.tried.append(Choice(told, search.foretell(told)))
@@ -48,6 +50,21 @@ def check_plan(plan: Plan, task: Task, place: Place) -> Plan:
     _check_memory(checked, request)
     check_disk(checked, place)
     return replace(plan, memory_bytes=request.memory_bytes, predicted=checked.predicted, reasons=checked.reasons)
+
+
+def _check_shared(plan: Plan, job: JobSizes) -> None:
+    """Memory that outlives the process must hold all of a step: with blocks on disk a crash would leave parts of two."""
+    if plan.shared_bytes not in (0, job.all_bytes):
+        raise OptionError(f"The plan's shared_bytes is {plan.shared_bytes}; it is {job.all_bytes} (all blocks), or 0.")
+    away = sorted(
+        (job.sizes.keys() - plan.near_weights - job.always)
+        | {name for name, size in job.sizes.items() if size.state_bytes and name not in plan.near_states}
+    )
+    if plan.shared_bytes and away:
+        raise OptionError(
+            f"The plan's shared_bytes wants all blocks in memory that outlives the process, but {away[0]!r} or its state is "
+            "on disk. Write shared_bytes 0, or name it in near_weights and near_states."
+        )
 
 
 def _check_memory(plan: Plan, request: Request) -> None:
@@ -62,8 +79,13 @@ def _check_memory(plan: Plan, request: Request) -> None:
 
 
 def _compare_with_request(plan: Plan, request: Request) -> None:
-    """Raises OptionError when the plan and the command line do not say the same of what changes the numbers."""
+    """Raises OptionError when the plan and the command line do not say the same."""
     hold = request.hold or request.clip is not None
+    loss = "blocked" if plan.blocked_loss else "module"
+    if request.loss not in ("auto", loss):
+        raise OptionError(
+            f"The plan says loss {loss}, the command says {request.loss}. Leave --loss away, or plan anew."
+        )
     for name, said in (
         ("precision", request.precision),
         ("moments", request.moments),
@@ -72,6 +94,7 @@ def _compare_with_request(plan: Plan, request: Request) -> None:
         ("accumulate", request.accumulate),
         ("clip", request.clip),
         ("hold", hold),
+        ("commit_every", request.commit_every or plan.commit_every),
     ):
         if getattr(plan, name) != said:
             raise OptionError(

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
+from math import prod
 
 from outsize.memory.disk import BOUNCE
 from outsize.memory.tier import PAGE, pages
@@ -24,6 +25,7 @@ MANY = 48  # units that the C library is asked about
 RECYCLE = 4 << 20  # bytes; tensors up to this size are always kept by the C library for the next one
 THREADS = 4 << 20  # bytes: stacks of the transfer threads and of lanes, and what python keeps for each
 KERNELS = 104 << 20  # bytes that products and OpenMP keep for themselves; fitted, docs/log.md
+PACKED = 3  # times a matrix: what a product keeps in its thread; measured with the 1.3 B shape, docs/log.md
 BUFFERS = {"split": 3, "none": 3, "same": 0}  # of a piece in fp32, by how masters are kept: master, gradient, one more
 
 
@@ -64,7 +66,8 @@ def find_needs(
     """`bare` is the rehearsed plan, with nothing near."""
     recycle = max(RECYCLE, _largest_recurring(rehearsed.script.steps[-1], sizes) + PAGE)
     largest_chunk = max((size.largest_state for size in sizes.values()), default=0)
-    scratch = _updating(sizes, bare) + _exchanged(sizes, bare) + THREADS + KERNELS + (3 * BOUNCE if rows else 0)
+    scratch = _updating(sizes, bare) + _exchanged(sizes, bare) + _other_lanes(sizes, rows, bare)
+    scratch += THREADS + KERNELS + (3 * BOUNCE if rows else 0)
     least = pages(int(LOOSE * (pinned_peak(rehearsed.script, homes(bare, always)) + 2 * largest_chunk)))
     largest_unit = max((_unit_bytes(unit, sizes, rows, always) for unit in units), default=0)
     return Needs(
@@ -133,8 +136,16 @@ def _exchanged(sizes: dict[str, WeightSize], plan: Plan) -> int:
     return 2 * max(size.largest_gradient for size in sizes.values()) if plan.workers > 1 else 0
 
 
+def _other_lanes(sizes: dict[str, WeightSize], rows: dict[str, int], plan: Plan) -> int:
+    """What the products of every lane but the first keep: oneDNN packs operands into memory that belongs to the thread."""
+    matrices = [size.bytes for name, size in sizes.items() if name not in rows]
+    return (plan.accumulate - 1) * PACKED * max(matrices, default=0)
+
+
 def gradient_bytes(sizes: dict[str, WeightSize]) -> int:
-    return sum(4 * size.weight.numel for size in sizes.values() if size.weight.trainable)
+    """Of gradients that wait: a block of fp32 in whole pages for each block of a weight."""
+    weights = [size.weight for size in sizes.values() if size.weight.trainable]
+    return sum(pages(4 * prod(weight.block_shape(block))) for weight in weights for block in weight.blocks)
 
 
 def _chunked(size: WeightSize) -> bool:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from outsize.errors import StorageError
 from outsize.plan import Plan
+from outsize.planner.search import TENSORS
 from outsize.sizes import format_size
 from outsize.train.pictures import COLOURS, OTHER, new_figure, save_figure, set_title
 
@@ -71,7 +72,7 @@ def _draw_memory(axes: Axes, plan: Plan, length: float) -> None:
     predicted = plan.predicted
     assert predicted is not None
     causes = dict(predicted.memory)
-    steady = {cause: nbytes for cause, nbytes in causes.items() if cause != "tensors of a step"}
+    steady = {cause: nbytes for cause, nbytes in causes.items() if cause != TENSORS}
     bottom = 0.0
     for (cause, nbytes), colour in zip(steady.items(), CAUSES, strict=False):
         height = nbytes / 2**20
@@ -88,7 +89,7 @@ def _draw_memory(axes: Axes, plan: Plan, length: float) -> None:
     axes.set_ylabel("MiB")
     axes.set_xlim(0, 1.09 * length)
     axes.set_ylim(0, 1.12 * max(predicted.host_peak_bytes, plan.memory_bytes or 0) / 2**20)
-    set_title(axes, f"Memory of the process peaks at {format_size(predicted.host_peak_bytes)}")
+    set_title(axes, f"The plan: memory of the process peaks at {format_size(predicted.host_peak_bytes)}")
     axes.legend(frameon=False, fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16))
 
 

@@ -53,11 +53,10 @@ class PlayedStep:
 
 @dataclass(frozen=True)
 class Played:
-    """What the steps of a script did under a placement, and what is held at their end: (tier, kind) -> bytes."""
+    """What the steps of a script did under a placement, and how much of the disk is taken at their end."""
 
     steps: tuple[PlayedStep, ...]
     disk_bytes: int
-    held: dict[tuple[str, str], int]
 
     @property
     def moved(self) -> Counter[tuple[str, str, str]]:
@@ -79,7 +78,7 @@ def play(
     player.run(script.setup)
     player.store.flush()
     played = tuple(player.step(script.step(number), again=number + 1 < steps) for number in range(steps))
-    return Played(played, player.store.tiers["disk"].used, dict(player.store.ledger.held))
+    return Played(played, player.store.tiers["disk"].used)
 
 
 class _Player:

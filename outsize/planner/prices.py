@@ -148,6 +148,7 @@ def _measure(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fl
                 started = perf_counter()
                 function(*real_args, **real_kwargs)
                 seconds = perf_counter() - started
+                del real_args, real_kwargs  # or the next ones would lie beside them
         except (RuntimeError, IndexError, TypeError, ValueError):
             return None
     return seconds

@@ -250,7 +250,21 @@ def rehearse(
 ) -> Rehearsed:
     """What the steps of `plan` ask of the store: where blocks live is left open, all else is as the plan says.
 
-    Of units of one shape four are rehearsed and stand for all, where the module lets the others be left out."""
+    Of units of one shape four are rehearsed and stand for all, where the module lets the others be left out. Random numbers
+    that are drawn for prices are taken from nobody: a job's own must not depend on how it was planned."""
+    with torch.random.fork_rng(devices=[]):
+        return _rehearse(model, plan, rule, prices, micro_batches, source_dtype, block_class)
+
+
+def _rehearse(
+    model: nn.Module,
+    plan: Plan,
+    rule: OptimizerRule,
+    prices: Prices,
+    micro_batches: list[Batch],
+    source_dtype: torch.dtype,
+    block_class: str | None,
+) -> Rehearsed:
     units = tuple(unit.name for unit in find_units(model, block_class) if unit.repeated)
 
     def run(model: nn.Module, plan: Plan = plan) -> Script:

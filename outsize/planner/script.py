@@ -105,11 +105,6 @@ class Script:
         """Of one step."""
         return sum(event.floating_operations for event in self.steps[-1] if isinstance(event, Spend))
 
-    @cached_property
-    def compute_seconds(self) -> float:
-        """Compute and update of one step, if nothing were ever waited for."""
-        return sum(event.seconds for event in self.steps[-1] if isinstance(event, Spend))
-
 
 def _lean(events: Iterable[Event]) -> tuple[Event, ...]:
     """Stretches of one lane, between which nothing is left, are one."""

@@ -294,7 +294,9 @@ class Search:
         placement, needs = choice.placement, self.needs
         work = choice.forecast.work
         slowest = max(self.tried, key=lambda tried: tried.forecast.seconds)
-        why = f"the fastest of {len(self.tried)} placements played; the slowest takes {slowest.forecast.seconds:.2f} s"
+        why = "no other placement was worth playing"
+        if len(self.tried) > 1:
+            why = f"the fastest of {len(self.tried)} placements played; the slowest takes {slowest.forecast.seconds:.2f} s"
         return (
             f"baseline: {format_size(needs.baseline)} are held by Python and its libraries already",
             f"near: {format_size(self.near_bytes(placement))} stay in memory, {placement.filled} first: {why}",
@@ -306,7 +308,7 @@ class Search:
             if self.job.hold
             else "update: in backward, no gradient waits",
             f"time: {choice.forecast.seconds:.2f} s a step, {work:.2f} s of them compute and update, which no placement "
-            f"makes shorter: at most {choice.forecast.seconds / max(work, 1e-9) - 1:.0%} above the best there can be",
+            f"makes shorter: at most {max(choice.forecast.seconds / max(work, 1e-9) - 1, 0):.0%} above the best there can be",
             f"commit: {self._say_commit(choice)}",
         )
 
@@ -315,8 +317,9 @@ class Search:
         if choice.placement.shared:
             held = f"a crash of this process loses no step: a keeper process holds the last in {snapshot} more"
         else:
-            held = f"a crash loses {every} at most"
-        return f"every {every} steps, {snapshot} from memory while the next computes; {held}"
+            held = f"a crash loses {every} at most" if every > 1 else "a crash loses the step under way"
+        often = f"every {every} steps" if every > 1 else "every step"
+        return f"{often}, {snapshot} from memory while the next computes; {held}"
 
 
 def told(activations: tuple[tuple[str, Activations], ...]) -> str:

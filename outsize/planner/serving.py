@@ -9,19 +9,19 @@ import torch
 from torch import nn
 
 from outsize.errors import BudgetError, OptionError
-from outsize.memory.null import NullTier
-from outsize.memory.store import Store
+from outsize.machine.allocator import LARGEST_RECYCLED
 from outsize.memory.tier import pages
-from outsize.memory.transfer import Transfers
 from outsize.model.units import Unit
 from outsize.model.vocabulary import Table
 from outsize.plan import KEEP, KvLayer, Plan, Predicted, ServeRequest, Serving
 from outsize.planner.demand import measure_demand
+from outsize.planner.serving_forecast import run_step
 from outsize.planner.sizes_of import SMALL
 from outsize.planner.training import TABLE_BLOCK, table_rows
-from outsize.serve.attention import Discovery, Paged, context_limit
-from outsize.serve.cache import Cache, page_shape
-from outsize.serve.layout import Layout, Span
+from outsize.serve.attention import Discovery, context_limit
+from outsize.serve.cache import page_shape
+from outsize.serve.layout import Span
+from outsize.serve.products import LinearCalls, can_pack
 from outsize.sizes import format_size
 from outsize.train.job import always_near, users_of
 
@@ -29,9 +29,7 @@ ALLOCATOR = 2.0  # resident over live bytes of torch's CPU allocator; docs/log.m
 FIXED = 232 << 20  # bytes: what glibc's heap hoards beside, thread stacks, kernels' scratch; docs/log.md
 
 PAGE_TOKENS = 16
-FOR_MANY = (
-    4  # while weights stream, one part in so many of the free memory goes to the keys and values of many requests
-)
+FOR_MANY = 4  # while weights stream, one part in so many of the free memory goes to pages for many requests
 FAR_TIMES = 8  # as many pages as near may lie on disk, at most
 FAR_DISK = 4  # and take one part in so many of what the disk has free
 
@@ -47,12 +45,15 @@ def plan_serving(
 
     Raises BudgetError with the smallest budget that works, OptionError for a context longer than the model's, ModelError
     when the model cannot be served."""
-    layers, sizes, context = discover(model), _sizes(model), _context(model, request)
+    layers, groups = discover(model)
+    sizes, context = _sizes(model), _context(model, request)
     fixed = baseline_bytes + int(ALLOCATOR * measure_step(model, layers, context, request)) + FIXED
     room = _Room(request.memory_bytes - fixed, -(-context // PAGE_TOKENS), page_size(layers), request.seats)
     if room.left >= sum(sizes.values()) + room.one * room.page_bytes:
         near, rows, arena = set(sizes), {}, pages(1)
         room.left -= sum(sizes.values())
+        packed = _packed(model, groups, near, room.left - room.one * room.page_bytes)
+        room.left -= sum(sizes[name] for name in _twice(model, packed))
         count = room.take_pages(room.left)
     else:
         near, rows = _near(model, units), _tables(model)
@@ -70,6 +71,7 @@ def plan_serving(
         room.left -= arena
         count = room.take_pages(room.left // FOR_MANY)
         near |= room.take_weights(sizes, near | set(rows))
+        packed = _packed(model, groups, near - set(rows), 0)
     far = sum(nbytes for name, nbytes in sizes.items() if name not in near)
     if far > disk_free_bytes:
         raise BudgetError(
@@ -86,6 +88,8 @@ def plan_serving(
         frozenset(near),
         table_rows=tuple(rows.items()),
         blocked_loss=bool(rows),
+        packed=packed,
+        recycle_bytes=LARGEST_RECYCLED,
         memory_bytes=request.memory_bytes,
         predicted=Predicted(request.memory_bytes - room.left, 0, far, 0, far),
         serving=serving,
@@ -117,44 +121,34 @@ class _Room:
         return taken
 
 
-def discover(model: nn.Module) -> tuple[KvLayer, ...]:
-    """What each layer keeps of a token, learnt by running the module on fake tensors. Raises ModelError when it keeps
-    what cannot be paged."""
-    found = Discovery()
+def discover(model: nn.Module) -> tuple[tuple[KvLayer, ...], list[tuple[str, ...]]]:
+    """What each layer keeps of a token, and which linear layers are called with one input one after the other, by their
+    weights' names; learnt by running the module on fake tensors. Raises ModelError when it keeps what cannot be paged."""
+    found, calls = Discovery(), LinearCalls()
 
     def run(fake: nn.Module) -> torch.Tensor:
         ids = torch.zeros((1, 2), dtype=torch.long)
-        return fake(input_ids=ids, position_ids=ids, use_cache=False, paged=found).logits
+        with calls.watching(fake):
+            return fake(input_ids=ids, position_ids=ids, use_cache=False, paged=found).logits
 
-    measure_demand(model, _measurable(model), run, KEEP, gradients=False)
+    try:
+        measure_demand(model, _measurable(model), run, KEEP, gradients=False)
+    except RuntimeError:  # the module looks at some output in a way that one beside others cannot be looked at
+        found, calls = Discovery(), LinearCalls(beside=False)
+        measure_demand(model, _measurable(model), run, KEEP, gradients=False)
     found.complete(model)
-    return _in(_dtype(model), tuple(found.layers))
+    return _in(_dtype(model), tuple(found.layers)), calls.groups()
 
 
 def measure_step(model: nn.Module, layers: tuple[KvLayer, ...], context: int, request: ServeRequest) -> int:
     """Bytes beside weights and pages that the largest step needs: the last chunk of a sequence as long as the context, with
     logits for every seat."""
-    count = min(request.step_tokens, context)
-    dtype = _measurable(model)
+    count, dtype = min(request.step_tokens, context), _measurable(model)
     layers = _in(dtype, layers)
-    span = Span(list(range(-(-context // PAGE_TOKENS))), context - count, count)
-
-    def run(fake: nn.Module) -> torch.Tensor:
-        store = Store({"host": NullTier("host", 1 << 60)}, 0, _fake_bytes, Transfers(readers=0))
-        cache = Cache(store, layers, len(span.pages), PAGE_TOKENS)
-        layout = Layout([span], PAGE_TOKENS, torch.device("cpu"))
-        store.transfers.close()
-        return fake(
-            input_ids=torch.zeros((1, count), dtype=torch.long),
-            position_ids=layout.positions(),
-            use_cache=False,
-            logits_to_keep=torch.zeros(min(request.seats, count), dtype=torch.long),
-            paged=Paged(cache, layout),
-        ).logits.float()
-
-    demand = measure_demand(model, dtype, run, KEEP, gradients=False)
+    span = Span(range(-(-context // PAGE_TOKENS)), context - count, count)
+    peak = run_step(model, layers, [span], PAGE_TOKENS, request.seats, dtype=dtype)
     wider = max(1, _dtype(model).itemsize // dtype.itemsize)
-    return max(demand.peak - len(span.pages) * page_size(layers), 0) * wider
+    return max(peak - len(span.pages) * page_size(layers), 0) * wider
 
 
 def page_size(layers: tuple[KvLayer, ...]) -> int:
@@ -169,10 +163,6 @@ def _in(dtype: torch.dtype, layers: tuple[KvLayer, ...]) -> tuple[KvLayer, ...]:
 def _measurable(model: Any) -> torch.dtype:
     """The dtype to run on fake tensors: torch's fake product of experts knows bf16 only."""
     return torch.bfloat16 if model._can_set_experts_implementation() else _dtype(model)
-
-
-def _fake_bytes(nbytes: int) -> torch.Tensor:
-    return torch.empty(nbytes, dtype=torch.uint8)
 
 
 def _dtype(model: nn.Module) -> torch.dtype:
@@ -211,6 +201,19 @@ def _tables(model: nn.Module) -> dict[str, int]:
 
 def _sizes(model: nn.Module) -> dict[str, int]:
     return {name: pages(p.numel() * p.dtype.itemsize) for name, p in model.named_parameters()}
+
+
+def _packed(model: nn.Module, groups: list[tuple[str, ...]], near: set[str], spare: int) -> tuple[tuple[str, ...], ...]:
+    """The groups that are held as products. One whose weight somebody else needs as it is costs its bytes again: that
+    may take `spare` bytes."""
+    found = [group for group in groups if near.issuperset(group) and can_pack(model.get_parameter(group[0]).dtype)]
+    spent = sum(_sizes(model)[name] for name in _twice(model, tuple(found)))
+    return tuple(group for group in found if spent <= spare or not _twice(model, (group,)))
+
+
+def _twice(model: nn.Module, packed: tuple[tuple[str, ...], ...]) -> list[str]:
+    """Weights of products that are needed as they are too."""
+    return [name for group in packed for name in group if len(users_of(model, model.get_parameter(name))) > 1]
 
 
 def _near(model: nn.Module, units: list[Unit]) -> set[str]:

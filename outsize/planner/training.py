@@ -206,8 +206,8 @@ def _too_small(request: Request, needs: Needs) -> str:
 
 
 def _round_up(nbytes: int) -> int:
-    """To whole steps of 8 MiB: no two processes hold quite the same."""
-    return -(-nbytes // (8 << 20)) * (8 << 20)
+    """To whole steps of 8 MiB, and at least half of one: no two processes hold quite the same."""
+    return -(-(nbytes + (4 << 20)) // (8 << 20)) * (8 << 20)
 
 
 def _mebibytes(nbytes: int) -> str:

@@ -5,7 +5,6 @@ are written with B sequences, N tokens, H query heads, K key-value heads, R = H 
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +17,6 @@ from outsize.serve.cache import Cache, Rows
 from outsize.serve.layout import Chunk, DecodeGroup, Layout
 
 NAME = "outsize_paged"  # registered without a mask function: transformers then builds no mask at all
-QUERY_BLOCK = 128  # queries of a prompt's chunk that attend at once
 LENGTHWISE = ("longrope", "dynamic")  # rotary embeddings that change with the longest sequence of a batch
 HARMLESS = {
     "output_router_logits",
@@ -133,15 +131,16 @@ def attend(
     _write(values, value, layout)
     groups, chunks = layout.reads(cache.layers[number], keys, values)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    queries = query[0].transpose(0, 1)  # [N, H, D]
+    queries, heads = query[0].transpose(0, 1), key.shape[1]  # [N, H, D]
+    if len(groups) == 1 and groups[0].where is None:
+        return _decode(queries, keys, values, groups[0], heads, scale, softcap).unsqueeze(0), None
     output = query.new_empty((query.shape[2], query.shape[1], value.shape[-1]))
-    soften = functools.partial(_weights, scale=scale, softcap=softcap)
     for group in groups:
-        output[group.where] = _decode(queries[group.where], keys, values, group, key.shape[1], soften)
+        output[group.where] = _decode(queries[group.where], keys, values, group, heads, scale, softcap)
     for chunk in chunks:
-        span = slice(chunk.first, chunk.first + chunk.count)
-        near = _gather(keys, chunk.keys, key.shape[1]), _gather(values, chunk.values, key.shape[1])
-        _attend_chunk(queries[span], *near, chunk, sliding_window, soften, output[span])
+        span = slice(chunk.first, chunk.last)
+        near = _gather(keys, chunk.keys, heads), _gather(values, chunk.values, heads)
+        _attend_chunk(queries[span], *near, chunk, scale, softcap, output[span])
     return output.unsqueeze(0), None
 
 
@@ -163,22 +162,28 @@ def _gather(cache: Rows, rows: torch.Tensor, batch: int) -> torch.Tensor:
     return cache.rows.index_select(0, rows).view(batch, -1, cache.slots.shape[1])
 
 
-def _weights(scores: torch.Tensor, hidden: torch.Tensor | None, *, scale: float, softcap: float | None) -> torch.Tensor:
-    """Softmax in float32 of scaled, perhaps soft-capped scores; `hidden` ones count nothing."""
-    found = scores.float() * scale
-    if softcap is not None:
-        found = torch.tanh(found / softcap) * softcap
-    if hidden is not None:
-        found.masked_fill_(hidden, float("-inf"))
-    return torch.softmax(found, dim=-1).to(scores.dtype)
+def _scores(query: torch.Tensor, keys: torch.Tensor, scale: float, softcap: float | None) -> torch.Tensor:
+    """[batch, n, T] of `query` [batch, n, D] and `keys` [batch, T, D], scaled and perhaps soft-capped."""
+    scores = torch.baddbmm(query.new_empty(1), query, keys.transpose(1, 2), beta=0, alpha=scale)
+    return scores if softcap is None else torch.tanh(scores / softcap) * softcap
 
 
-def _decode(query: torch.Tensor, keys: Rows, values: Rows, group: DecodeGroup, heads: int, soften: Any) -> torch.Tensor:
+def _decode(
+    query: torch.Tensor,
+    keys: Rows,
+    values: Rows,
+    group: DecodeGroup,
+    heads: int,
+    scale: float,
+    softcap: float | None,
+) -> torch.Tensor:
     """`query` [B, H, D] gives [B, H, D]."""
     batch = query.shape[0]
     grouped = query.reshape(batch * heads, -1, query.shape[-1])
-    scores = torch.bmm(grouped, _gather(keys, group.keys, batch * heads).transpose(1, 2))
-    weights = soften(scores.view(batch, query.shape[1], -1), group.hidden).view(scores.shape)
+    scores = _scores(grouped, _gather(keys, group.keys, batch * heads), scale, softcap)
+    if group.hidden is not None:
+        scores.view(batch, query.shape[1], -1).add_(group.hidden)
+    weights = torch.softmax(scores, dim=-1)
     return torch.bmm(weights, _gather(values, group.values, batch * heads)).view(batch, query.shape[1], -1)
 
 
@@ -187,30 +192,18 @@ def _attend_chunk(
     keys: torch.Tensor,
     values: torch.Tensor,
     chunk: Chunk,
-    window: int | None,
-    soften: Any,
+    scale: float,
+    softcap: float | None,
     output: torch.Tensor,
 ) -> None:
-    """`query` and `output` [n, H, D], `keys` and `values` [K, T, D]: blocks of queries, each against the keys up to its
-    last query."""
-    heads = keys.shape[0]
-    for first in range(0, chunk.count, QUERY_BLOCK):
-        count = min(QUERY_BLOCK, chunk.count - first)
-        position = chunk.start + first
-        low = 0 if window is None else max(0, position - window + 1 - chunk.low)
-        high = position + count - chunk.low
-        block = query[first : first + count].view(count, heads, -1, query.shape[-1])
-        block = block.permute(1, 2, 0, 3).reshape(heads, -1, query.shape[-1])  # [K, R * n, D]
-        scores = torch.bmm(block, keys[:, low:high].transpose(1, 2))
-        hidden = _hidden(position, count, chunk.low + low, chunk.low + high, window, query.device)
-        weights = soften(scores.view(-1, count, high - low), hidden).view(scores.shape)
-        found = torch.bmm(weights, values[:, low:high]).view(heads, -1, count, values.shape[-1])
-        output[first : first + count] = found.permute(2, 0, 1, 3).reshape(count, -1, values.shape[-1])
-
-
-def _hidden(start: int, count: int, low: int, high: int, window: int | None, device: torch.device) -> torch.Tensor:
-    """[count, high - low]: true where the key comes after the query, or before its window."""
-    queries = torch.arange(start, start + count, device=device).unsqueeze(1)
-    keys = torch.arange(low, high, device=device)
-    hidden = keys > queries
-    return hidden if window is None else hidden | (keys <= queries - window)
+    """`query` and `output` [n, H, D], `keys` and `values` [K, T, D]: block by block, each against the keys it sees."""
+    heads, size = keys.shape[0], query.shape[-1]
+    for block in chunk.blocks:
+        count = block.last - block.first
+        queries = query[block.first : block.last].view(count, heads, -1, size)
+        queries = queries.permute(1, 2, 0, 3).reshape(heads, -1, size)  # [K, R * n, D]
+        scores = _scores(queries, keys[:, block.low : block.high], scale, softcap)
+        scores.view(heads, -1, count, block.high - block.low)[..., -block.hidden.shape[1] :].add_(block.hidden)
+        found = torch.bmm(torch.softmax(scores, dim=-1), values[:, block.low : block.high])
+        found = found.view(heads, -1, count, values.shape[-1]).permute(2, 0, 1, 3)
+        output[block.first : block.last] = found.reshape(count, -1, values.shape[-1])

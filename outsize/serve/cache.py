@@ -64,7 +64,8 @@ class Cache:
         block = make_block(BLOCK, [("pages", "kv", torch.uint8, (pages, shape.nbytes))])
         store.create(block, store.near, durable=False)
         self._lease = store.lease(block.name, fresh=True)
-        self.bytes = self._lease.tensors["pages"]
+        # Zeroed, so that the operating system gives the memory now and not page by page under the first requests.
+        self.bytes = self._lease.tensors["pages"].zero_()
         same = {layer: layer for layer in layers}
         self.layers = tuple(same[layer] for layer in layers)
         self.keys = [self._view(at, layer, layer.key_size) for at, layer in zip(shape.keys, layers, strict=True)]

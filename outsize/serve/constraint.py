@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import threading
 from collections import OrderedDict
 from typing import Any
@@ -11,7 +12,13 @@ import torch
 from outsize.errors import OptionError, OutsizeError, RunError
 
 WRITTEN: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}  # as Python's json.dumps
+TOKEN_BYTES = 512  # what the library holds for each token of a vocabulary, at most
 KEPT = 64  # schemas that stay compiled
+
+
+def schemas_bytes(vocabulary: int) -> int:
+    """What following schemas takes when somebody asks for it: nothing when the library is not installed."""
+    return vocabulary * TOKEN_BYTES if importlib.util.find_spec("llguidance") is not None else 0
 
 
 class JsonConstraint:

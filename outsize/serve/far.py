@@ -29,12 +29,14 @@ BLOCK_BYTES = 64 << 20  # about
 
 @dataclass(frozen=True)
 class Load:
-    """One page on its way back from its place of the ring."""
+    """One page on its way back from its place of the ring. `checksum`: of what an earlier process wrote there; what this
+    one wrote is believed."""
 
     key: bytes
     page: int
     place: int
     ticket: Ticket
+    checksum: int | None
 
 
 @dataclass(frozen=True)
@@ -166,23 +168,20 @@ class FarPages:
     def _load(self, key: bytes, page: int) -> Load:
         place = self._places[key]
         self._readers[place] += 1
-        return Load(key, page, place, self._store.transfers.read(*self._where(place), self._cache.bytes[page]))
+        ticket = self._store.transfers.read(*self._where(place), self._cache.bytes[page])
+        return Load(key, page, place, ticket, self._doubted.get(key))
 
     def finish(self, coming: Coming) -> list[tuple[bytes, int]]:
         """Wait until they are there. Returns (key, page) of those that came back as they were."""
         sound = []
         for load in coming.loads:
-            well = _succeeds(load.ticket) and self._sound(load.key, load.page)
+            well = _succeeds(load.ticket) and (load.checksum is None or load.checksum == self._checksum(load.page))
             self._readers[load.place] -= 1
             if well:
                 sound.append((load.key, load.page))
             elif self._keys[load.place] == load.key:
                 self._forget(load.place)
         return sound
-
-    def _sound(self, key: bytes, page: int) -> bool:
-        """What this process wrote is believed; what an earlier one wrote must have its checksum."""
-        return key not in self._doubted or self._checksum(page) == self._doubted[key]
 
     def _checksum(self, page: int) -> int:
         return xxhash.xxh3_64_intdigest(memoryview(self._cache.bytes[page].numpy()))  # pyright: ignore[reportArgumentType]

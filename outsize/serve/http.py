@@ -75,7 +75,7 @@ class Server:
         self._route("POST", "/tokenize", self.tokenize, 400, 413, more=takes(TokenizeBody))
         self.app.add_exception_handler(404, self._not_found)
         self.app.add_exception_handler(405, self._not_found)
-        complete(self.app.openapi(), name, bool(limits.keys))
+        complete(self.app.openapi(), name, service.vocabulary, self._context, bool(limits.keys))
 
     def _route(self, method: str, path: str, endpoint: Endpoint, *errors: int, more: Any = None) -> None:
         """Answer at `path` those who have a key; `errors` and `more` are for the description."""
@@ -168,8 +168,10 @@ class Server:
             while any(completion.finish is None for completion in completions):
                 async with asyncio.timeout_at(deadline):
                     number, event = await heard.get()
-                if event.error is not None:
+                if isinstance(event.error, OutsizeError):
                     raise event.error
+                if event.error is not None:
+                    raise RunError(f"The engine has stopped: {event.error}") from event.error
                 completions[number].add(event)
                 completions[number].cached_tokens = asked[number // n].cached_tokens
                 yield number, event
@@ -260,7 +262,7 @@ class Server:
             first = problem.errors(include_url=False, include_input=False)[0]
             where = ".".join(str(part) for part in first["loc"])
             what = "there is no such parameter here" if first["type"] == "extra_forbidden" else first["msg"]
-            raise Problem(400, f"{where or 'the body'}: {what}", None, where or None) from problem
+            raise Problem(400, f"{where or 'the body'}: {what}", None, where.partition(".")[0] or None) from problem
 
     async def _not_found(self, request: Request, problem: Exception) -> Response:
         status = getattr(problem, "status_code", 404)

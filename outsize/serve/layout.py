@@ -15,6 +15,7 @@ from outsize.serve.cache import Rows
 
 GATHER_BYTES = 4 << 20  # keys of several decoding sequences that are gathered at once, at most
 WASTE = 1.25  # keys gathered over keys needed, within a group of decoding sequences
+QUERY_BLOCK = 128  # queries of a prompt's chunk that attend at once
 
 
 @dataclass(frozen=True)
@@ -32,26 +33,37 @@ class Span:
 
 @dataclass(frozen=True)
 class DecodeGroup:
-    """Sequences of about one length that attend with one query each: `where` [B] in the packed row; rows [B * K * P] of
-    keys and of values; `hidden` [B, 1, T] true where a gathered key is not the sequence's, None if there is no such key."""
+    """Sequences of about one length that attend with one query each: `where` [B] in the packed row, None if they are all
+    of it; rows [B * K * P] of keys and of values; `hidden` [B, 1, T] is added to the scores: minus infinity where a gathered
+    key is not the sequence's. None if there is no such key."""
 
-    where: torch.Tensor
+    where: torch.Tensor | None
     keys: torch.Tensor
     values: torch.Tensor
     hidden: torch.Tensor | None
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """A span of several queries: packed tokens `first` to `first` + `count`, the first of them at position `start`, see
-    keys from position `low` on, gathered by rows `keys` and `values`."""
+class Block:
+    """Queries `first` to `last` of a chunk and what they see: gathered keys `low` to `high`. `hidden` [last - first, so many
+    keys at the end] is added to the scores: minus infinity where a key is not seen."""
 
     first: int
-    count: int
-    start: int
+    last: int
     low: int
+    high: int
+    hidden: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A span of several queries, packed tokens `first` to `last`; its keys and values are gathered by these rows."""
+
+    first: int
+    last: int
     keys: torch.Tensor
     values: torch.Tensor
+    blocks: list[Block]
 
 
 class Layout:
@@ -123,7 +135,7 @@ class Layout:
             else:
                 groups.append([i])
                 needed = lengths[i]
-        return groups
+        return [sorted(group) for group in groups]
 
     def _group(self, members: list[int], layer: KvLayer, keys: int, values: int) -> DecodeGroup:
         spans = [self.spans[i] for i in members]
@@ -133,8 +145,8 @@ class Layout:
         low = [self._low(span, layer.window) * self.page_tokens for span in spans]
         complete = all(span.end - first == width * self.page_tokens for span, first in zip(spans, low, strict=True))
         whole = complete and (layer.window is None or all(span.end <= layer.window for span in spans))
-        where = self._index(self.firsts[i] for i in members)
-        hidden = None if whole else self._unseen(spans, low, width, layer.window)
+        where = None if members == list(range(self.tokens)) else self._index(self.firsts[i] for i in members)
+        hidden = None if whole else _minus_infinity(self._unseen(spans, low, width, layer.window), layer)
         return DecodeGroup(where, self._rows(padded, layer, keys), self._rows(padded, layer, values), hidden)
 
     def _unseen(self, spans: list[Span], low: list[int], width: int, window: int | None) -> torch.Tensor:
@@ -148,8 +160,24 @@ class Layout:
     def _chunk(self, i: int, layer: KvLayer, keys: int, values: int) -> Chunk:
         span, low = self.spans[i], self._low(self.spans[i], layer.window) * self.page_tokens
         pages = torch.tensor([list(self._pages_seen(span, layer.window))], device=self.device)
+        starts = range(0, span.count, QUERY_BLOCK)
+        blocks = [self._block(span, first, low, layer) for first in starts]
         rows = self._rows(pages, layer, keys), self._rows(pages, layer, values)
-        return Chunk(self.firsts[i], span.count, span.start, low, *rows)
+        return Chunk(self.firsts[i], self.firsts[i] + span.count, *rows, blocks)
+
+    def _block(self, span: Span, first: int, low: int, layer: KvLayer) -> Block:
+        """`low`: position of the first key that was gathered."""
+        window, last = layer.window, min(first + QUERY_BLOCK, span.count)
+        start, end = span.start + first, span.start + last
+        begin = low if window is None else max(low, start - window + 1)
+        whole = window is None or end - begin <= window  # every query sees the first key
+        seen = start if whole else begin  # the first position that some query does not see
+        queries = torch.arange(start, end, device=self.device).unsqueeze(1)
+        keys = torch.arange(seen, end, device=self.device)
+        hidden = keys > queries
+        if not whole:
+            hidden |= keys <= queries - (window or 0)
+        return Block(first, last, begin - low, end - low, _minus_infinity(hidden, layer))
 
     def _rows(self, pages: torch.Tensor, layer: KvLayer, stride: int) -> torch.Tensor:
         """Head by head: `pages` [B, P] gives [B * K * P]."""
@@ -158,3 +186,9 @@ class Layout:
 
     def _index(self, numbers: Iterable[int]) -> torch.Tensor:
         return torch.tensor(list(numbers), dtype=torch.long, device=self.device)
+
+
+def _minus_infinity(hidden: torch.Tensor, layer: KvLayer) -> torch.Tensor:
+    """Where `hidden` is true, elsewhere zero, in the layer's dtype."""
+    zeros = torch.zeros(hidden.shape, dtype=getattr(torch, layer.dtype), device=hidden.device)
+    return zeros.masked_fill_(hidden, float("-inf"))

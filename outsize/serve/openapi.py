@@ -42,15 +42,29 @@ def takes_path(name: str) -> dict[str, Any]:
 TEXT = {"responses": {"200": {"content": {"text/plain": {"schema": {"type": "string"}}}}}}
 
 
-def complete(schema: dict[str, Any], model: str, keys: bool) -> None:
-    """Add to the framework's description what it does not know: bodies, the one model there is, who may ask."""
+def complete(schema: dict[str, Any], model: str, vocabulary: int, context: int, keys: bool) -> None:
+    """Add to the framework's description what it does not know: bodies, the one model there is and its limits, who may
+    ask."""
     _, found = models_json_schema(
         [(shape, "validation") for shape in (*BODIES, ErrorBody)], ref_template=SCHEMAS + "{model}"
     )
     for shape in found["$defs"].values():
-        if "model" in shape.get("properties", {}):
-            shape["properties"]["model"]["enum"] = [model]
+        for name, about in shape.get("properties", {}).items():
+            if name == "model":
+                about["enum"] = [model]
+            elif name in ("max_tokens", "max_completion_tokens"):
+                _limit(about, context - 1)
+            elif name == "prompt":
+                _limit(about, vocabulary - 1)
     parts = schema["components"] = {"schemas": found["$defs"]}
     if keys:
         parts["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         schema["security"] = [{"key": []}]
+
+
+def _limit(about: dict[str, Any], most: int) -> None:
+    """Say that no integer in a schema is larger."""
+    if about.get("type") == "integer":
+        about["maximum"] = most
+    for inner in (*about.get("anyOf", ()), *filter(None, [about.get("items")])):
+        _limit(inner, most)

@@ -39,12 +39,12 @@ class Sampling:
 
     def __post_init__(self) -> None:
         """Raises OptionError naming the parameter that is out of range."""
-        for name, least, most in _RANGES:
+        for name, (least, most) in RANGES.items():
             value = getattr(self, name)
             if value is not None and not least <= value <= most:
                 raise OptionError(f"{name} is {value}; it must be from {least} to {most}.")
-        if len(self.stop) > 16 or not all(self.stop):
-            raise OptionError("stop takes up to 16 strings, none of them empty.")
+        if len(self.stop) > STOPS or not all(self.stop):
+            raise OptionError(f"stop takes up to {STOPS} strings, none of them empty.")
 
     @property
     def plain(self) -> bool:
@@ -53,11 +53,12 @@ class Sampling:
         return self.temperature == 0 and self.logprobs is None and self.json_schema is None and not changed
 
 
-_RANGES = (
-    ("max_new_tokens", 1, 1 << 30), ("temperature", 0, 100), ("top_k", 0, 1 << 30), ("top_p", 0, 1), ("min_p", 0, 1),
-    ("presence_penalty", -2, 2), ("frequency_penalty", -2, 2), ("repetition_penalty", 0.01, 100), ("logprobs", 0, 20),
-    ("n", 1, 128), ("seed", -(1 << 63), (1 << 63) - 1),
-)  # fmt: skip
+STOPS = 16  # strings at which an answer may end
+RANGES: dict[str, tuple[float, float]] = {
+    "max_new_tokens": (1, 1 << 30), "temperature": (0, 100), "top_k": (0, 1 << 30), "top_p": (0, 1), "min_p": (0, 1),
+    "presence_penalty": (-2, 2), "frequency_penalty": (-2, 2), "repetition_penalty": (0.01, 100), "logprobs": (0, 20),
+    "n": (1, 128), "seed": (-(1 << 63), (1 << 63) - 1),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from outsize.serve.request import Sampling
+from outsize.serve.request import RANGES, STOPS, Sampling
 
 Tokens = list[Annotated[int, Field(ge=0)]]
 COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for /v1/completions
@@ -58,18 +58,36 @@ class JsonSchema(BaseModel):
     strict: bool | None = None
 
 
-class ResponseFormat(BaseModel):
+class FreeFormat(BaseModel):
     model_config = ConfigDict(extra="forbid")
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchema | None = None
+    type: Literal["text", "json_object"]
 
     def schema_text(self) -> str | None:
         """The JSON schema of the answer, or None when it may be any text."""
-        if (self.type == "json_schema") != (self.json_schema is not None):
-            raise Problem(400, "response_format: json_schema goes with the type of that name", None, "response_format")
-        if self.json_schema is not None:
-            return json.dumps(self.json_schema.body)
         return '{"type": "object"}' if self.type == "json_object" else None
+
+
+class SchemaFormat(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+    def schema_text(self) -> str | None:
+        return json.dumps(self.json_schema.body)
+
+
+def ranged(name: str) -> Any:
+    """The range of a field of `Sampling`."""
+    least, most = RANGES[name]
+    return Field(ge=least, le=most)
+
+
+MaxTokens = Annotated[int, ranged("max_new_tokens")]
+Penalty = Annotated[float, ranged("presence_penalty")]
+Logprobs = Annotated[int, ranged("logprobs")]
+Stop = Annotated[str, Field(min_length=1)]
+TokenName = Annotated[str, Field(pattern="^[0-9]{1,9}$")]
+Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
 class Common(BaseModel):
@@ -77,19 +95,19 @@ class Common(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     model: str
-    max_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    n: int | None = None
-    stop: str | list[str] | None = None
-    seed: int | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
-    response_format: ResponseFormat | None = None
+    max_tokens: MaxTokens | None = None
+    temperature: Annotated[float, ranged("temperature")] | None = None
+    top_p: Annotated[float, ranged("top_p")] | None = None
+    top_k: Annotated[int, ranged("top_k")] | None = None
+    min_p: Annotated[float, ranged("min_p")] | None = None
+    n: Annotated[int, ranged("n")] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=STOPS)] | None = None
+    seed: Annotated[int, ranged("seed")] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: Annotated[float, ranged("repetition_penalty")] | None = None
+    logit_bias: dict[TokenName, Bias] | None = None
+    response_format: Annotated[FreeFormat | SchemaFormat, Field(discriminator="type")] | None = None
     ignore_eos: bool = False
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -111,15 +129,10 @@ class Common(BaseModel):
         )
 
     def _biases(self, vocabulary: int) -> tuple[tuple[int, float], ...]:
-        found = []
-        for token, bias in (self.logit_bias or {}).items():
-            known = token.isdecimal() and len(token) < 12 and int(token) < vocabulary
-            if not known or not -100 <= bias <= 100:
-                raise Problem(
-                    400, f"logit_bias: {token}: {bias} is not a token id and a bias within 100", None, "logit_bias"
-                )
-            found.append((int(token), bias))
-        return tuple(found)
+        biases = {int(token): bias for token, bias in (self.logit_bias or {}).items()}
+        if wrong := [token for token in biases if token >= vocabulary]:
+            raise Problem(400, f"logit_bias: {wrong[0]} is not a token of {vocabulary}", None, "logit_bias")
+        return tuple(biases.items())
 
 
 class TextPart(BaseModel):
@@ -142,14 +155,14 @@ class Message(BaseModel):
 
 class ChatBody(Common):
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: int | None = None
+    max_completion_tokens: MaxTokens | None = None
     logprobs: bool = False
-    top_logprobs: int | None = None
+    top_logprobs: Logprobs | None = None
 
 
 class CompletionBody(Common):
     prompt: str | list[str] | Tokens | list[Tokens]
-    logprobs: int | None = None
+    logprobs: Logprobs | None = None
     best_of: Literal[1] | None = None
     echo: Literal[False] = False
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from outsize.machine.describe import process_memory
@@ -44,7 +44,7 @@ class Stats:
             },
             "memory": self._memory(),
             "kv": {**_kv(self._engine.pages), **self._far(), "page_bytes": self._engine.serving.page_bytes},
-            "units": [{"name": name, **_whereabouts(entries)} for name, entries in self._weights.items()],
+            "units": [{"name": name, **weights.whereabouts()} for name, weights in self._weights.items()],
             "predicted": self._predicted(),
             "measured": self._measured(),
             "reasons": list(self._plan.reasons),
@@ -68,18 +68,22 @@ class Stats:
         far = self._engine.far
         return {"far_pages": far.count, "far": far.known} if far is not None else {"far_pages": 0, "far": 0}
 
-    def _weights_by_unit(self) -> dict[str, list[Entry]]:
-        """Blocks of weights; a tied weight counts in the first unit that uses it."""
-        unit_of: dict[str, str] = {}
-        for unit in find_units(self._engine.model):
-            for name, _ in unit.parameters:
-                unit_of.setdefault(name, unit.name or "model")
-        found = defaultdict[str, list[Entry]](list)
+    def _weights_by_unit(self) -> dict[str, _Weights]:
+        """Those of each unit; a tied weight counts in the first unit that uses it."""
+        blocks = defaultdict[str, list[Entry]](list)
         for name, entry in self._engine.store.entries.items():
             kind, _, rest = name.partition(":")
             if kind == WEIGHT:
-                found[unit_of[rest.partition(":")[0]]].append(entry)
-        return {name: found[name] for name in dict.fromkeys(unit_of.values()) if name in found}
+                blocks[rest.partition(":")[0]].append(entry)
+        found, seen = dict[str, _Weights](), set[str]()
+        for unit in find_units(self._engine.model):
+            own = [(name, parameter) for name, parameter in unit.parameters if name not in seen]
+            seen |= {name for name, _ in own}
+            entries = tuple(entry for name, _ in own for entry in blocks[name])
+            elsewhere = sum(parameter.nbytes for name, parameter in own if not blocks[name])
+            if own:
+                found[unit.name or "model"] = _Weights(entries, elsewhere)
+        return found
 
     def _predicted(self) -> dict[str, float]:
         """All plain figures of the plan's prediction."""
@@ -116,12 +120,19 @@ def _kv(pages: Pages) -> dict[str, int]:
     return {"pages": pages.count, "page_tokens": pages.page_tokens, **counts}
 
 
-def _whereabouts(entries: Iterable[Entry]) -> dict[str, int]:
-    """Bytes of blocks: all, those that stay near, and of the others those near at this moment."""
-    found = {"bytes": 0, "near": 0, "passing": 0}
-    for entry in entries:
-        nbytes = sum(entry.block.bytes_by_kind.values())
-        found["bytes"] += nbytes
-        found["near"] += nbytes * (entry.residency is Residency.STAYING)
-        found["passing"] += nbytes * (entry.residency in PASSING)
-    return found
+@dataclass(frozen=True)
+class _Weights:
+    """Blocks, and bytes that stay near outside the store's blocks, in a library's own form."""
+
+    blocks: tuple[Entry, ...]
+    elsewhere: int
+
+    def whereabouts(self) -> dict[str, int]:
+        """Bytes: all, those that stay near, and of the others those near at this moment."""
+        found = {"bytes": self.elsewhere, "near": self.elsewhere, "passing": 0}
+        for entry in self.blocks:
+            nbytes = sum(entry.block.bytes_by_kind.values())
+            found["bytes"] += nbytes
+            found["near"] += nbytes * (entry.residency is Residency.STAYING)
+            found["passing"] += nbytes * (entry.residency in PASSING)
+        return found

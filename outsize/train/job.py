@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import nan
 from typing import Any
 
 import torch
@@ -108,7 +109,9 @@ class Job:
         learnt = [_learnt(self.model, batch["labels"]) for batch in micro_batches]
         tokens = sum(batch["input_ids"].numel() for batch in micro_batches)
         everyone = self.group.each(sum(learnt), tokens)
-        counts = Counts(learnt, max(1, int(sum(said[0] for said in everyone))))
+        counts = Counts(learnt, int(sum(said[0] for said in everyone)))
+        if not counts.everyone:
+            self._check_loss(nan)  # the mean of no loss
         self.updater.step_number = self.step_number
         with self.store.phase(self._phase(), again):
             self.gradients.begin_step(self.groups())
@@ -117,6 +120,7 @@ class Job:
                 loss = take(micro_batches, counts)
             norm = self.gradients.settle(self.groups(), self.plan.clip) if self.plan.hold else None
         self.step_number += 1
+        self.updater.step_number = self.step_number  # of a held update, whether the next step applies it or a flush
         self.random_state = torch.get_rng_state()
         if not self.plan.hold:
             self._completed()
@@ -216,9 +220,11 @@ class Job:
         total, count = 0.0, 0
         self.flush()
         with torch.no_grad(), self.evaluation_mode():
-            for batch in batches:
-                learnt = _learnt(self.model, batch["labels"])
-                with self.store.phase("evaluate", again=True), self.attachment.traversal():
+            coming = next(batches, None)
+            while (batch := coming) is not None:
+                coming, learnt = next(batches, None), _learnt(self.model, batch["labels"])
+                # After the last nothing is read ahead: nobody would want it.
+                with self.store.phase("evaluate", again=coming is not None), self.attachment.traversal():
                     total += self._evaluate(batch) * learnt
                 count += learnt
         return total / max(count, 1)

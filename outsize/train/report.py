@@ -48,7 +48,9 @@ FIGURES = {"planned", "measured", "ratio", "share", "size"}
 
 @dataclass(frozen=True)
 class StepLine:
-    """One training step. Bytes read and written are of this step; peaks are of the process so far.
+    """One training step: all that was moved, and all the time that passed, since the line before, but for evaluation and
+    samples. So what a commit writes of state that stays in memory is in the line of the step that computes meanwhile, the
+    next one; what the last commit of a run writes is in none. Peaks are of the process so far.
 
     The waits and the update are disjoint parts of `seconds`, so that what remains is compute."""
 
@@ -65,6 +67,9 @@ class StepLine:
     read_wait_seconds: float
     write_wait_seconds: float
     update_seconds: float
+    wire_bytes: int = 0
+    """That came from other workers."""
+    wire_wait_seconds: float = 0.0
 
     @property
     def tokens_per_second(self) -> float:
@@ -75,6 +80,8 @@ class StepLine:
         record = asdict(self) | {"tokens_per_second": self.tokens_per_second}
         if self.gradient_norm is None:
             del record["gradient_norm"]
+        if not self.wire_bytes:
+            del record["wire_bytes"], record["wire_wait_seconds"]
         return _one_line(record)
 
 
@@ -155,8 +162,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def measured(lines: Iterable[Mapping[str, Any]]) -> dict[str, Number]:
     """Return the `measured` of report.json from the lines of a run, in one pass; None: nothing was measured.
 
-    Peaks and totals are over all steps. Bytes a step, `seconds_per_step` and `tokens_per_second` are medians
-    after the warm-up. Seconds by cause are means after it, since means add up: to `mean_seconds_per_step`."""
+    Peaks and totals are over all steps. `bytes_read`, `seconds_per_step` and `tokens_per_second` are medians after the
+    warm-up. `bytes_written` is the mean after it, since only some steps write a commit; so are seconds by cause, since
+    means add up: to `mean_seconds_per_step`."""
     columns = gather(lines)
     steps = len(columns["loss"])
     steady = {name: column[WARM_UP if steps > WARM_UP else 0 :] for name, column in columns.items()}
@@ -165,7 +173,7 @@ def measured(lines: Iterable[Mapping[str, Any]]) -> dict[str, Number]:
         "host_peak_bytes": _whole(max(columns["host_peak_bytes"], default=math.nan)),
         "device_peak_bytes": _whole(max(columns["device_peak_bytes"], default=math.nan)),
         "bytes_read": _whole(_median(steady["bytes_read"])),
-        "bytes_written": _whole(_median(steady["bytes_written"])),
+        "bytes_written": _whole(statistics.fmean(steady["bytes_written"]) if steps else math.nan),
         "seconds_per_step": _median(steady["seconds"]),
         "tokens_per_second": _median(steady["tokens_per_second"]),
         "compute_seconds": mean["seconds"] - sum(mean[name] for name in WAITS),

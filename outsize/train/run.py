@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import base64
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import torch
 
-from outsize.errors import RunError
+from outsize.errors import OptionError, RunError
 from outsize.machine.allocator import recycle_up_to
 from outsize.machine.describe import process_memory
 from outsize.memory.clock import Span
 from outsize.memory.homes import Committed
-from outsize.memory.ledger import Ledger
 from outsize.memory.transfer import Ticket
 from outsize.model.companions import persistent_buffers
 from outsize.model.export import read_along, write_safetensors
+from outsize.train.counts import Counts, Ways
 from outsize.train.data import PackedDataset, batches, in_order
 from outsize.train.job import Job
 from outsize.train.progress import Progress
@@ -64,8 +64,9 @@ class Run:
         self.retention, self.about = retention, about or {}
         self.metrics_path = metrics
         self.metrics: Metrics | None = None
-        self.moved: Counter[tuple[str, str, str]] = Counter()
-        self.commit_seconds = 0.0  # that steps have waited for
+        self.moved: Ways = Counter()
+        """What steps and their commits have moved; what is done `_apart` from them is not in it."""
+        self._counted, self._elsewhere = Counts(), Counts()  # up to the last line; what was done apart
         self.stopping: Callable[[], bool] = lambda: False
         self._committed: Ticket | None = None
         self._last_commit = -1
@@ -128,7 +129,6 @@ class Run:
         """Make `step` durable while the next one begins; a failure shows at the next commit at the latest."""
         if step == self._last_commit:
             return
-        started = perf_counter()
         facts = self._facts()
         asked = self.state.keep_asked()
         keep, drop = self.retention.choose(step, self.state.kept_names(), asked)
@@ -141,9 +141,10 @@ class Run:
             if asked:
                 self.state.keep_answered()
 
-        self._committed = self.job.store.commit(write, wait, keep, drop)
+        store, started = self.job.store, self.job.store.clock.now()
+        self._committed = store.commit(write, wait, keep, drop)
+        store.waiting_seconds["write"] += store.clock.note("waiting", started)  # for the commit before
         self._last_commit = step
-        self.commit_seconds += perf_counter() - started
 
     def _completed(self, step: int) -> None:
         """A held update is complete in the middle of the next step; otherwise the step's line is written first."""
@@ -173,8 +174,8 @@ class Run:
         metrics = self.metrics = Metrics(self.metrics_path, first)
         group = self.job.group
         source = batches(data, schedule.batch_size, schedule.seed, first, schedule.accumulate, group.rank, group.size)
-        before = Counter(self.job.store.ledger.moved)
         self._commit_if_due(first)  # a keeper may have held it when the process was killed before its commit
+        before = self._counted = self._counts()
         if first and not metrics.has_evaluation(first - 1):  # killed between that step's commit and its evaluation
             self._evaluate_if_due(metrics, first - 1, schedule, evaluation)
         for step in takewhile(lambda step: not stopping(), range(first, schedule.steps)):
@@ -189,7 +190,7 @@ class Run:
             if schedule.sample_prompt and due and not stopping():
                 self.progress.message(f"sample: {self._sample(schedule)}")
         self.finish()
-        self.moved = self.job.store.ledger.moved - before
+        self.moved = (self._counts() - before).moved
         metrics.close()
         self.metrics = None
 
@@ -205,31 +206,44 @@ class Run:
 
     def _step(self, step: int, micro_batches: list[dict[str, torch.Tensor]], scheduler: Any, again: bool) -> StepLine:
         job, rate = self.job, scheduler.get_last_lr()[0]
-        before, started = _counts(job), job.store.clock.now()
+        started = job.store.clock.now()
         # Optimizers make their state in their first step: large allocations that must not be kept for reuse.
         recycle_up_to(job.plan.recycle_bytes if self._warm else 0)
         self._warm = True
         result = job.train_step(micro_batches, again)
-        ended, after = job.store.clock.now(), _counts(job)
+        after = self._counts()
         if again:
-            self._steady = started, ended
+            self._steady = started, job.store.clock.now()
         scheduler.step()
-        spent = {name: after[name] - before[name] for name in after}
+        spent, self._counted = after - self._counted, after
         return StepLine(
             step=step,
             loss=result.loss,
             lr=rate,
             gradient_norm=result.norm,
-            seconds=ended - started,
+            seconds=spent.passed,
             tokens=result.tokens,
-            bytes_read=int(spent["bytes_read"]),
-            bytes_written=int(spent["bytes_written"]),
+            bytes_read=spent.bytes_read,
+            bytes_written=spent.bytes_written,
             host_peak_bytes=process_memory().peak_bytes,
             device_peak_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
-            read_wait_seconds=spent["read_wait"],
-            write_wait_seconds=spent["write_wait"],
-            update_seconds=spent["update"],
+            read_wait_seconds=spent.read_wait,
+            write_wait_seconds=spent.write_wait,
+            update_seconds=spent.update,
+            wire_bytes=spent.wire_bytes,
+            wire_wait_seconds=spent.wire_wait,
         )
+
+    @contextmanager
+    def _apart(self) -> Iterator[None]:
+        """What is done meanwhile is no step's. What a step still has to do, a held update for one, is done before."""
+        self.job.flush()
+        before = Counts.of(self.job)
+        yield
+        self._elsewhere += Counts.of(self.job) - before
+
+    def _counts(self) -> Counts:
+        return Counts.of(self.job) - self._elsewhere
 
     def timeline(self) -> tuple[Span, ...]:
         """What the last step that another followed did when; nothing if there was none."""
@@ -241,9 +255,9 @@ class Run:
         every = schedule.eval_every
         if evaluation is None or not every or ((step + 1) % every and step + 1 != schedule.steps):
             return
-        loss = self.job.evaluate(
-            takewhile(lambda batch: not self.stopping(), in_order(evaluation, schedule.batch_size))
-        )
+        looked_at = takewhile(lambda batch: not self.stopping(), in_order(evaluation, schedule.batch_size))
+        with self._apart():
+            loss = self.job.evaluate(looked_at)
         if self.stopping():  # the run evaluates when it continues
             return
         metrics.append_evaluation(step, loss)
@@ -251,11 +265,27 @@ class Run:
 
     def _sample(self, schedule: Schedule) -> str:
         inputs = self.tokenizer(schedule.sample_prompt, return_tensors="pt")
-        with self.job.evaluation_mode(), self.job.attachment.call_by_call("sample"), torch.no_grad():
+        traversal = self.job.attachment.call_by_call("sample")
+        with self._apart(), self.job.evaluation_mode(), traversal, torch.no_grad():
             generated = self.job.model.generate(  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
                 **inputs, max_new_tokens=schedule.sample_tokens, do_sample=False
             )
         return self.tokenizer.decode(generated[0], skip_special_tokens=True)
+
+
+def check_loss(job: Job, data: PackedDataset) -> None:
+    """Families scale or cap their logits: compare the blocked loss with the module's own on a few tokens."""
+    batch = {name: value[:, :16] for name, value in data.batch([0]).items()}
+    batch["labels"] = batch["input_ids"].clone()
+    blocked = job.evaluate(iter([batch]))
+    with torch.no_grad(), job.evaluation_mode(), job.attachment.traversal():
+        own = float(job.model(**batch).loss)
+    tolerance = 2 * torch.finfo(next(iter(job.weights.values())).dtype).eps * max(abs(own), 1.0)
+    if abs(own - blocked) > tolerance:
+        raise OptionError(
+            f"{type(job.model).__name__} does more to its logits than its head's weights say: loss {own:.6f} by the "
+            f"module, {blocked:.6f} over blocks of the vocabulary. Use --loss module."
+        )
 
 
 def export(job: Job, directory: Path) -> None:
@@ -274,14 +304,3 @@ def export(job: Job, directory: Path) -> None:
         else:
             read_along(specs, read)
         job.group.each(0)
-
-
-def _counts(job: Job) -> dict[str, float]:
-    ledger: Ledger = job.store.ledger
-    return {
-        "bytes_read": ledger.total_moved(source="disk"),
-        "bytes_written": ledger.total_moved(destination="disk"),
-        "read_wait": job.store.waiting_seconds["read"],
-        "write_wait": job.store.waiting_seconds["write"],
-        "update": job.updater.seconds,
-    }

@@ -106,6 +106,11 @@ class StateFolder:
         paths = [self.directory / "manifest", self.directory / "before"]
         return {Manifest.read(path, self.layout()).step: path for path in reversed(paths) if path.exists()}
 
+    def find(self, step: int) -> Path | None:
+        """The manifest of a step that is here, and not packed."""
+        kept = {kept_step(name): self.kept / name for name in self.kept_names()}
+        return {**kept, **self.recoverable()}.get(step)
+
     def remedy(self) -> str:
         """What can be done about a damaged committed step."""
         steps = ", ".join(map(str, sorted({*map(kept_step, self.kept_names()), *self.packed_steps()})))

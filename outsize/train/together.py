@@ -9,7 +9,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from outsize.distributed.group import Group
 from outsize.errors import RunError
 from outsize.memory.block import Block
 from outsize.memory.disk import DiskTier
-from outsize.train.checkpoint import Checkpoint, Entry, Extents, nobody_writing
+from outsize.train.checkpoint import Checkpoint, Entry, Extents, nobody_writing, open_checkpoint
 from outsize.train.import_state import bring_optimizer
 from outsize.train.job import Job, Read
 from outsize.train.manifest import Layout, Manifest
@@ -151,11 +151,11 @@ def open_together(state: Path, committed: Committed) -> Iterator[Checkpoint]:
         for folder in map(StateFolder, folders_of(state, committed.workers)):
             if not stack.enter_context(nobody_writing(folder)):
                 raise RunError(f"{folder.directory} is in use by another process. Wait for it.")
-            path = folder.recoverable().get(committed.step)
+            path = folder.find(committed.step)
             if path is None:
                 raise RunError(
-                    f"{folder.directory} is not on this machine, and to go on with another number of workers each needs "
-                    "the state of all. Copy it here, or give as many workers as before."
+                    f"{folder.directory} is not on this machine, or has no step {committed.step}. Whoever reads what several "
+                    "workers have written needs the folders of all: copy them here, or give as many workers as before."
                 )
             manifest = Manifest.read(path, folder.layout())
             disk = stack.enter_context(DiskTier(folder.blocks, 1 << 62, writable=False))
@@ -165,6 +165,18 @@ def open_together(state: Path, committed: Committed) -> Iterator[Checkpoint]:
             facts = facts or manifest.facts
         layout = Layout(tuple(blocks.values()))
         yield Checkpoint(Manifest(committed.step, layout, {}, {**facts, "optimizer": optimizer}), bytes_of)
+
+
+@contextmanager
+def open_step(folder: StateFolder, step: int | None = None) -> Iterator[Checkpoint]:
+    """The committed step, or a kept one, of one worker or several. Raises RunError when there is no such step."""
+    committed = newest(Group(), folder.directory)
+    if committed is None or committed.workers == 1:
+        with open_checkpoint(folder, step) as checkpoint:
+            yield checkpoint
+        return
+    with open_together(folder.directory, replace(committed, step=committed.step if step is None else step)) as found:
+        yield found
 
 
 def bring_back(state: Path, committed: Committed, bind: Callable[[Read], Job]) -> Job:

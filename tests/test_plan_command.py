@@ -1,0 +1,76 @@
+"""`outsize plan` as a person uses it, and `outsize train --plan` after the plan was edited."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from models import tiny_model, write_model
+from typer.testing import CliRunner
+
+from outsize.api import read_plan
+from outsize.cli import app
+from outsize.plan import Plan
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model whose larger weights need not stay near."""
+    folder = write_model(tmp_path_factory.mktemp("inputs") / "model")
+    tiny_model("llama", tied=True, layers=2, hidden=512).save_pretrained(folder)
+    return folder
+
+
+def plan(model: Path, *more: object) -> str:
+    options = ["--model", model, "--memory", "3GiB", "--sequence-length", 32, "--machine", "laptop", *more]
+    done = CliRunner().invoke(app, ["plan", *map(str, options)])
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
+def planned(model: Path, *more: object) -> Plan:
+    return Plan.from_json(plan(model, "--json", *more))
+
+
+def test_a_plan_is_shown_kept_drawn_and_traced(model: Path, tmp_path: Path) -> None:
+    kept = [f"--{what}={tmp_path / name}" for what, name in
+            (("save", "plan.json"), ("picture", "step.png"), ("trace", "trace.json"))]  # fmt: skip
+    shown = plan(model, *kept)
+    assert shown.strip() == str(read_plan(tmp_path / "plan.json"))
+    assert (tmp_path / "step.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+
+
+def test_sizes_are_compared(model: Path, tmp_path: Path) -> None:
+    found = json.loads(plan(model, "--compare", "100MiB, 4GiB", "--json", "--picture", tmp_path / "sizes.png"))
+    assert list(found) == ["100MiB", "3GiB", "4GiB"]
+    assert "is too small" in found["100MiB"]
+    assert found["4GiB"]["memory_bytes"] == 4 << 30
+    assert (tmp_path / "sizes.png").exists()
+
+
+def test_the_optimizers_options_count(model: Path) -> None:
+    bare, momentum = (
+        planned(model, "--optimizer", "sgd", *more) for more in ((), ("--optimizer-option", "momentum=0.9"))
+    )
+    assert bare.predicted is not None and momentum.predicted is not None
+    assert momentum.predicted.disk_bytes > bare.predicted.disk_bytes
+
+
+def test_an_edited_plan_is_obeyed(model: Path, tmp_path: Path) -> None:
+    far = replace(planned(model), near_states=frozenset(), shared_bytes=0, arena_bytes=32 << 20)
+    (tmp_path / "plan.json").write_text(far.to_json())
+    (tmp_path / "text.txt").write_text(" ".join(f"w{number % 200}" for number in range(400)))
+    options = ["--model", model, "--data", tmp_path / "text.txt", "--memory", "3GiB", "--sequence-length", 32]
+    options += ["--plan", tmp_path / "plan.json", "--out", tmp_path / "run", "--steps", 4]
+    command = [sys.executable, "-m", "outsize", "train", *map(str, options)]
+    done = subprocess.run(command, text=True, capture_output=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["moved"]["read"].keys() == {"master", "moment"}
+    assert report["planned"]["disk_bytes"] == report["measured"]["disk_bytes"]
+    assert (tmp_path / "run" / "timeline.png").stat().st_size > 0

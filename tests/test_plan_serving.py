@@ -1,0 +1,74 @@
+"""`outsize plan --task serve`: how many, how fast, how soon, before anything runs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from models import tiny_model
+
+import outsize
+from outsize.errors import BudgetError, OptionError
+from outsize.plan import Plan
+from outsize.sizes import parse_size
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Nothing but a configuration: a plan needs no weights."""
+    found = tmp_path_factory.mktemp("model")
+    tiny_model("llama", tied=False, layers=6, hidden=512).config.save_pretrained(found)
+    return found
+
+
+def planned(folder: Path, memory: str, **options) -> Plan:
+    return outsize.plan(str(folder), memory=memory, task="serve", machine="laptop", **options)
+
+
+def test_more_memory_serves_more_and_faster(folder: Path) -> None:
+    with pytest.raises(BudgetError, match="Give --memory") as refused:
+        planned(folder, "300MiB", context=256)
+    least = (
+        f"{8 + int(str(refused.value).split('Give --memory ')[1].split('MiB')[0])}MiB"  # planning leaves some behind
+    )
+    small, large = (planned(folder, memory, context=256, concurrency=16) for memory in (least, "8GiB"))
+    for plan in (small, large):
+        assert plan.served is not None and plan.predicted is not None and plan.memory_bytes is not None
+        assert plan.predicted.host_peak_bytes <= plan.memory_bytes
+        assert plan.served.first_token_seconds > 0 and plan.served.alone > 0
+        assert Plan.from_json(plan.to_json()) == plan
+    assert small.served and large.served and small.predicted and large.predicted
+    assert small.predicted.bytes_read > 0 == large.predicted.bytes_read
+    assert small.served.requests < large.served.requests == 16
+    assert small.served.alone < large.served.alone < large.served.together
+    assert "16 at once with 256 tokens each" in str(large) and "first token" in str(large)
+
+
+def test_the_command_prints_what_was_asked(folder: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "outsize",
+        "plan",
+        "--task",
+        "serve",
+        "--model",
+        str(folder),
+        "--machine",
+        "laptop",
+    ]
+    command += ["--concurrency", "4", "--context", "128"]
+    done = subprocess.run([*command, "--memory", "4GiB", "--json"], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["served"]["requests"] == 4
+    assert json.loads(done.stdout)["memory_bytes"] == parse_size("4GiB")
+
+
+def test_options_of_the_other_task_are_refused(folder: Path) -> None:
+    with pytest.raises(OptionError, match="plan of serve has no option 'sequence_length'"):
+        planned(folder, "1GiB", sequence_length=12)
+    with pytest.raises(OptionError, match="there are train and serve"):
+        outsize.plan(str(folder), memory="1GiB", task="serf")

@@ -1,0 +1,63 @@
+"""A budget is a wall while serving too: the whole process, measured by the operating system."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from models import tiny_model
+
+SERVE = """
+import json, sys
+from outsize.machine.allocator import use_one_heap
+use_one_heap()
+import outsize
+from outsize.errors import BudgetError
+from outsize.machine.describe import process_memory
+
+def engine(memory):
+    return outsize.Engine(sys.argv[1], memory=memory, context=512, seats=16, step_tokens=256)
+
+try:
+    engine("200MiB")
+except BudgetError as refused:
+    least = int(str(refused).split("Give --memory ")[1].split("MiB")[0])
+memory = (least + int(sys.argv[2])) << 20
+with engine(memory) as served:
+    prompts = [[3 + (n * k) % 900 for n in range(40 + 25 * k)] for k in range(1, 17)]
+    for _ in range(2):
+        answers = served.generate(prompts, max_new_tokens=24, ignore_end=True)
+    far = served.engine.store.ledger.moved["host", "disk", "kv"]
+    read = served.engine.store.ledger.moved["disk", "host", "weight"]
+    planned = served.plan.predicted.host_peak_bytes
+peak = process_memory().peak_bytes
+print(json.dumps({"budget": memory, "planned": planned, "peak": peak, "read": read, "far": far}))
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """64 M parameters in bf16."""
+    found = tmp_path_factory.mktemp("model")
+    model = tiny_model("llama", tied=False, layers=16, hidden=768, vocabulary=1000).to(torch.bfloat16)
+    model.save_pretrained(found)
+    return found
+
+
+OVER = pytest.mark.xfail(
+    strict=False, reason="a server with some weights near held 0.1 to 0.4% more than its plan: open"
+)
+
+
+@pytest.mark.parametrize("more", [16, pytest.param(60, marks=OVER), 400])
+def test_a_server_stays_within_its_budget(folder: Path, more: int) -> None:
+    """With the least that works, some weights near, and all of them; sequences give up pages and get them back."""
+    done = subprocess.run([sys.executable, "-c", SERVE, str(folder), str(more)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["peak"] <= found["planned"] <= found["budget"], found
+    assert (found["read"] > 0) == (more < 400), found

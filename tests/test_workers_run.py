@@ -1,0 +1,233 @@
+"""Runs of several workers as a user has them: killed, stopped, gone on with by other numbers, and told nonsense."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import tiny_model
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
+from workers import Crew, crew
+
+STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def gang() -> Iterator[Crew]:
+    with crew() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return make_settings(tmp_path_factory.mktemp("inputs"))
+
+
+def make_settings(folder: Path) -> dict[str, Any]:
+    """Of a run in which a micro-batch is a sequence, so that only the order of sums depends on the number of workers."""
+    words = ["<eos>", "<unk>", *(f"w{number}" for number in range(200))]
+    tokenizer = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tiny_model("llama", tied=False, hidden=256).save_pretrained(folder / "model")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>").save_pretrained(
+        folder / "model"
+    )
+    (folder / "text.txt").write_text(" ".join(f"w{(7 * number * number) % 200}" for number in range(3000)))
+    return {
+        "model": str(folder / "model"), "data": str(folder / "text.txt"), "memory": 2 << 30, "steps": STEPS,
+        "sequence_length": 16, "accumulate": 4, "precision": "fp32", "loss": "module", "commit_every": 1,
+        "learning_rate": 1e-3, "json": True, "worker_timeout": 20.0,
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def alone(gang: Crew, settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of one worker."""
+    return run(gang, settings, 1, tmp_path_factory.mktemp("alone"))
+
+
+@pytest.fixture(scope="module")
+def pair(gang: Crew, settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The undisturbed run of two."""
+    return run(gang, settings, 2, tmp_path_factory.mktemp("pair"))
+
+
+def run(gang: Crew, settings: dict[str, Any], workers: int, folder: Path) -> Path:
+    gang.call("run", workers, folder, {"settings": settings | {"out": str(folder / "run")}})
+    return folder / "run"
+
+
+def weights_of(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "model" / "model.safetensors")
+
+
+def losses_of(run: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same(run: Path, expected: Path) -> None:
+    assert losses_of(run) == losses_of(expected)
+    for name, weight in weights_of(expected).items():
+        assert torch.equal(weights_of(run)[name], weight), name
+
+
+def said(folder: Path, workers: int) -> list[str]:
+    return [(folder / f"log-{rank}").read_text() for rank in range(workers)]
+
+
+def test_four_workers_of_a_sequence_each_train_as_one_does(
+    gang: Crew, settings: dict[str, Any], alone: Path, tmp_path: Path
+) -> None:
+    assert_same(run(gang, settings, 4, tmp_path), alone)
+
+
+@pytest.mark.parametrize(("victim", "line"), [(0, 2), (1, 5)])
+def test_a_killed_worker_is_named_and_the_run_goes_on_with_the_same_numbers(
+    gang: Crew, settings: dict[str, Any], pair: Path, tmp_path: Path, victim: int, line: int
+) -> None:
+    told = {"settings": settings | {"out": str(tmp_path / "run")}}
+    codes = gang.attempt("run", 2, tmp_path, told | {"kill": {"rank": victim, "line": line, "signal": "SIGKILL"}})
+    assert codes[victim] == -signal.SIGKILL and codes[1 - victim] == 1
+    assert f"Worker {victim} is lost, and worker {1 - victim} stops" in said(tmp_path, 2)[1 - victim]
+    assert_same(run(gang, settings, 2, tmp_path), pair)
+
+
+def test_a_stopped_worker_is_given_up(gang: Crew, settings: dict[str, Any], tmp_path: Path) -> None:
+    told = {"settings": settings | {"out": str(tmp_path / "run"), "worker_timeout": 5.0, "steps": 1000}}
+    codes = gang.attempt("run", 2, tmp_path, told | {"kill": {"rank": 1, "line": 2, "signal": "SIGSTOP"}})
+    assert codes == [1, -signal.SIGKILL]
+    assert "worker 1 has not moved for 5 seconds" in said(tmp_path, 2)[0]
+
+
+def test_a_run_goes_on_with_other_numbers_of_workers(
+    gang: Crew, settings: dict[str, Any], alone: Path, tmp_path: Path
+) -> None:
+    """4 and 1 have the bits of one worker; 2 and 3 add in another order."""
+    before = 0
+    for workers, line, exact in ((4, 2, True), (1, 4, True), (2, 6, False), (3, STEPS, False)):
+        told = {"settings": settings | {"out": str(tmp_path / "run")}}
+        kill = {"rank": 0, "line": line, "signal": "SIGKILL"} if line < STEPS else None
+        codes = gang.attempt("run", workers, tmp_path, told | {"kill": kill})
+        assert (codes[0] == -signal.SIGKILL) == (kill is not None), said(tmp_path, workers)
+        found, expected = losses_of(tmp_path / "run"), losses_of(alone)
+        assert len(found) >= line > before
+        slack = 0 if exact else 1e-4
+        assert found[before:line] == pytest.approx(expected[before:line], rel=slack, abs=0)
+        before = line
+    assert sorted(path.name for path in (tmp_path / "run" / "state").glob("worker*")) == [
+        f"worker-{rank}-of-3" for rank in range(3)
+    ]
+
+
+def test_a_step_of_several_workers_is_exported_as_one(pair: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "outsize", "checkpoint", "export", pair, "--to", tmp_path / "made", "--optimizer"]
+    subprocess.run(command, check=True, timeout=120)
+    made = load_file(tmp_path / "made" / "model.safetensors")
+    for name, weight in weights_of(pair).items():
+        assert torch.equal(made[name], weight), name
+    optimizer = load_file(tmp_path / "made" / "optimizer.safetensors")
+    assert all(optimizer[f"state.{name}.exp_avg_sq"].shape == weight.shape for name, weight in made.items())
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ({"memory": 1 << 30}, "Worker 1 has another memory than worker 0: 1.00 GiB, not 2.00 GiB"),
+        ({"learning_rate": 0.5}, "Worker 1 has another learning_rate than worker 0: 0.5, not 0.001"),
+        ({"model": "other"}, "Worker 1 has another model than worker 0"),
+        ({"accumulate": 1}, "Worker 1 has another accumulate"),
+    ],
+    ids=str,
+)
+def test_what_workers_were_told_differently_is_said_on_each(
+    gang: Crew, settings: dict[str, Any], tmp_path: Path, own: dict[str, Any], message: str
+) -> None:
+    if "model" in own:
+        tiny_model("llama", tied=False, hidden=256, seed=1).save_pretrained(tmp_path / "other")
+        for file in Path(settings["model"]).glob("tokenizer*"):
+            (tmp_path / "other" / file.name).write_bytes(file.read_bytes())
+        own = {"model": str(tmp_path / "other")}
+    told = {"settings": settings | {"out": str(tmp_path / "run")}, "own": {"1": own}}
+    assert gang.attempt("run", 2, tmp_path, told) == [1, 1]
+    for text in said(tmp_path, 2):
+        assert message in text
+
+
+def test_a_lost_folder_is_refused_by_name(gang: Crew, settings: dict[str, Any], tmp_path: Path, pair: Path) -> None:
+    shutil.copytree(pair, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "state" / "worker-1-of-2")
+    told = {"settings": settings | {"out": str(tmp_path / "run")}}
+    assert gang.attempt("run", 2, tmp_path, told) == [1, 1]
+    for text in said(tmp_path, 2):
+        assert f"The state of worker 1 of 2 is missing, and the others are at step {STEPS}" in text
+
+
+@pytest.mark.parametrize("seed", [0])
+def test_random_kills_do_not_show_in_the_numbers(gang: Crew, tmp_path: Path, seed: int) -> None:
+    from soak_workers import soak
+
+    assert soak(gang, tmp_path, kills=4, seed=seed)["runs compared"] >= 1
+
+
+def command(settings: dict[str, Any], out: Path) -> list[str]:
+    given = {name: value for name, value in settings.items() if name not in ("json", "memory")}
+    options = [part for name, value in given.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    return ["train", *options, "--memory", "2GiB", "--out", str(out)]
+
+
+def test_the_launcher_names_who_was_killed_and_begins_again(settings: dict[str, Any], tmp_path: Path) -> None:
+    steps = 150
+    told = command(settings | {"steps": steps}, tmp_path / "run")
+    line = [sys.executable, "-m", "outsize", *told, "--workers", "2"]
+    launcher = subprocess.Popen(line, stderr=subprocess.PIPE, text=True)
+    await_line(tmp_path / "run" / "metrics.jsonl", 2)
+    os.kill(worker_of(launcher.pid, "1"), signal.SIGKILL)
+    _, errors = launcher.communicate(timeout=100)
+    assert launcher.returncode == 0 and "Worker 1 was ended by SIGKILL. All begin again." in errors, errors
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(steps))
+
+
+def test_torchrun_starts_workers_and_mistakes_end_it_with_one_code(
+    settings: dict[str, Any], pair: Path, tmp_path: Path
+) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "outsize"]
+    subprocess.run([*torchrun, *command(settings, tmp_path / "run")], check=True, timeout=120, capture_output=True)
+    assert_same(tmp_path / "run", pair)
+    wrong = command(settings | {"accumulate": 1}, tmp_path / "other")
+    line = [sys.executable, "-m", "outsize", *wrong, "--workers", "2"]
+    ended = subprocess.run(line, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 1 and ended.stderr.count("A step of 1 sequences leaves nothing to do") == 2
+    assert "Traceback" not in ended.stderr
+
+
+def await_line(path: Path, count: int) -> None:
+    end = time.monotonic() + 100
+    while not path.exists() or len(path.read_text().splitlines()) < count:
+        assert time.monotonic() < end, f"{path} has not {count} lines"
+        time.sleep(0.02)
+
+
+def worker_of(launcher: int, rank: str) -> int:
+    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    children += [
+        c for task in Path(f"/proc/{launcher}/task").iterdir() for c in (task / "children").read_text().split()
+    ]
+    for child in map(int, children):
+        if f"RANK={rank}\0" in Path(f"/proc/{child}/environ").read_text():
+            return child
+    raise AssertionError(f"no worker {rank} among {children}")
