@@ -193,9 +193,9 @@ def test_planning_draws_from_nobodys_random_numbers() -> None:
 def test_the_search_finds_what_trying_everything_finds() -> None:
     """One layer's weights and states, near or not, in every combination that fits beside the arena it leaves."""
     request = replace(REQUEST, activations="recompute")
-    found = next(searches(task(request, layers=2), place()))
-    tight = replace(request, memory_bytes=found.needs.least + 4 * found.job.everything // 5)
-    search = next(searches(task(tight, layers=2), place()))
+    search = next(searches(task(request, layers=2), place()))
+    search.needs = replace(search.needs, baseline=400 << 20)  # else the room depends on what other tests have left
+    search.request = replace(request, memory_bytes=search.needs.least + 4 * search.job.everything // 5)
     best = search.best().forecast.seconds
     tried = [search.foretell(placement).seconds for placement in every(search)]
     assert len(tried) > 30

@@ -151,7 +151,7 @@ class Search:
             yield Placement(names, names, arena, "host", "everything", generous, shared=self.twins > 0)
             return
         good, least = self.needs.good_arena, self.needs.least_arena
-        tried = [("weights", good), ("weights", 2 * good), ("weights", least), ("weights", self.room), ("states", good)]
+        tried = [("weights", good), ("weights", 2 * good), ("weights", least), ("states", good), ("states", least)]
         seen = set()
         for order, arena in tried:
             found = self.filled(min(arena, self.room) // PAGE * PAGE, order)
