@@ -1,13 +1,17 @@
 """Prediction against measurement, over many jobs: `make foresight`, or python bench/foresight.py.
 
-Probes the machine first. Each job is planned and run in a process of its own; docs/foresight.md gets the table.
+Probes the machine first. Each job is planned and run in a process of its own, and takes up to a minute and a half; what
+is found is kept in foresight.json in the folder, and done jobs are not done again: remove the file to begin anew. Then
+docs/foresight.md gets the table, of as many jobs as are done.
 
-python bench/foresight.py --only gpt2         those whose name has it; the table is printed, the page stays as it is
+python bench/foresight.py --minutes 7         a portion: after so long no further job begins
+python bench/foresight.py --only GPT-2        those whose name has it; the table is printed, the page stays as it is
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import subprocess
@@ -16,6 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 from shapes import GPT2, QWEN3, SMOLLM2, WIDE, Shape, stack
@@ -26,53 +31,60 @@ BEGIN, END = "<!-- begin: written by bench/foresight.py -->", "<!-- end: written
 OFF = {"peak": 0.05, "step": 0.15, "median step": 0.08}
 """How far measurement may be from prediction."""
 LONGER = 1.35  # times the time of a token, at most, with four times as long a sequence in the memory of keep-all
-
-
 KEPT = 3.5  # GiB, enough to keep everything of SmolLM2 over 2 x 512 tokens
+KNOWN = "foresight.json"
 
 
 @dataclass(frozen=True)
 class Case:
-    """A job: `shape` within `memory` GiB, other settings as `outsize train` has them."""
+    """A job: `shape` within `memory` GiB, `length` tokens in a sequence, other settings as `outsize train` has them."""
 
     shape: Shape
     memory: float
+    length: int = 512
     settings: dict[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
-        told = [f"{key.replace('_length', '')} {value}" for key, value in self.settings.items()]
-        return ", ".join([f"{self.shape.name}: {self.memory:g} GiB", *told])
+        told = [f"{key.replace('_', ' ')} {value}" for key, value in self.settings.items()]
+        return ", ".join([f"{self.shape.name}: {self.memory:g} GiB", f"{self.length} tokens", *told])
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """As many steps as are done in a minute or so; the first two are not counted."""
+        tokens = self.length * self.settings.get("accumulate", 1) * self.settings.get("batch_size", 1)
+        steps = 8 if tokens <= 1024 else 6 if tokens <= 2048 else 5
+        return {"memory": int(self.memory * GIB), "sequence_length": self.length, "steps": steps, **self.settings}
 
 
-def tokens(count: int, **more: Any) -> dict[str, Any]:
-    return {"sequence_length": count, **more}
+def case(shape: Shape, memory: float, length: int = 512, **settings: Any) -> Case:
+    return Case(shape, memory, length, settings)
 
 
 CASES = [
-    *(Case(SMOLLM2, memory) for memory in (0.8, 1, 1.5, 3)),
-    Case(SMOLLM2, 1, tokens(128)),
-    Case(SMOLLM2, 1.5, tokens(2048)),
-    Case(SMOLLM2, 3, tokens(4096)),
-    Case(SMOLLM2, 1.2, tokens(512, accumulate=4)),
-    Case(SMOLLM2, 1, tokens(512, clip=1.0)),
-    Case(SMOLLM2, 1.5, tokens(512, precision="fp32")),
-    Case(SMOLLM2, 4, tokens(512, precision="fp32", clip=1.0)),
-    Case(SMOLLM2, 0.9, tokens(512, precision="bf16")),
-    *(Case(WIDE, memory) for memory in (1.2, 2, 8)),
-    Case(WIDE, 8, tokens(2048, clip=1.0)),
-    Case(WIDE, 2.5, tokens(1024, accumulate=2)),
-    Case(stack(4), 0.8),
-    Case(stack(4), 0.9, tokens(1024, accumulate=2)),
-    Case(stack(4), 3, tokens(4096)),
-    Case(stack(12), 0.9, tokens(256)),
-    Case(stack(12), 2, tokens(1024, activations="move")),
-    Case(GPT2, 0.9),
-    Case(GPT2, 1.2, tokens(1024, clip=1.0)),
-    Case(GPT2, 3, tokens(512, precision="fp32")),
-    Case(QWEN3, 0.9, tokens(256)),
-    Case(QWEN3, 1.5, tokens(1024)),
-    Case(QWEN3, 3.5, tokens(2048, accumulate=2, clip=1.0)),
+    *(case(SMOLLM2, memory) for memory in (0.8, 1, 1.5, 3)),
+    case(SMOLLM2, 1, 128),
+    case(SMOLLM2, 1.5, 2048),
+    case(SMOLLM2, 1.2, accumulate=4),
+    case(SMOLLM2, 1, clip=1.0),
+    case(SMOLLM2, 1.5, precision="fp32"),
+    case(SMOLLM2, 4, precision="fp32", clip=1.0),
+    case(SMOLLM2, 0.9, precision="bf16"),
+    *(case(WIDE, memory) for memory in (1.2, 2, 8)),
+    case(WIDE, 8, 1024, clip=1.0),
+    case(WIDE, 2.5, accumulate=2),
+    case(stack(4), 0.8),
+    case(stack(4), 0.9, 1024, accumulate=2),
+    case(stack(4), 3, 4096),
+    case(stack(12), 0.9, 256),
+    case(stack(12), 2, 1024, activations="move"),
+    case(GPT2, 0.9),
+    case(GPT2, 1.2, 1024, clip=1.0),
+    case(GPT2, 3, precision="fp32"),
+    case(GPT2, 1.5, 128, precision="fp32", accumulate=4),
+    case(QWEN3, 0.9, 256),
+    case(QWEN3, 1.5, 1024),
+    case(QWEN3, 3.5, 2048, accumulate=2, clip=1.0),
 ]
 
 
@@ -92,7 +104,7 @@ def rows(results: dict[str, dict[str, Any]]) -> Iterator[str]:
     yield "|---|---:|---:|---:|---:|---:|---:|---|"
     for name, found in results.items():
         if "planned" not in found:
-            yield f"| {name} | {found.get('failed', '?').splitlines()[0][:160]} |||||||"
+            yield f"| {name} | {found['failed'][:160].replace(chr(10), ' ')} |||||||"
             continue
         planned, measured = found["planned"], found["measured"]
         same = planned["bytes_read"] == measured["bytes_read"]
@@ -113,6 +125,8 @@ def verdicts(results: dict[str, dict[str, Any]]) -> Iterator[str]:
     done = [found for found in results.values() if "planned" in found]
     peaks = [off(found, "host_peak_bytes") for found in done]
     steps = [off(found, "seconds_per_step") for found in done]
+    if not done:
+        return
     over = [f for f in done if f["measured"]["host_peak_bytes"] > f["options"]["memory"]]
     yield "| | goal | measured | |"
     yield "|---|---:|---:|---|"
@@ -126,49 +140,71 @@ def _verdict(what: str, goal: float, share: float) -> str:
     return f"| {what} | {goal:.0%} | {share:.1%} | {'reached' if share <= goal else '**missed**'} |"
 
 
-def longer(bench: Bench, settings: dict[str, str]) -> str:
-    """Four times as long a sequence in the memory of keeping everything, against keeping everything: a verdict."""
-    place, found = bench.prepare(SMOLLM2), []
-    for length, activations in ((512, "keep"), (4 * 512, "auto")):
-        name = f"{SMOLLM2.name}: 2 x {length} tokens within {KEPT:g} GiB, {activations}"
-        options = tokens(length, batch_size=2, activations=activations, memory=int(KEPT * GIB), steps=5)
-        bench.measure(name, "streamed", "foretell", settings, place=place, **options)
-        found.append(bench.results[name])
-    if not all("measured" in each for each in found):
-        return "| 4 x the sequence length | failed | | |"
-    short, long = (each["measured"]["tokens_per_second"] for each in found)
-    reached = "reached" if short / long <= LONGER else "**missed**"
-    what = f"time of a token, 2 x 2048 against keeping all of 2 x 512, both within {KEPT:g} GiB"
-    return f"| {what} | {LONGER} x | {short / long:.2f} x | {reached} |"
+# Four times as long a sequence in the memory that keeping everything takes, against keeping everything.
+SHORT = case(SMOLLM2, KEPT, 512, batch_size=2, activations="keep")
+
+
+def longer(kept: dict[str, Any]) -> Case:
+    """The job to compare with SHORT, of which `kept` is the result: the budget is what that has held at its peak."""
+    memory = round(kept["measured"]["host_peak_bytes"] / GIB, 3)
+    return case(SMOLLM2, memory, 2048, batch_size=2)
+
+
+def stretched(short: dict[str, Any], long: dict[str, Any]) -> str:
+    rates = [found["measured"]["tokens_per_second"] for found in (short, long)]
+    times = rates[0] / rates[1]
+    reached = "reached" if times <= LONGER else "**missed**"
+    what = "time of a token, 2 x 2048 tokens in the memory of 2 x 512 with all kept, against that"
+    return f"| {what} | {LONGER} x | {times:.2f} x | {reached} |"
+
+
+class Portion:
+    """Jobs one after the other, while there is time."""
+
+    def __init__(self, folder: Path, minutes: float) -> None:
+        self.bench = Bench(folder, steps=0, file=KNOWN)
+        if (folder / KNOWN).exists():
+            known = json.loads((folder / KNOWN).read_text())
+            self.bench.results = {name: found for name, found in known.items() if "failed" not in found}
+        self.end = monotonic() + 60 * minutes
+        machine = folder / "machine.toml"
+        if not machine.exists():
+            probe(machine, folder)
+        self.settings = {**STREAMED, "OUTSIZE_MACHINE": str(machine)}
+
+    def do(self, job: Case) -> dict[str, Any] | None:
+        """What was found, now or before; None: there is no time left."""
+        if job.name not in self.bench.results:
+            if monotonic() > self.end:
+                return None
+            place = self.bench.prepare(job.shape)
+            self.bench.measure(job.name, "streamed", "foretell", self.settings, place=place, **job.options)
+        return self.bench.results[job.name]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=8, help="of each job; the first two are not counted")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="after so long no further job begins")
     parser.add_argument(
-        "--folder", type=Path, default=Path("build/bench"), help="scratch space, on the disk to measure"
+        "--folder", type=Path, default=Path("build/foresight"), help="scratch space, on the disk to measure"
     )
     parser.add_argument("--only", help="jobs whose name has this in it")
     parser.add_argument("--page", type=Path, default=HERE.parent / "docs" / "foresight.md")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    bench = Bench(arguments.folder.resolve(), arguments.steps)
-    machine = bench.folder / "machine.toml"
-    probe(machine, bench.folder)
-    settings = {**STREAMED, "OUTSIZE_MACHINE": str(machine)}
-    cases = [case for case in CASES if arguments.only is None or arguments.only in case.name]
-    for case in cases:
-        place = bench.prepare(case.shape)
-        options = {"memory": int(case.memory * GIB), "steps": arguments.steps, **case.settings}
-        bench.measure(case.name, "streamed", "foretell", settings, place=place, **options)
-    results = {case.name: bench.results[case.name] for case in cases}
-    more = [longer(bench, settings)] if arguments.only is None else []
-    table = "\n".join([*verdicts(results), *more, "", *rows(results)])
+    portion = Portion(arguments.folder.resolve(), arguments.minutes)
+    jobs = [job for job in CASES if arguments.only is None or arguments.only in job.name]
+    results = {job.name: found for job in jobs if (found := portion.do(job)) is not None}
     if arguments.only is not None:
         print("\n".join([*verdicts(results), "", *rows(results)]))
         return
-    command = " ".join(["python", "bench/foresight.py", *sys.argv[1:]])
-    head = f"`{command}`, {date.today()}: {describe_machine(bench.folder)}.\n\n"
+    short = portion.do(SHORT)
+    long = portion.do(longer(short)) if short is not None and "measured" in short else None
+    more = [stretched(short, long)] if short is not None and long is not None and "measured" in long else []
+    done = f"{len(results)} of {len(CASES)} jobs are done"
+    print(done, file=sys.stderr)
+    table = "\n".join([*verdicts(results), *more, "", *rows(results)])
+    head = f"`python bench/foresight.py`, {date.today()}: {describe_machine(portion.bench.folder)}. {done}.\n\n"
     before, rest = arguments.page.read_text().split(BEGIN)
     arguments.page.write_text(f"{before}{BEGIN}\n{head}{table}\n{END}{rest.split(END)[1]}")
 
