@@ -74,10 +74,11 @@ def _say(found: dict[str, Any]) -> None:
 
 
 def _train(place: str, out: str, memory: int, keeper: bool) -> None:
-    from outsize import api
+    from outsize.train.settings import TrainSettings
+    from outsize.training import train
 
     files = {"model": f"{place}/model", "data": Path(place) / "text.txt", "out": Path(out)}
-    api.train(api.TrainSettings(**files, memory=memory, keeper=keeper, steps=1000, json=True))
+    train(TrainSettings(**files, memory=memory, keeper=keeper, steps=1000, json=True))
 
 
 def steps(place: str, out: str, memory: int, keeper: bool, modes: list[str], rounds: int) -> None:

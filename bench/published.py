@@ -8,16 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from math import inf
 
 from outsize.machine.find import find_machine
 from outsize.machine.machine import Machine, Rate
 from outsize.plan import RECOMPUTE, Request
-from outsize.planner.heap import live_peak
 from outsize.planner.needs import LOOSE, pinned_peak
 from outsize.planner.prices import RatedPrices
 from outsize.planner.rehearsal import FEWEST, Rehearsed, homes, rehearse
-from outsize.planner.script import Script, Spend
+from outsize.planner.script import Live, Script, Spend
 from outsize.planner.training import Task, sample_batches
 
 CONTEXT = 1 << 30  # bytes of a device that the driver and its libraries take; assumed
@@ -101,10 +101,15 @@ def find(row: Row, machine: Machine) -> Found:
     weights = sum(size.bytes for size in job.sizes.values())
     return Found(
         sum(size.weight.numel for size in job.sizes.values()),
-        int(held + over_units(rehearsed, lambda script: live_peak(script.steps[-1]))) + CONTEXT,
+        int(held + over_units(rehearsed, most_alive)) + CONTEXT,
         weights + state,
         _seconds(machine, rehearsed, weights, state),
     )
+
+
+def most_alive(script: Script) -> int:
+    """The most bytes of a step's tensors alive at once."""
+    return max(accumulate((event.nbytes for event in script.steps[-1] if isinstance(event, Live)), initial=0))
 
 
 def over_units(rehearsed: Rehearsed, of: Callable[[Script], float]) -> float:

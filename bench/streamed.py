@@ -29,9 +29,9 @@ def train(place: str, throttled: bool = False, **settings: Any) -> dict[str, Any
     if throttled:
         from throttle import ThrottledDisk
 
-        from outsize import api
+        from outsize import training
 
-        api.open_store = partial(api.open_store, wrap_disk=ThrottledDisk)
+        training.open_store = partial(training.open_store, wrap_disk=ThrottledDisk)
     watch = Watch()
     try:
         report, lines = _trained(place, settings)
@@ -50,15 +50,16 @@ def _trained(place: str, settings: dict[str, Any]) -> tuple[dict[str, Any], list
     from outsize.machine.allocator import use_one_heap
 
     use_one_heap()
-    from outsize import api
+    from outsize import training
     from outsize.train.report import each_line
+    from outsize.train.settings import TrainSettings
 
     out = Path(place) / "run"
     shutil.rmtree(out, ignore_errors=True)
     chosen = {"sequence_length": SEQUENCE_LENGTH, "json": True, **settings}
     try:
-        report = api.train(
-            api.TrainSettings(model=str(Path(place) / "model"), data=Path(place) / "text.txt", out=out, **chosen)
+        report = training.train(
+            TrainSettings(model=str(Path(place) / "model"), data=Path(place) / "text.txt", out=out, **chosen)
         )
         return report, list(each_line(out / "metrics.jsonl"))
     finally:

@@ -110,18 +110,18 @@ class Served:
 class Plan:
     """Where every kind of byte lives, and how each unit runs.
 
-    `near_weights` and `near_states` name the weights whose bytes, or whose optimizer state, stay near compute; all others
-    live on disk. `arena_bytes` is the near memory through which those stream. `activations` says what is done with those
-    of each unit it names, the others keep theirs; of what moves, tensors smaller than `moved_tensor_bytes` stay.
-    `table_rows` says how many rows of a vocabulary's table make a block; a weight that is not in it is one block. `hold`:
-    gradients wait in `gradient_home` until the step's end, and the update is a second pass that overlaps the next
-    forward. `recycle_bytes`: the C library keeps freed memory of tensors up to this size, until the
-    process holds more than `predicted`. `blocked_loss`: the head and its loss are computed over
-    blocks of the vocabulary. `shared_bytes`: all blocks together, when they stay near in memory that outlives the
-    process, each with a twin; 0: they do not. Of several `workers` each has its share of every optimizer state; from the
-    level `zero` 2 on also of gradients that wait, and of `split_weights`. `packed`: weights near, in groups that are
-    multiplied at once, which are held as the processor's matrix products read them. `serving`: what a plan for serving
-    says beside, and `served` what that means for requests."""
+    `near_weights` and `near_states` name the weights whose bytes, or whose optimizer state, stay near compute; all
+    others live on disk. `arena_bytes` is the near memory through which those stream. `activations` says what is done
+    with those of each unit it names, the others keep theirs; of what moves, tensors smaller than `moved_tensor_bytes`
+    stay. `table_rows` says how many rows of a vocabulary's table make a block; a weight that is not in it is one
+    block. `hold`: gradients wait in `gradient_home` until the step's end, and the update is a second pass that
+    overlaps the next forward. `recycle_bytes`: the C library keeps freed memory of tensors up to this size, until the
+    process holds `headroom_bytes` less than `predicted`: so much may come until it is looked again. `blocked_loss`:
+    the head and its loss are computed over blocks of the vocabulary. `shared_bytes`: all blocks together, when they
+    stay near in memory that outlives the process, each with a twin; 0: they do not. Of several `workers` each has its
+    share of every optimizer state; from the level `zero` 2 on also of gradients that wait, and of `split_weights`.
+    `packed`: weights near, in groups that are multiplied at once, which are held as the processor's matrix products
+    read them. `serving`: what a plan for serving says beside, and `served` what that means for requests."""
 
     precision: str
     arena_bytes: int
@@ -138,6 +138,7 @@ class Plan:
     moments: str = "fp32"
     commit_every: int = 1
     recycle_bytes: int = 8 << 20
+    headroom_bytes: int = 0
     shared_bytes: int = 0
     workers: int = 1
     zero: int = 3

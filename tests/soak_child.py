@@ -38,13 +38,13 @@ def serve() -> None:
     import matplotlib.pyplot
     import transformers.models.llama.modeling_llama
 
-    import outsize.api
     import outsize.commands.checkpoint
     import outsize.commands.checkpoint_drop
     import outsize.commands.checkpoint_export
     import outsize.commands.checkpoint_import
     import outsize.train.import_foreign
-    import outsize.train.packed_step  # noqa: F401
+    import outsize.train.packed_step
+    import outsize.training  # noqa: F401
 
     del matplotlib.pyplot, transformers
     for line in sys.stdin:
@@ -126,18 +126,19 @@ def _say(phase: mmap.mmap, where: str) -> None:
 
 
 def _train(told: dict[str, Any], phase: mmap.mmap) -> None:
-    from outsize import api
+    from outsize import training
     from outsize.memory.disk import DiskTier
     from outsize.train.run import Run
+    from outsize.train.settings import TrainSettings
     from outsize.train.state import StateFolder
 
     _tell(Run, "_step", phase, "in a step, with a keeper" if told["placement"] == "kept" else "in a step")
-    _tell(api, "export", phase, "writing the model")
+    _tell(training, "export", phase, "writing the model")
     _tell_commits(DiskTier, StateFolder, phase)
-    plan = api.plan_training
-    api.plan_training = lambda *given: _placed(_planned_once(plan, given, Path(told["log"])), told["placement"])
+    plan = training.plan_training
+    training.plan_training = lambda *given: _placed(_planned_once(plan, given, Path(told["log"])), told["placement"])
     settings = {key: Path(value) if key in ("data", "out") else value for key, value in told["settings"].items()}
-    api.train(api.TrainSettings(**settings))
+    training.train(TrainSettings(**settings))
 
 
 def _planned_once(plan: Callable[..., Any], given: Any, log: Path) -> Any:

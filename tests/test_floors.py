@@ -23,6 +23,7 @@ FLOOR = {
     "planner": 6,
     "api": 7,
     "serving": 7,
+    "training": 7,
     "commands": 8,
     "cli": 9,
     "__init__": 7,

@@ -13,7 +13,6 @@ import torch
 from models import tiny_model
 
 import outsize
-from outsize.api import read_plan
 from outsize.errors import BudgetError, OptionError
 from outsize.machine.find import find_machine
 from outsize.model.units import find_units
@@ -24,6 +23,7 @@ from outsize.planner.rehearsal import rehearse
 from outsize.planner.search import TENSORS, Placement, Search
 from outsize.planner.training import Place, Task, plan_training, sample_batches, searches
 from outsize.train.optimizers import uniform_rule
+from outsize.training import read_plan
 
 LAPTOP = find_machine("laptop")
 RULE = uniform_rule(torch.optim.AdamW, {"lr": 1e-3, "fused": True})

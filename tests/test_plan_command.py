@@ -12,9 +12,9 @@ import pytest
 from models import tiny_model, write_model
 from typer.testing import CliRunner
 
-from outsize.api import read_plan
 from outsize.cli import app
 from outsize.plan import Plan
+from outsize.training import read_plan
 
 
 @pytest.fixture(scope="module")

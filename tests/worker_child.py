@@ -152,13 +152,13 @@ def shares_of(job: Job) -> dict[str, list[list[int]]]:
 
 def _run(folder: Path, told: dict[str, Any]) -> None:
     """As the command line does it."""
-    from outsize import api
+    from outsize import training
     from outsize.train.settings import TrainSettings
 
     if told.get("disk"):
-        api._planned = _on_disk(api._planned)
+        training.plan_training = _on_disk(training.plan_training)
     given = told["settings"] | told.get("own", {}).get(os.environ.get("RANK", "0"), {})
-    api.train(TrainSettings(**given | {"data": Path(given["data"]), "out": Path(given["out"])}))
+    training.train(TrainSettings(**given | {"data": Path(given["data"]), "out": Path(given["out"])}))
 
 
 def _on_disk(planned: Callable[..., Plan]) -> Callable[..., Plan]:

@@ -1,4 +1,4 @@
-"""`outsize train`: the command line of `outsize.api.train`."""
+"""`outsize train`: the command line of `outsize.training.train`."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def train(
         with interruptible("The same command continues at the last committed step."):
             launch(settings.workers)
         return
-    from outsize.api import train as run
+    from outsize.training import train as run
 
     with interruptible("The same command continues at the last committed step."):
         report = run(settings)

@@ -7,6 +7,8 @@ import ctypes
 import platform
 from functools import cache
 
+from outsize.machine.describe import resident_bytes
+
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # malloc.h
 LARGEST_RECYCLED = 32 << 20  # bytes; glibc refuses a higher mmap threshold
 NEVER = (1 << 31) - 1  # bytes; the largest threshold there is
@@ -31,6 +33,23 @@ def give_back() -> None:
     library = _glibc()
     if library is not None:
         library.malloc_trim(0)
+
+
+class Ceiling:
+    """What the process is to hold at most: above it the C library gives back what it keeps, when there has come enough
+    of that since the last time."""
+
+    WORTH = 16 << 20  # bytes; giving back takes a few ms even when there is nothing
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self._left = 0
+
+    def keep(self) -> None:
+        """Call it often: it takes some 10 us where there is nothing to do."""
+        if resident_bytes() > max(self.nbytes, self._left + self.WORTH):
+            give_back()
+            self._left = resident_bytes()
 
 
 def _set(parameter: int, value: int) -> None:

@@ -74,6 +74,14 @@ def process_memory() -> ProcessMemory:
         return ProcessMemory(peak, peak)
 
 
+def resident_bytes() -> int:
+    """What this process holds now, told fast."""
+    try:
+        return int((PROCESS / "statm").read_bytes().split()[1]) * resource.getpagesize()
+    except OSError:
+        return process_memory().resident_bytes
+
+
 def open_files() -> int:
     """Return how many file descriptors this process holds open."""
     return len(os.listdir("/dev/fd")) - 1  # less the one that lists them

@@ -19,8 +19,7 @@ import torch
 from torch import nn
 
 from outsize.errors import ModelError, OptionError
-from outsize.machine.allocator import give_back
-from outsize.machine.describe import process_memory
+from outsize.machine.allocator import Ceiling
 from outsize.memory.store import Lease, Store
 from outsize.model.activations import Mover, Parcel, run_unit, without_graph
 from outsize.model.lanes import Lanes
@@ -85,7 +84,7 @@ class Attachment:
     ) -> None:
         self.model, self.store, self.weights, self.device = model, store, weights, device
         self.lanes = Lanes()
-        self._most_bytes = plan.predicted.host_peak_bytes if plan.predicted else sys.maxsize
+        self.ceiling = Ceiling(plan.predicted.host_peak_bytes - plan.headroom_bytes if plan.predicted else sys.maxsize)
         self.take_gradient: GradientTaker | None = None
         self.before_use: BeforeUse | None = None
         self._at: dict[int, AttachedUnit] = {}
@@ -136,6 +135,7 @@ class Attachment:
 
     def _taker(self, weight: Weight) -> Callable[[torch.Tensor], None]:
         def take(parameter: torch.Tensor) -> None:
+            self.ceiling.keep()
             gradient, parameter.grad = parameter.grad, None
             if self.take_gradient is not None and gradient is not None:
                 self.take_gradient(weight, gradient)
@@ -160,6 +160,7 @@ class Attachment:
         torch.set_rng_state(random_state)
 
     def _pack(self, activations: Activations, tensor: torch.Tensor) -> torch.Tensor | Ticket | Parcel:
+        self.ceiling.keep()
         found = self._owner(tensor)
         if found is None:
             stays = activations.home in (NEAR, self.store.near)
@@ -210,13 +211,8 @@ class Attachment:
         if not attached.entered:
             self._enter(attached)
 
-    def _stay_within(self) -> None:
-        """Have the C library return what it keeps, if that is more than was planned."""
-        if process_memory().resident_bytes > self._most_bytes:
-            give_back()
-
     def _enter(self, attached: AttachedUnit) -> None:
-        self._stay_within()
+        self.ceiling.keep()
         attached.entered, attached.left_by = True, 0
         for weight in attached.weights:
             if self.before_use is not None:
@@ -258,7 +254,7 @@ class Attachment:
         phases: list[Any] = []
 
         def begin(module: nn.Module, args: Any) -> None:
-            self._stay_within()
+            self.ceiling.keep()
             phases.append(self.store.phase(phase, again=True))
             phases[-1].__enter__()
 

@@ -67,6 +67,11 @@ class ModelSource:
         self.files = files
         self.config = self._read_config()
 
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """Of the weights in the files, as the configuration says."""
+        return self.config.dtype if isinstance(self.config.dtype, torch.dtype) else torch.float32
+
     def build(self, dtype: torch.dtype) -> torch.nn.Module:
         """The unmodified transformers module, in eval mode, as `from_pretrained` gives it, without weights.
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate, chain
 from math import prod
 
+from outsize.machine.allocator import Ceiling
+from outsize.machine.heap import Change, heap_peak
 from outsize.memory.disk import BOUNCE
 from outsize.memory.tier import PAGE, pages
 from outsize.model.units import Unit
 from outsize.plan import Plan
-from outsize.planner.heap import heap_peak
 from outsize.planner.rehearsal import Rehearsed, homes
-from outsize.planner.script import Create, Event, HomeOf, Live, Script, Touched
+from outsize.planner.script import Create, Event, HomeOf, Key, Live, Script, Touched
 from outsize.planner.sizes_of import WeightSize
 from outsize.train.precision import find_precision
 from outsize.train.update import CHUNK, PIECE
@@ -24,7 +25,7 @@ LOOSE = 1.1  # leases end in another order than they begin, so that free room is
 MANY = 48  # units that the C library is asked about
 RECYCLE = 4 << 20  # bytes; tensors up to this size are always kept by the C library for the next one
 THREADS = 4 << 20  # bytes: stacks of the transfer threads and of lanes, and what python keeps for each
-KERNELS = 104 << 20  # bytes that products and OpenMP keep for themselves; fitted, docs/log.md
+KERNELS = 64 << 20  # bytes that products and OpenMP keep for themselves; fitted, docs/log.md
 PACKED = 3  # times a matrix: what a product keeps in its thread; measured with the 1.3 B shape, docs/log.md
 BUFFERS = {"split": 3, "none": 3, "same": 0}  # of a piece in fp32, by how masters are kept: master, gradient, one more
 
@@ -34,8 +35,8 @@ class Needs:
     """Bytes of host memory by cause.
 
     `baseline` is what the process holds before it begins, `tensors` what the C library holds at most for the step's
-    tensors, `scratch` the buffers of the update and of
-    transfers, `always` the weights and states that never leave."""
+    tensors, `scratch` the buffers of the update, of transfers and of products, `headroom` what of it may come between two
+    looks at what the process holds, `always` the weights and states that never leave."""
 
     baseline: int
     tensors: int
@@ -44,6 +45,7 @@ class Needs:
     good_arena: int
     always: int
     recycle: int
+    headroom: int
 
     @property
     def fixed(self) -> int:
@@ -68,16 +70,18 @@ def find_needs(
     largest_chunk = max((size.largest_state for size in sizes.values()), default=0)
     scratch = _updating(sizes, bare) + _exchanged(sizes, bare) + _other_lanes(sizes, rows, bare)
     scratch += THREADS + KERNELS + (3 * BOUNCE if rows else 0)
+    headroom = Ceiling.WORTH + PACKED * _largest_matrix(sizes, rows)
     least = pages(int(LOOSE * (pinned_peak(rehearsed.script, homes(bare, always)) + 2 * largest_chunk)))
     largest_unit = max((_unit_bytes(unit, sizes, rows, always) for unit in units), default=0)
     return Needs(
         baseline=baseline,
         tensors=tensor_bytes(rehearsed, recycle),
-        scratch=scratch,
+        scratch=scratch + headroom,
         least_arena=least,
         good_arena=pages(least + int(1.2 * largest_unit) + READ_AHEAD * largest_chunk),
         always=sum(sizes[name].bytes + sizes[name].state_bytes for name in always),
         recycle=recycle,
+        headroom=headroom,
     )
 
 
@@ -105,12 +109,25 @@ def tensor_bytes(rehearsed: Rehearsed, recycle: int) -> int:
     def taken(count: int) -> int:
         units = rehearsed.units
         script = rehearsed.over(units[:count]) if units else rehearsed.script
-        return heap_peak([script.steps[-1]] * 2, recycle)
+        changes = _changes(script.steps[-1])
+        peak = heap_peak(changes * 2, recycle)
+        return peak if peak is not None else int(1.5 * _live_peak(changes))  # nobody to ask: a guess
 
     if len(rehearsed.units) <= MANY:
         return taken(len(rehearsed.units))
     many, few = taken(MANY), taken(MANY // 2)
     return many + max(many - few, 0) * (len(rehearsed.units) - MANY) // (MANY - MANY // 2)
+
+
+def _changes(events: Iterable[Event]) -> list[Change]:
+    """The tensors of a step, by number."""
+    numbers: dict[Key, int] = {}
+    return [(numbers.setdefault(event.key, len(numbers)), event.nbytes) for event in events if isinstance(event, Live)]
+
+
+def _live_peak(changes: Iterable[Change]) -> int:
+    """The most bytes of tensors alive at once."""
+    return max(accumulate((nbytes for _, nbytes in changes), initial=0))
 
 
 def _largest_recurring(events: Iterable[Event], sizes: dict[str, WeightSize]) -> int:
@@ -138,8 +155,11 @@ def _exchanged(sizes: dict[str, WeightSize], plan: Plan) -> int:
 
 def _other_lanes(sizes: dict[str, WeightSize], rows: dict[str, int], plan: Plan) -> int:
     """What the products of every lane but the first keep: oneDNN packs operands into memory that belongs to the thread."""
-    matrices = [size.bytes for name, size in sizes.items() if name not in rows]
-    return (plan.accumulate - 1) * PACKED * max(matrices, default=0)
+    return (plan.accumulate - 1) * PACKED * _largest_matrix(sizes, rows)
+
+
+def _largest_matrix(sizes: dict[str, WeightSize], rows: dict[str, int]) -> int:
+    return max((size.bytes for name, size in sizes.items() if name not in rows), default=0)
 
 
 def gradient_bytes(sizes: dict[str, WeightSize]) -> int:

@@ -197,6 +197,7 @@ class Search:
             near_states=placement.near_states,
             gradient_home=placement.gradient_home,
             recycle_bytes=LARGEST_RECYCLED if placement.generous else self.needs.recycle,
+            headroom_bytes=self.needs.headroom,
             shared_bytes=self.job.all_bytes if placement.shared else 0,
         )
 

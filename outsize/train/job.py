@@ -204,6 +204,7 @@ class Job:
 
         @contextmanager
         def weight(rows: HeadBlock) -> Iterator[torch.Tensor]:
+            self.attachment.ceiling.keep()
             with self.store.lease(by_rows[rows].name) as lease:
                 yield lease.tensors[WEIGHT]
 

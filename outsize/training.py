@@ -1,0 +1,336 @@
+"""What `outsize train` does, from its settings to its report."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from outsize.distributed.group import Group, find_group
+from outsize.errors import DamageError, OptionError
+from outsize.machine.allocator import give_back, recycle_up_to
+from outsize.machine.describe import describe, process_memory
+from outsize.machine.find import this_machine
+from outsize.memory.shared import dismiss
+from outsize.model.companions import COMPANIONS, keep_companions
+from outsize.model.fingerprint import fingerprint_model, fingerprint_tokenizer, fingerprint_weights
+from outsize.model.load import ModelSource, open_model
+from outsize.model.units import Unit, describe_units, find_units
+from outsize.plan import Plan, Request
+from outsize.planner.check import check_plan
+from outsize.planner.training import Place, Task, plan_training
+from outsize.train.data import PackedDataset, prepare
+from outsize.train.import_state import bring_optimizer, check_optimizer
+from outsize.train.interrupt import finishing_the_step
+from outsize.train.job import Job, bind
+from outsize.train.optimizer_file import read_optimizer
+from outsize.train.optimizers import OptimizerRule
+from outsize.train.precision import find_precision
+from outsize.train.progress import Progress, Silent
+from outsize.train.recipe import optimizer_rule, scheduler_for
+from outsize.train.report import each_line, held_by_tier, measured, moved_a_step, write_report
+from outsize.train.retention import Retention
+from outsize.train.run import Run, Schedule, check_loss, export
+from outsize.train.settings import TrainSettings, continues, read_settings, record
+from outsize.train.state import StateFolder, open_store
+from outsize.train.together import bring_back, retire, settle
+
+CPU = torch.device("cpu")
+
+
+def train(settings: TrainSettings) -> dict[str, Any]:
+    """Fine-tune as `outsize train` does. Returns the report. Raises OutsizeError subclasses; nothing half-written
+    stays. On Ctrl-C it commits the step under way and raises KeyboardInterrupt; the second time it stops at once.
+
+    A process that torch's launcher has started is one of several workers; each calls it with the same settings, and the
+    first one gets the report."""
+    recycle_up_to(0)  # what comes before the steps does not come again: the heap is to stay small
+    rule = optimizer_rule(settings)
+    find_precision(settings.precision)
+    source = open_model(settings.model)
+    group = find_group(settings.worker_timeout)
+    group.agree({"version": f"{version('outsize')} on torch {torch.__version__}", **settings.shared()})
+    continuing = bool(group.each(continues(settings))[0][0])
+    state = StateFolder(group.folder(settings.out / "state"), several=group.size > 1).lock()
+    try:
+        report = _Training(settings, rule, source, state, group, continuing).report()
+    except DamageError as problem:
+        raise DamageError(f"{problem} {state.remedy()}") from problem
+    except KeyboardInterrupt:
+        dismiss(state.directory)  # somebody is there, and wants the memory back
+        raise
+    state.close()  # after a failure it stays locked: transfers may be under way until the process ends
+    group.close()
+    if report is None:
+        raise KeyboardInterrupt
+    return report
+
+
+def read_plan(path: Path) -> Plan:
+    """The plan that `outsize plan --save` wrote, as it may have been edited since. Raises OptionError."""
+    try:
+        return Plan.from_json(path.read_bytes().decode(errors="replace"), str(path))
+    except OSError as problem:
+        raise OptionError(
+            f"{path} cannot be read: {problem.strerror}. Write a plan with `outsize plan --save`."
+        ) from problem
+
+
+class _Training:
+    """One worker's part in one call of `train`."""
+
+    def __init__(
+        self,
+        settings: TrainSettings,
+        rule: OptimizerRule,
+        source: ModelSource,
+        state: StateFolder,
+        group: Group,
+        continuing: bool,
+    ) -> None:
+        self.settings, self.rule, self.source, self.state = settings, rule, source, state
+        self.group, self.continuing = group, continuing
+        self.moved = settle(group, settings.out / "state", state)
+        self.memory = settings.memory or int(min(group.each(_free_memory() // group.here))[0])
+        self.speaks = group.rank == 0  # and writes what there is one of
+        self.folder = settings.out if self.speaks else state.directory
+        self.progress = Progress(self.memory, settings.json) if self.speaks else Silent()
+        torch.manual_seed(settings.seed + group.rank)
+
+    def report(self) -> dict[str, Any] | None:
+        """None: it was interrupted, and the last step it did is committed."""
+        tokenizer = self.source.tokenizer()
+        if tokenizer is None:
+            raise OptionError(f"{self.settings.model} has no tokenizer beside its weights; add its tokenizer files.")
+        data, evaluation = self._texts(tokenizer)
+        model = self.source.build(find_precision(self.settings.precision).compute).train()
+        for parameter in model.parameters():
+            parameter.requires_grad_(True)
+        self._agree(model, data)
+        units = find_units(model, self.settings.block_class)
+        job = self._placed(model, units, data)
+        if job.plan.blocked_loss and not self.continuing:
+            check_loss(job, data)
+        run = self._run(job, tokenizer)
+        self._keep_facts(model)
+        first = self._recovered(run)
+        if not self._trained(run, data, evaluation, first):
+            return None
+        report = _report(self.settings, self.folder, run, units, self.settings.steps - first)
+        return report if self.speaks else {}
+
+    # -- what it begins with ----------------------------------------------------------------------------------------
+
+    def _texts(self, tokenizer: Any) -> tuple[PackedDataset, PackedDataset | None]:
+        """What to train with, and what to evaluate with."""
+        settings = self.settings
+        data = self._packed(settings.data, "train", tokenizer, self.continuing)
+        if settings.eval_data is None:
+            return data, None
+        same = self.continuing and read_settings(settings.out).plain()["eval_data"] == settings.plain()["eval_data"]
+        return data, self._packed(settings.eval_data, "eval", tokenizer, same)
+
+    def _packed(self, path: Path, name: str, tokenizer: Any, known: bool) -> PackedDataset:
+        packed = self.settings.out / f"{name}.npy"
+
+        def make() -> None:
+            if not (known and packed.exists()):
+                self.progress.message(f"reading {path}")
+                prepare(path, tokenizer, self.settings.sequence_length, packed).close()
+
+        self.group.once(make, packed.exists)
+        return PackedDataset.open(packed)
+
+    def _agree(self, model: nn.Module, data: PackedDataset) -> None:
+        """Raises OutsizeError on all workers when one has another model or other data."""
+        if self.group.size > 1:
+            names = [name for name, _ in model.named_parameters()]
+            weights = fingerprint_weights(self.source.config, names, self.source.read)
+            self.group.agree({"model": weights, "data": data.digest()})
+
+    # -- what goes where --------------------------------------------------------------------------------------------
+
+    def _placed(self, model: nn.Module, units: list[Unit], data: PackedDataset) -> Job:
+        """The job, with all weights and states in the store."""
+        begin = None
+        if self.settings.optimizer_state is not None and self.moved is None and self.state.read() is None:
+            begin = read_optimizer(self.settings.optimizer_state)
+            check_optimizer(begin, model, self.rule)
+        plan = self._planned(model, units, data)
+        store = open_store(plan, self.state, group=self.group)
+        self.progress.message("bringing the weights into the store")
+        bound = partial(bind, model, units, plan, self.rule, store, device=CPU, group=self.group)
+        job = bound(self.source.read) if self.moved is None else bring_back(self._states, self.moved, bound)
+        if begin is not None:
+            bring_optimizer(job.updater, job.weights, begin)
+        give_back()
+        return job
+
+    def _planned(self, model: nn.Module, units: list[Unit], data: PackedDataset) -> Plan:
+        settings, group = self.settings, self.group
+        request = _request(settings, self.memory, group)
+        sample = data.batch(list(range(min(data.count, request.batch_size))))
+        batches = [sample] * request.accumulate
+        task = Task(model, units, self.rule, request, batches, self.source.stored_dtype, settings.block_class)
+        place = self._place()
+
+        def make() -> Plan:
+            known = settings.plan
+            return plan_training(task, place) if known is None else check_plan(read_plan(known), task, place)
+
+        plan = group.first(make)
+        if self.speaks and not settings.json:
+            _show(plan)
+        return plan
+
+    def _place(self) -> Place:
+        """What is there for the worker that has least."""
+        out, blocks = self.settings.out, self.state.blocks
+        disk = describe(out).disk_free_bytes // self.group.here
+        disk += blocks.stat().st_size if blocks.exists() else 0
+        baselines, disks = zip(*self.group.each(process_memory().resident_bytes, disk), strict=True)
+        return Place(this_machine(out), int(max(baselines)), int(min(disks)))
+
+    # -- the steps --------------------------------------------------------------------------------------------------
+
+    def _run(self, job: Job, tokenizer: Any) -> Run:
+        about = {"model": fingerprint_model(self.source.config), "tokenizer": fingerprint_tokenizer(tokenizer)}
+        retention = Retention(self.settings.keep_last, self.settings.keep_every)
+        metrics = self.folder / "metrics.jsonl"
+        return Run(job, self.state, metrics, self.progress, tokenizer, retention, about)
+
+    def _keep_facts(self, model: nn.Module) -> None:
+        """What a later call, or an export, wants to know of this one."""
+        if self.speaks:
+            keep_companions(self.source, model, self.settings.out / COMPANIONS)
+            record(self.settings)
+
+    def _recovered(self, run: Run) -> int:
+        """The number of steps that are committed."""
+        first = run.recover()
+        self.group.each(0)
+        if self.moved is not None and self.group.leads:
+            retire(self._states, self.group.size)
+        return first
+
+    def _trained(self, run: Run, data: PackedDataset, evaluation: PackedDataset | None, first: int) -> bool:
+        """Do the steps that are left and write the model; False: somebody wanted it to stop."""
+        settings = self.settings
+        scheduler = scheduler_for(settings, run.job.optimizer)
+        for _ in range(first):
+            scheduler.step()
+        self.progress.start(settings.steps, first)
+        try:
+            with finishing_the_step() as pressed:
+
+                def stopping() -> bool:  # after the same step on all workers
+                    return any(other for (other,) in self.group.each(pressed()))
+
+                run.train(data, _schedule(settings), scheduler, evaluation, stopping)
+            if stopping():
+                run.job.close()
+                self.progress.message(f"step {run.job.step_number} of {settings.steps} is committed")
+                return False
+            self.progress.message("writing the model")
+            give_back()  # what the steps' tensors took is room for that
+            export(run.job, settings.out / "model")
+            if self.speaks:
+                self.source.save_companions(settings.out / "model", find_precision(settings.precision).compute)
+        finally:
+            self.progress.stop()
+        return True
+
+    @property
+    def _states(self) -> Path:
+        """Where all workers' states are."""
+        return self.settings.out / "state"
+
+
+def _free_memory() -> int:
+    machine = describe(Path.cwd())
+    return machine.memory_available_bytes + process_memory().resident_bytes
+
+
+def _request(settings: TrainSettings, memory: int, group: Group) -> Request:
+    sequences = settings.batch_size * settings.accumulate
+    if sequences < group.size:
+        raise OptionError(
+            f"A step of {sequences} sequences leaves nothing to do for some of {group.size} workers. Give a larger "
+            "--batch-size or --accumulate, or fewer workers."
+        )
+    if settings.keeper and group.size > 1:
+        raise OptionError(
+            f"--keeper holds what one worker has, and there are {group.size}. Leave it out, or --workers."
+        )
+    share = -(-sequences // group.size)  # of the worker with the most
+    batch_size = min(settings.batch_size, share)
+    return Request(
+        memory,
+        settings.sequence_length,
+        batch_size,
+        -(-share // batch_size),
+        settings.precision,
+        settings.moments,
+        settings.clip,
+        loss=settings.loss,
+        activations=settings.activations,
+        commit_every=settings.commit_every,
+        keeper=settings.keeper,
+        workers=group.size,
+        zero=settings.zero,
+    )
+
+
+def _schedule(settings: TrainSettings) -> Schedule:
+    return Schedule(
+        settings.steps,
+        settings.batch_size,
+        settings.accumulate,
+        settings.seed,
+        settings.eval_every,
+        settings.sample_every,
+        settings.sample_prompt,
+    )
+
+
+def _show(plan: Plan) -> None:
+    from rich.console import Console
+
+    Console(stderr=True).print(str(plan), markup=False, highlight=False)
+
+
+def _report(settings: TrainSettings, folder: Path, run: Run, units: list[Unit], steps_done: int) -> dict[str, Any]:
+    from outsize.planner.pictures import draw_step, write_trace
+    from outsize.train.pictures import draw
+
+    job, plan = run.job, run.job.plan
+    held = held_by_tier(job.store.ledger.held)
+    moved = moved_a_step(run.moved, max(steps_done, 1))
+    assert plan.predicted is not None
+    planned = {
+        name: value for name, value in asdict(plan.predicted).items() if value is None or isinstance(value, int | float)
+    }
+    planned["mean_seconds_per_step"] = plan.predicted.seconds_per_step
+    steps = {"predicted": plan.predicted.timeline, "measured": run.timeline()}
+    found = measured(each_line(folder / "metrics.jsonl")) | {"disk_bytes": job.store.tiers["disk"].used}
+    job.close()
+    give_back()  # what the steps' tensors took is room for the pictures
+    facts = {
+        "model": settings.model,
+        "optimizer": settings.optimizer,
+        "precision": settings.precision,
+        "exactness": plan.exactness,
+        "units": describe_units(units),
+        **dict(reason.split(": ", 1) for reason in plan.reasons),
+    }
+    write_report(folder, planned, found, facts, memory_bytes=plan.memory_bytes, held=held, moved=moved)
+    write_trace(steps, folder / "trace.json")
+    if folder == settings.out:
+        draw(folder)
+        draw_step(steps, plan, folder / "timeline.png")
+    return {"planned": planned, "measured": found}
