@@ -108,6 +108,11 @@ class Search:
         self.ways, self.rehearsed = ways, rehearsed
         self.tried: list[Choice] = []
 
+    def within(self, memory_bytes: int) -> Search:
+        """The same for another budget."""
+        bare, request = (replace(each, memory_bytes=memory_bytes) for each in (self.bare, self.request))
+        return Search(bare, self.job, self.needs, request, self.ways, self.rehearsed)
+
     @property
     def room(self) -> int:
         """Bytes for the arena and for what may stay near; some are left for what was not foreseen."""
