@@ -110,7 +110,7 @@ class Search:
 
     def within(self, memory_bytes: int) -> Search:
         """The same for another budget."""
-        bare, request = (replace(each, memory_bytes=memory_bytes) for each in (self.bare, self.request))
+        bare, request = replace(self.bare, memory_bytes=memory_bytes), replace(self.request, memory_bytes=memory_bytes)
         return Search(bare, self.job, self.needs, request, self.ways, self.rehearsed)
 
     @property
