@@ -26,7 +26,7 @@ MANY = 48  # units that the C library is asked about
 RECYCLE = 4 << 20  # bytes; tensors up to this size are always kept by the C library for the next one
 THREADS = 4 << 20  # bytes: stacks of the transfer threads and of lanes, and what python keeps for each
 KERNELS = 64 << 20  # bytes that products and OpenMP keep for themselves; fitted, docs/log.md
-PACKED = 3  # times a matrix: what a product keeps in its thread; measured with the 1.3 B shape, docs/log.md
+PACKED = 3  # times a matrix: what may come within one product, its operands packed and its result
 BUFFERS = {"split": 3, "none": 3, "same": 0}  # of a piece in fp32, by how masters are kept: master, gradient, one more
 
 
@@ -68,7 +68,7 @@ def find_needs(
     """`bare` is the rehearsed plan, with nothing near."""
     recycle = max(RECYCLE, _largest_recurring(rehearsed.script.steps[-1], sizes) + PAGE)
     largest_chunk = max((size.largest_state for size in sizes.values()), default=0)
-    scratch = _updating(sizes, bare) + _exchanged(sizes, bare) + _other_lanes(sizes, rows, bare)
+    scratch = _updating(sizes, bare) + _exchanged(sizes, bare)
     scratch += THREADS + KERNELS + (3 * BOUNCE if rows else 0)
     headroom = Ceiling.WORTH + PACKED * _largest_matrix(sizes, rows)
     least = pages(int(LOOSE * (pinned_peak(rehearsed.script, homes(bare, always)) + 2 * largest_chunk)))
@@ -151,11 +151,6 @@ def _updating(sizes: dict[str, WeightSize], plan: Plan) -> int:
 def _exchanged(sizes: dict[str, WeightSize], plan: Plan) -> int:
     """What comes of a gradient from other workers, and the sum."""
     return 2 * max(size.largest_gradient for size in sizes.values()) if plan.workers > 1 else 0
-
-
-def _other_lanes(sizes: dict[str, WeightSize], rows: dict[str, int], plan: Plan) -> int:
-    """What the products of every lane but the first keep: oneDNN packs operands into memory that belongs to the thread."""
-    return (plan.accumulate - 1) * PACKED * _largest_matrix(sizes, rows)
 
 
 def _largest_matrix(sizes: dict[str, WeightSize], rows: dict[str, int]) -> int:
