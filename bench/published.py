@@ -52,10 +52,12 @@ ROWS = [
 
 @dataclass(frozen=True)
 class Found:
-    """Bytes on each device, bytes of all state, and seconds of compute and of each link."""
+    """Bytes on each device, of which `inputs` are what units leave there for backward; bytes of all state; and seconds of
+    compute and of each link."""
 
     parameters: int
     device_bytes: int
+    inputs: int
     state_bytes: int
     seconds: dict[str, float]
 
@@ -99,9 +101,11 @@ def find(row: Row, machine: Machine) -> Found:
     held += sum(job.sizes[name].bytes + job.sizes[name].state_bytes for name in job.always)
     state = sum(size.state_bytes for size in job.sizes.values())
     weights = sum(size.bytes for size in job.sizes.values())
+    alive, count = over_units(rehearsed, most_alive), len(rehearsed.units)
     return Found(
         sum(size.weight.numel for size in job.sizes.values()),
-        int(held + over_units(rehearsed, most_alive)) + CONTEXT,
+        int(held + alive) + CONTEXT,
+        int((alive - most_alive(rehearsed.over(rehearsed.units[:FEWEST]))) * (count - 2) / (count - FEWEST)),
         weights + state,
         _seconds(machine, rehearsed, weights, state),
     )
@@ -139,7 +143,8 @@ def _seconds(machine: Machine, rehearsed: Rehearsed, weights: int, state: int) -
 def line(row: Row) -> str:
     machine = in_half_precision(find_machine(row.machine))
     found = find(row, machine)
-    on_device = found.device_bytes <= machine.capacity("device")
+    room = machine.capacity("device") - found.device_bytes
+    fits = "yes" if room >= 0 else "with inputs moved" if room + found.inputs >= 0 else "no"
     rest = SPARED * machine.capacity("host") + machine.capacity("disk") / 2  # a block on disk has two extents
     longest = max(found.seconds, key=lambda name: found.seconds[name])
     cells = [
@@ -147,7 +152,9 @@ def line(row: Row) -> str:
         f"`{row.machine}`",
         f"{found.parameters / 1e9:,.0f} B, {row.batch} x {row.tokens}",
         row.published,
-        f"{'yes' if on_device and found.state_bytes <= rest else 'no'}, {found.device_bytes / 2**30:.1f} GiB",
+        fits if found.state_bytes <= rest else "no",
+        f"{found.device_bytes / 2**30:.1f} ({found.inputs / 2**30:.1f}) GiB",
+        f"{max(room, 0) / 2e9:.1f} B" if machine.compute.count == 1 else "",
         f"{rest / found.state_bytes * found.parameters / 1e9:,.0f} B",
         f"{found.seconds[longest]:.1f} ({longest})",
     ]
@@ -155,8 +162,11 @@ def line(row: Row) -> str:
 
 
 def main() -> None:
-    print("| who | machine | model | published | fits, bytes on a device | state fits up to | s/step at least |")
-    print("|---|---|---|---|---|---:|---:|")
+    print(
+        "| who | machine | model | published | fits | on a device (inputs) | weights on it up to | state up to "
+        "| s/step at least |"
+    )
+    print("|---|---|---|---|---|---:|---:|---:|---:|")
     for row in ROWS:
         print(line(row), flush=True)
 

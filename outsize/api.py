@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from outsize.model.companions import COMPANIONS
 from outsize.model.load import open_model
 from outsize.model.units import find_units
 from outsize.plan import Plan, Request
-from outsize.planner.training import Place, Task, plan_training
+from outsize.planner.training import Place, Planning, Task, plan_training
 from outsize.sizes import parse_size
 from outsize.train.export import Exported, export_checkpoint
 from outsize.train.job import Job, bind
@@ -87,10 +89,15 @@ def attach(
     return bind(model, units, plan, rule, store, read, CPU, progress=forget)
 
 
-def plan(
+def plan(model: str, *, memory: str | int, **asked: Any) -> Plan:
+    """What a job with `model` would do within `memory`, without doing it; `asked` is as `planning` has it. The plan prints
+    itself as a table. Raises OptionError, ModelError, or BudgetError with the smallest memory that works."""
+    return planning(model, **asked)(parse_size(memory))
+
+
+def planning(
     model: str,
     *,
-    memory: str | int,
     task: str = "train",
     machine: str | Path | Machine | None = None,
     directory: str | Path = ".",
@@ -98,13 +105,13 @@ def plan(
     optimizer_options: dict[str, Any] | None = None,
     block_class: str | None = None,
     **request: Any,
-) -> Plan:
-    """What `task` with `model` would do within `memory`, without doing it. The plan prints itself as a table.
+) -> Callable[[str | int], Plan]:
+    """Plans of one job within one memory after another; all else is measured once, so that memory alone makes them differ.
 
-    For `train`, `request` takes the fields of `outsize.plan.Request` (sequence_length, batch_size, accumulate, precision,
-    moments, clip, loss, activations, commit_every, keeper); for `serve`, context, concurrency and step_tokens. `machine`
-    is the name or file of one described, None this one, whose disk is that of `directory`. `model` may be a folder that
-    holds nothing but config.json. Raises OptionError, ModelError, or BudgetError with the smallest memory that works."""
+    For the `task` train, `request` takes the fields of `outsize.plan.Request` (sequence_length, batch_size, accumulate,
+    precision, moments, clip, loss, activations, commit_every, keeper); for `serve`, context, concurrency and step_tokens.
+    `machine` is the name or file of one described, None this one, whose disk is that of `directory`. `model` may be a
+    folder that holds nothing but config.json. Raises OptionError or ModelError; the plans raise BudgetError."""
     known = {
         "train": {field.name for field in fields(Request)} - {"memory_bytes", "hold"},
         "serve": {"context", "concurrency", "step_tokens"},
@@ -113,11 +120,12 @@ def plan(
         raise OptionError(f"task {task!r} cannot be planned; there are train and serve.")
     if unknown := sorted(request.keys() - known):
         raise OptionError(f"plan of {task} has no option {unknown[0]!r}; it has {', '.join(sorted(known))}.")
+    there = _machine(machine, Path(directory))
     if task == "serve":
         from outsize.serving import plan_service
 
-        return plan_service(model, memory=memory, machine=_machine(machine, Path(directory)), **request)
-    asked, place = Request(parse_size(memory), **request), _machine(machine, Path(directory))
+        return plan_service(model, machine=there, **request)
+    asked = Request(0, **request)
     source = open_model(model)
     tokenizer = source.tokenizer()  # a run will hold it
     make = source.build if source.files.has_weights else source.outline
@@ -126,10 +134,14 @@ def plan(
         parameter.requires_grad_(True)
     rule = rule_of(optimizer, optimizer_options or {})
     units = find_units(module, block_class)
-    here = Place(place, process_memory().resident_bytes, place.capacity("disk"))
-    found = plan_training(Task(module, units, rule, asked, [], source.stored_dtype, block_class), here)
-    del tokenizer
-    return found
+    here = Place(there, process_memory().resident_bytes, there.capacity("disk"))
+    found = Planning(Task(module, units, rule, asked, [], source.stored_dtype, block_class), here)
+    return partial(_within, found, tokenizer)
+
+
+def _within(planning: Planning, _held: object, memory: str | int) -> Plan:
+    """`_held` counts in the baseline, as long as plans are made."""
+    return planning.within(parse_size(memory))
 
 
 def _machine(machine: str | Path | Machine | None, directory: Path) -> Machine:

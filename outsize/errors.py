@@ -10,7 +10,12 @@ class OptionError(OutsizeError):
 
 
 class BudgetError(OutsizeError):
-    """The job does not fit the memory or the disk it was given; the message says how much would do."""
+    """The job does not fit the memory or the disk it was given; the message says how much would do, and so does `least`:
+    bytes of memory, or None where memory is not what is missing."""
+
+    def __init__(self, message: str, least: int | None = None) -> None:
+        super().__init__(message)
+        self.least = least
 
 
 class ModelError(OutsizeError):

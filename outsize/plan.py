@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from textwrap import fill
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from outsize.errors import OptionError
 from outsize.sizes import format_size
+
+WIDTH = 80  # columns that a plan prints itself on
 
 
 @dataclass(frozen=True)
@@ -186,7 +189,12 @@ class Plan:
         if predicted is not None:
             rows[:0] = _outcome(self, predicted) if self.served is None else _service(self, self.served, predicted)
         width = max((len(what) for what, _ in rows), default=0)
-        return "\n".join(f"{what:<{width}}  {why}" for what, why in rows)
+        return "\n".join(_line(what, why, width) for what, why in rows)
+
+
+def _line(what: str, why: str, width: int) -> str:
+    """A row of the table; what does not fit goes on below."""
+    return fill(why, WIDTH, initial_indent=f"{what:<{width}}  ", subsequent_indent=" " * (width + 2))
 
 
 def _outcome(plan: Plan, predicted: Predicted) -> list[tuple[str, str]]:

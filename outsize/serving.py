@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -113,19 +114,22 @@ def _scratch(parent: str | Path | None) -> tempfile.TemporaryDirectory[str]:
 def plan_service(
     model: str,
     *,
-    memory: str | int,
     machine: Machine,
     context: int | None = None,
     concurrency: int = 32,
     step_tokens: int = 512,
-) -> Plan:
-    """What `Engine` would do with `model` within `memory`, without doing it, and what requests would see on `machine`.
-    `model` may be a folder that holds nothing but config.json. Raises as `Engine` does."""
-    request = ServeRequest(parse_size(memory), context, concurrency, step_tokens)
+) -> Callable[[str | int], Plan]:
+    """What `Engine` would do with `model` within one memory after another, without doing it, and what requests would see on
+    `machine`. `model` may be a folder that holds nothing but config.json. Raises as `Engine` does."""
     module = _module(open_model(model))
     place = Place(machine, process_memory().resident_bytes, machine.capacity("disk"))
-    found = plan_serving(module, find_units(module), request, place.baseline_bytes, place.disk_free_bytes)
-    return with_forecast(found, module, machine, place.prices)
+
+    def within(memory: str | int) -> Plan:
+        request = ServeRequest(parse_size(memory), context, concurrency, step_tokens)
+        found = plan_serving(module, find_units(module), request, place.baseline_bytes, place.disk_free_bytes)
+        return with_forecast(found, module, machine, place.prices)
+
+    return within
 
 
 def _module(source: ModelSource) -> Any:

@@ -5,12 +5,14 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 
 import pytest
 
 import outsize
+from outsize.plan import Plan, Predicted
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -109,3 +111,9 @@ def test_every_option_is_documented() -> None:
 def test_every_target_says_what_it_does() -> None:
     shown = subprocess.check_output(["make", "--no-print-directory", "help"], text=True, cwd=ROOT)
     assert set(re.findall(r"^make ([a-z-]+) +\S", shown, re.MULTILINE)) == targets()
+
+
+def test_every_key_of_a_plan_is_documented() -> None:
+    said = (ROOT / "docs" / "plan.md").read_text()
+    keys = {field.name for kind in (Plan, Predicted) for field in fields(kind)}
+    assert sorted(key for key in keys if f"`{key}`" not in said) == []

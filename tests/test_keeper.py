@@ -185,7 +185,7 @@ def test_a_plan_has_the_keeper_that_was_asked_for_or_is_refused() -> None:
     large = plan(replace(request, keeper=False)).predicted
     assert large is not None
     least = large.host_peak_bytes - dict(large.memory)[TENSORS]
-    with pytest.raises(BudgetError, match=r"Give --memory \d+MiB, or --no-keeper") as refused:
+    with pytest.raises(BudgetError, match=r"Give --memory \d+MiB, or leave --keeper out") as refused:
         plan(replace(request, memory_bytes=least))
     enough = int(str(refused.value).rpartition("--memory ")[2].partition("MiB")[0]) << 20
     found = plan(replace(request, memory_bytes=enough))

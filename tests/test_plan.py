@@ -91,6 +91,7 @@ def test_a_plan_prints_itself() -> None:
     said = str(planned())
     for what in ("memory", "a step takes", "a step moves", "numbers", "near", "arena", "activations"):
         assert f"\n{what} " in f"\n{said}"
+    assert all(len(line) <= 80 for line in said.splitlines())
 
 
 # -- what a plan may say ------------------------------------------------------------------------------------------------

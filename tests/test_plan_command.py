@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,7 +13,9 @@ import pytest
 from models import tiny_model, write_model
 from typer.testing import CliRunner
 
+from outsize.api import planning
 from outsize.cli import app
+from outsize.errors import OptionError
 from outsize.plan import Plan
 from outsize.training import read_plan
 
@@ -51,6 +54,35 @@ def test_sizes_are_compared(model: Path, tmp_path: Path) -> None:
     assert "is too small" in found["100MiB"]
     assert found["4GiB"]["memory_bytes"] == 4 << 30
     assert (tmp_path / "sizes.png").exists()
+
+
+def test_a_comparison_is_a_table_that_says_what_would_do(model: Path) -> None:
+    head, small, *others = plan(model, "--compare", "100MiB,4GiB").splitlines()
+    assert head.split() == ["memory", "peak", "s/step", "tokens/s", "waiting", "read", "written", "numbers"]
+    assert [line.split()[0] for line in others] == ["3GiB", "4GiB"]
+    assert all(len(line) <= 80 for line in (head, small, *others))
+    needed = re.fullmatch(r"100MiB +does not fit; ([0-9]+)MiB is the smallest that does", small)
+    assert needed is not None
+    assert planned(
+        model, "--compare", "", "--memory", f"{8 + int(needed[1])}MiB"
+    ).predicted  # no two processes are alike
+
+
+def test_what_is_compared_differs_by_memory_alone(model: Path) -> None:
+    """Prices are measured on this machine, where no two measurements come out the same."""
+    within = planning(str(model), sequence_length=32)
+    few, many, again = (within(size).predicted for size in ("3GiB", "4GiB", "3GiB"))
+    assert few is not None and many is not None and again is not None
+    assert few.compute_seconds == many.compute_seconds
+    assert few.timeline == again.timeline and few.host_peak_bytes == again.host_peak_bytes
+
+
+@pytest.mark.parametrize("what", ["--save", "--trace"])
+def test_what_is_of_one_plan_is_refused_for_several(model: Path, tmp_path: Path, what: str) -> None:
+    options = ["plan", "--model", str(model), "--memory", "3GiB", "--compare", "4GiB", what, str(tmp_path / "kept")]
+    done = CliRunner().invoke(app, options)
+    assert isinstance(done.exception, OptionError) and "are of one plan" in str(done.exception)
+    assert not (tmp_path / "kept").exists()
 
 
 def test_the_optimizers_options_count(model: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,8 +16,8 @@ from outsize.sizes import format_size, parse_size
 if TYPE_CHECKING:
     from outsize.plan import Plan
 
-TRAINED = ("peak", "seconds a step", "tokens/s", "waiting", "read", "written", "numbers")
-SERVED = ("peak", "requests", "tokens/s alone", "together", "first token", "read")
+TRAINED = ["peak", "s/step", "tokens/s", "waiting", "read", "written", "numbers"]
+SERVED = ["peak", "requests", "tokens/s", "together", "first token", "read"]
 
 
 def plan(
@@ -61,10 +62,12 @@ def plan(
     sizes = [size.strip() for size in compare.split(",")] if compare else []
     for size in sizes:
         parse_size(size)
-    from outsize.api import plan as make
-
     if task == "serve" and (picture or trace):
         raise OptionError("--picture and --trace show a step of training; leave them out for --task serve.")
+    if sizes and (save or trace):
+        raise OptionError("--save and --trace are of one plan; leave them out with --compare, or --compare out.")
+    from outsize.api import planning
+
     where = {"task": task, "machine": machine, "directory": directory}
     asked: dict[str, Any] = {
         "block_class": block_class,
@@ -84,10 +87,8 @@ def plan(
     if task == "serve":
         asked = {"context": context, "concurrency": concurrency, "step_tokens": step_tokens}
 
-    def planned(size: str) -> Plan:
-        return make(model, memory=size, **where, **asked)
-
     with interruptible("Nothing was kept."):
+        planned = planning(model, **where, **asked)
         if sizes:
             _compare(planned, dict.fromkeys([memory, *sizes]), picture, json_lines)
             return
@@ -116,32 +117,47 @@ def _write(path: Path, text: str) -> None:
         raise StorageError(f"{path} cannot be written: {problem.strerror}. Choose another place.") from problem
 
 
-def _compare(planned: Any, sizes: dict[str, None], picture: Path | None, json_lines: bool) -> None:
-    """One line for each size; one that is too small says so."""
-    found: dict[str, Plan | str] = {}
+def _compare(planned: Callable[[str], Plan], sizes: dict[str, None], picture: Path | None, json_lines: bool) -> None:
+    """One line for each size; one that is too small says which would do."""
+    found: dict[str, Plan | BudgetError] = {}
     for size in sorted(sizes, key=parse_size):
         try:
             found[size] = planned(size)
         except BudgetError as problem:
-            found[size] = str(problem)
-    plans = {size: plan for size, plan in found.items() if not isinstance(plan, str)}
+            found[size] = problem
+    plans = [plan for plan in found.values() if not isinstance(plan, BudgetError)]
     if picture is not None:
         from outsize.planner.pictures import draw_comparison
 
         if not plans:
             raise OptionError("No size of --compare is enough, so there is nothing to draw.")
-        draw_comparison(list(plans.values()), picture)
+        draw_comparison(plans, picture)
     if json_lines:
-        print(json.dumps({size: p if isinstance(p, str) else json.loads(p.to_json()) for size, p in found.items()}))
+        told = {s: str(p) if isinstance(p, BudgetError) else json.loads(p.to_json()) for s, p in found.items()}
+        print(json.dumps(told))
         return
-    from rich.console import Console
-    from rich.table import Table
+    head = SERVED if any(plan.served is not None for plan in plans) else TRAINED
+    print(_table(head, {size: _short(p) if isinstance(p, BudgetError) else _columns(p) for size, p in found.items()}))
 
-    served = any(plan.served is not None for plan in plans.values())
-    table = Table("memory", *(SERVED if served else TRAINED))
-    for size, plan in found.items():
-        table.add_row(size, *(_columns(plan) if not isinstance(plan, str) else ["does not fit"]))
-    Console().print(table)
+
+def _short(problem: BudgetError) -> str:
+    if problem.least is None:
+        return f"does not fit: {problem}"
+    return f"does not fit; {-(-problem.least >> 20)}MiB is the smallest that does"
+
+
+def _table(head: list[str], rows: dict[str, list[str] | str]) -> str:
+    """A line for each size, as narrow as its cells; what is no list of cells is a remark."""
+    columns = zip(head, *(cells for cells in rows.values() if isinstance(cells, list)), strict=True)
+    widths = [max(map(len, column)) for column in columns]
+    first = max(map(len, ("memory", *rows)))
+
+    def line(size: str, cells: list[str] | str) -> str:
+        if isinstance(cells, list):
+            cells = "  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
+        return f"{size:<{first}}  {cells}"
+
+    return "\n".join([line("memory", head), *(line(size, cells) for size, cells in rows.items())])
 
 
 def _columns(plan: Plan) -> list[str]:

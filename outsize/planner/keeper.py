@@ -25,10 +25,11 @@ def twin_bytes(sizes: dict[str, WeightSize]) -> int:
     return PROCESS + sum((size.bytes if size.weight.trainable else 0) + size.state_bytes for size in sizes.values())
 
 
-def no_room(request: Request, twins: int, needed: int) -> BudgetError:
-    """`needed`: the memory in which all of the state stays near, and `twins` beside it."""
-    least = -(-needed >> 20)
+def no_room(request: Request, twins: int, least: int) -> BudgetError:
+    """`least`: the memory in which all of the state stays near, and `twins` beside it."""
     return BudgetError(
         f"A keeper holds state that stays in memory, all of it, and {format_size(twins)} more: that takes "
-        f"{least} MiB, and the budget is {format_size(request.memory_bytes)}. Give --memory {least}MiB, or --no-keeper."
+        f"{format_size(least)}, and the budget is {format_size(request.memory_bytes)}. Give --memory {least >> 20}MiB, or "
+        "leave --keeper out.",
+        least,
     )

@@ -89,7 +89,9 @@ def _draw_memory(axes: Axes, plan: Plan, length: float) -> None:
     axes.set_ylabel("MiB")
     axes.set_xlim(0, 1.09 * length)
     axes.set_ylim(0, 1.12 * max(predicted.host_peak_bytes, plan.memory_bytes or 0) / 2**20)
-    set_title(axes, f"The plan: memory of the process peaks at {format_size(predicted.host_peak_bytes)}")
+    set_title(
+        axes, f"Memory, as predicted (not measured): the process peaks at {format_size(predicted.host_peak_bytes)}"
+    )
     axes.legend(frameon=False, fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16))
 
 

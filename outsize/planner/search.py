@@ -105,6 +105,11 @@ class Search:
         self.ways, self.rehearsed = ways, rehearsed
         self.tried: list[Choice] = []
 
+    def within(self, memory_bytes: int) -> Search:
+        """The same for another budget."""
+        bare, request = replace(self.bare, memory_bytes=memory_bytes), replace(self.request, memory_bytes=memory_bytes)
+        return Search(bare, self.job, self.needs, request, self.ways, self.rehearsed)
+
     @property
     def room(self) -> int:
         """Bytes for the arena and for what may stay near; some are left for what was not foreseen."""

@@ -65,7 +65,8 @@ def plan_serving(
                 f"A budget of {format_size(request.memory_bytes)} is too small for {context} tokens of context: at least "
                 f"{format_size(needed)} are needed ({format_size(baseline_bytes)} for Python and its libraries, "
                 f"{format_size(least)} for the largest layer, {format_size(room.one * room.page_bytes)} for keys and "
-                f"values). Give --memory {-(-needed // (1 << 20))}MiB, or a shorter context."
+                f"values). Give --memory {-(-needed // (1 << 20))}MiB, or a shorter context.",
+                needed,
             )
         arena = min(wanted, room.left - room.one * room.page_bytes) // pages(1) * pages(1)
         room.left -= arena

@@ -18,7 +18,7 @@ from outsize.model.vocabulary import Table
 from outsize.plan import KEEP, MOVE, RECOMPUTE, Activations, Plan, Request
 from outsize.planner.clock import ways_of
 from outsize.planner.keeper import no_room
-from outsize.planner.needs import Needs, find_needs
+from outsize.planner.needs import find_needs
 from outsize.planner.prices import MeasuredPrices, Prices, RatedPrices, seconds_of_passing
 from outsize.planner.rehearsal import Batch, rehearse
 from outsize.planner.search import Choice, JobSizes, Search
@@ -78,25 +78,42 @@ def plan_training(task: Task, place: Place) -> Plan:
     """The fastest plan within `task.request.memory_bytes`.
 
     Raises BudgetError, with the smallest budget that works, when the job does not fit memory or disk."""
-    if 2 * task.job.all_bytes > place.disk_free_bytes:
-        raise BudgetError(_disk_too_small(2 * task.job.all_bytes, place))
-    found: list[tuple[Choice, Search]] = []
-    tried: list[Search] = []
-    for search in searches(task, place):
-        tried.append(search)
-        if search.least <= task.request.memory_bytes:
-            found.append((search.best(), search))
-            if found[-1][0].forecast.hides_all:
-                break  # what comes computes more
-    if not found:
-        least = min(tried, key=lambda search: search.least)
-        if least.twins:
-            raise no_room(task.request, least.twins, least.least)
-        raise BudgetError(_too_small(task.request, least.needs))
-    choice, search = min(found, key=lambda pair: pair[0].forecast.seconds)
-    plan = search.finished(choice)
-    check_disk(plan, place)
-    return plan
+    return Planning(task, place).within(task.request.memory_bytes)
+
+
+class Planning:
+    """A job at a place, planned within one budget after another. What no budget changes is measured and rehearsed once, so
+    that plans differ by their budgets alone."""
+
+    def __init__(self, task: Task, place: Place) -> None:
+        self._task, self._place = task, place
+        self._known: list[Search] = []
+        self._coming = searches(task, place)
+
+    def within(self, memory_bytes: int) -> Plan:
+        """As `plan_training`."""
+        if 2 * self._task.job.all_bytes > self._place.disk_free_bytes:
+            raise BudgetError(_disk_too_small(2 * self._task.job.all_bytes, self._place))
+        found: list[tuple[Choice, Search]] = []
+        tried: list[Search] = []
+        for search in self._each():
+            tried.append(search.within(memory_bytes))
+            if tried[-1].least <= memory_bytes:
+                found.append((tried[-1].best(), tried[-1]))
+                if found[-1][0].forecast.hides_all:
+                    break  # what comes computes more
+        if not found:
+            raise _no_memory(min(tried, key=lambda search: search.least))
+        choice, search = min(found, key=lambda pair: pair[0].forecast.seconds)
+        plan = search.finished(choice)
+        check_disk(plan, self._place)
+        return plan
+
+    def _each(self) -> Iterator[Search]:
+        yield from self._known
+        for search in self._coming:
+            self._known.append(search)
+            yield search
 
 
 def searches(task: Task, place: Place) -> Iterator[Search]:
@@ -192,23 +209,25 @@ def table_rows(parameter: nn.Parameter) -> int:
     return max(1, min(TABLE_ROWS, TABLE_BLOCK // parameter[0].numel()))
 
 
-def _too_small(request: Request, needs: Needs) -> str:
+def _no_memory(search: Search) -> BudgetError:
+    """`search` is the one that needs the least memory."""
+    request, needs = search.request, search.needs
+    if search.twins:
+        return no_room(request, search.twins, _round_up(search.least))
+    least = _round_up(needs.least)
     parts = (
         f"{format_size(needs.baseline)} for Python and its libraries, {format_size(needs.tensors)} tensors of a "
         f"step at {request.batch_size} x {request.sequence_length} tokens, "
         f"{format_size(needs.least_arena)} for the largest layer on its way, "
         f"{format_size(needs.always + needs.scratch)} small weights and buffers"
     )
-    return (
+    return BudgetError(
         f"A budget of {format_size(request.memory_bytes)} is too small: this job needs at least "
-        f"{format_size(_round_up(needs.least))} ({parts}). Give --memory {_mebibytes(needs.least)}, or a shorter sequence."
+        f"{format_size(least)} ({parts}). Give --memory {least >> 20}MiB, or a shorter sequence.",
+        least,
     )
 
 
 def _round_up(nbytes: int) -> int:
     """To whole steps of 8 MiB, and at least half of one: no two processes hold quite the same."""
     return -(-(nbytes + (4 << 20)) // (8 << 20)) * (8 << 20)
-
-
-def _mebibytes(nbytes: int) -> str:
-    return f"{_round_up(nbytes) >> 20}MiB"
