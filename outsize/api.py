@@ -76,7 +76,7 @@ def attach(
     baseline = max(process_memory().resident_bytes - in_memory, 0)
     task = Task(model, units, rule, request, block_class=block_class)
     plan = plan_training(task, Place(this_machine(directory), baseline, describe(directory).disk_free_bytes))
-    recycle_up_to(plan.recycle_bytes)  # planning has tried other sizes
+    recycle_up_to(plan.recycle_bytes)
     store = open_store(plan, folder)
 
     def read(name: str, start: int, stop: int) -> torch.Tensor:

@@ -140,7 +140,7 @@ class Plan:
     clip: float | None = None
     moments: str = "fp32"
     commit_every: int = 1
-    recycle_bytes: int = 8 << 20
+    recycle_bytes: int = 32 << 20
     headroom_bytes: int = 0
     shared_bytes: int = 0
     workers: int = 1

@@ -35,8 +35,7 @@ def check_plan(plan: Plan, task: Task, place: Place) -> Plan:
         raise OptionError("The plan has no keeper (shared_bytes is 0). Make it with --keeper, or leave --keeper out.")
     _check_shared(plan, job)
     search = search_of(replace(task, request=replace(request, commit_every=plan.commit_every)), place, job, plan)
-    tensors = tensor_bytes(search.rehearsed, plan.recycle_bytes)
-    search.needs = replace(search.needs, recycle=plan.recycle_bytes, tensors=tensors)
+    search.needs = replace(search.needs, tensors=tensor_bytes(search.rehearsed, plan.recycle_bytes))
     told = Placement(
         near_weights=plan.near_weights | job.always,
         near_states=plan.near_states,

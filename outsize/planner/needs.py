@@ -11,7 +11,7 @@ from math import prod
 from outsize.machine.allocator import Ceiling
 from outsize.machine.heap import Change, heap_peak
 from outsize.memory.disk import BOUNCE
-from outsize.memory.tier import PAGE, pages
+from outsize.memory.tier import pages
 from outsize.model.units import Unit
 from outsize.plan import Plan
 from outsize.planner.rehearsal import Rehearsed, homes
@@ -23,7 +23,6 @@ from outsize.train.update import CHUNK, PIECE
 READ_AHEAD = 2  # chunks of state that may be on their way while one is stepped
 LOOSE = 1.1  # leases end in another order than they begin, so that free room is in pieces
 MANY = 48  # units that the C library is asked about
-RECYCLE = 4 << 20  # bytes; tensors up to this size are always kept by the C library for the next one
 THREADS = 4 << 20  # bytes: stacks of the transfer threads and of lanes, and what python keeps for each
 KERNELS = 64 << 20  # bytes that products and OpenMP keep for themselves; fitted, docs/log.md
 PACKED = 3  # times a matrix: what may come within one product, its operands packed and its result
@@ -44,7 +43,6 @@ class Needs:
     least_arena: int
     good_arena: int
     always: int
-    recycle: int
     headroom: int
 
     @property
@@ -66,7 +64,6 @@ def find_needs(
     bare: Plan,
 ) -> Needs:
     """`bare` is the rehearsed plan, with nothing near."""
-    recycle = max(RECYCLE, _largest_recurring(rehearsed.script.steps[-1], sizes) + PAGE)
     largest_chunk = max((size.largest_state for size in sizes.values()), default=0)
     scratch = _updating(sizes, bare) + _exchanged(sizes, bare)
     scratch += THREADS + KERNELS + (3 * BOUNCE if rows else 0)
@@ -75,12 +72,11 @@ def find_needs(
     largest_unit = max((_unit_bytes(unit, sizes, rows, always) for unit in units), default=0)
     return Needs(
         baseline=baseline,
-        tensors=tensor_bytes(rehearsed, recycle),
+        tensors=tensor_bytes(rehearsed, bare.recycle_bytes),
         scratch=scratch + headroom,
         least_arena=least,
         good_arena=pages(least + int(1.2 * largest_unit) + READ_AHEAD * largest_chunk),
         always=sum(sizes[name].bytes + sizes[name].state_bytes for name in always),
-        recycle=recycle,
         headroom=headroom,
     )
 
@@ -128,14 +124,6 @@ def _changes(events: Iterable[Event]) -> list[Change]:
 def _live_peak(changes: Iterable[Change]) -> int:
     """The most bytes of tensors alive at once."""
     return max(accumulate((nbytes for _, nbytes in changes), initial=0))
-
-
-def _largest_recurring(events: Iterable[Event], sizes: dict[str, WeightSize]) -> int:
-    """Bytes of the largest tensor that comes again and again in a step, gradients of weights not counted: they are
-    larger than most, and as many come from other places."""
-    gradients = {block for size in sizes.values() for block in (size.bytes, pages(size.bytes))}
-    counts = Counter(event.nbytes for event in events if isinstance(event, Live) and event.nbytes > 0)
-    return max((n for n, count in counts.items() if count >= 4 and pages(n) not in gradients), default=0)
 
 
 def _updating(sizes: dict[str, WeightSize], plan: Plan) -> int:

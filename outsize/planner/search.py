@@ -13,13 +13,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from outsize.errors import BudgetError
-from outsize.machine.allocator import LARGEST_RECYCLED
 from outsize.memory.tier import PAGE, pages
 from outsize.plan import KEEP, MOVE, NEAR, RECOMPUTE, Activations, Plan, Predicted, Request
 from outsize.planner.clock import Ways
 from outsize.planner.forecast import Forecast, forecast, with_snapshots
 from outsize.planner.keeper import keeper_bytes, twin_bytes
-from outsize.planner.needs import Needs, gradient_bytes, tensor_bytes
+from outsize.planner.needs import Needs, gradient_bytes
 from outsize.planner.rehearsal import Rehearsed, homes
 from outsize.planner.script import Create
 from outsize.planner.sizes_of import WeightSize
@@ -88,8 +87,6 @@ class Placement:
     arena_bytes: int
     gradient_home: str
     filled: str
-    generous: bool = False
-    """The C library keeps the memory of large tensors too for the next ones."""
     shared: bool = False
     """All blocks lie in memory that outlives the process, each with a twin."""
 
@@ -137,11 +134,6 @@ class Search:
             return self.needs.least
         return int((self.needs.fixed + self.everything + self.twins) / (1 - SPARE)) + 1
 
-    @cached_property
-    def hoarding(self) -> int:
-        """Bytes for a step's tensors when the C library keeps large ones too."""
-        return tensor_bytes(self.rehearsed, LARGEST_RECYCLED)
-
     @property
     def moves(self) -> bool:
         """Activations pass through the arena, or weights that workers gather."""
@@ -151,9 +143,7 @@ class Search:
         """Placements that fit, no two alike."""
         if self.everything + self.twins <= self.room:
             names, arena = frozenset(self.job.sizes), self.needs.least_arena if self.moves else pages(1)
-            hoard = max(self.hoarding - self.needs.tensors, 0)
-            generous = hoard <= self.room - self.everything - self.twins
-            yield Placement(names, names, arena, "host", "everything", generous, shared=self.twins > 0)
+            yield Placement(names, names, arena, "host", "everything", shared=self.twins > 0)
             return
         good, least = self.needs.good_arena, self.needs.least_arena
         tried = [("weights", good), ("weights", 2 * good), ("weights", least), ("states", good), ("states", least)]
@@ -201,7 +191,6 @@ class Search:
             near_weights=placement.near_weights,
             near_states=placement.near_states,
             gradient_home=placement.gradient_home,
-            recycle_bytes=LARGEST_RECYCLED if placement.generous else self.needs.recycle,
             headroom_bytes=self.needs.headroom,
             shared_bytes=self.job.all_bytes if placement.shared else 0,
         )
@@ -263,7 +252,7 @@ class Search:
             ("Python, libraries and the process as it stands", self.needs.baseline),
             ("weights, state and gradients that stay near", self.near_bytes(placement)),
             ("the arena for what streams", placement.arena_bytes),
-            (TENSORS, self.hoarding if placement.generous else self.needs.tensors),
+            (TENSORS, self.needs.tensors),
             ("buffers of update and transfers", self.needs.scratch),
             *(
                 (("a second copy of what changes, and the process that keeps it", twin_bytes(self.job.sizes)),)
