@@ -110,6 +110,21 @@ class Search:
         bare, request = replace(self.bare, memory_bytes=memory_bytes), replace(self.request, memory_bytes=memory_bytes)
         return Search(bare, self.job, self.needs, request, self.ways, self.rehearsed)
 
+    def loosened(self) -> Search:
+        """With the least arena as large as a step needs in which everything streams: between leases of several sizes, which
+        end in another order than they begin, there are gaps that no block fits. That placement is tried, then."""
+        found, always = self.within(self.request.memory_bytes), frozenset(self.job.always)
+        while True:
+            least = found.needs.least_arena
+            placement = Placement(always, always, least, "disk", "nothing")
+            try:
+                found.tried.append(Choice(placement, found.foretell(placement)))
+                return found
+            except BudgetError:
+                larger = pages(int(1.1 * least))
+                good = max(larger, found.needs.good_arena)
+                found.needs = replace(found.needs, least_arena=larger, good_arena=good)
+
     @property
     def room(self) -> int:
         """Bytes for the arena and for what may stay near; some are left for what was not foreseen."""

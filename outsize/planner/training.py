@@ -99,7 +99,8 @@ class Planning:
         tried: list[Search] = []
         fastest = inf
         for search in self._each():
-            tried.append(search.within(memory_bytes))
+            mine = search.within(memory_bytes)
+            tried.append(mine.loosened() if mine.room < mine.needs.good_arena else mine)
             if tried[-1].least <= memory_bytes and search.rehearsed.work < fastest:
                 found.append((tried[-1].best(), tried[-1]))
                 fastest = min(fastest, found[-1][0].forecast.seconds)
