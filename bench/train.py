@@ -128,7 +128,7 @@ def layers(bench: Bench, plain_large: bool) -> None:
 
 def soak(bench: Bench, plain_large: bool) -> None:
     """Many steps of a model whose state does not fit the budget: nothing may grow."""
-    bench.streamed(TINY, bench.prepare(TINY), 0.7, steps=1000, sequence_length=64)
+    bench.streamed(TINY, bench.prepare(TINY), 0.62, steps=1000, sequence_length=64)
 
 
 GROUPS: dict[str, Callable[[Bench, bool], None]] = {
