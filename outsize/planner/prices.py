@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
 
 from outsize.machine.machine import Machine
+from outsize.memory.host import allocate_slab
 
 LARGEST_DONE = 256 << 20  # bytes that an operation may touch to be done for its price
 COLD = 64 << 20  # bytes, more than a processor's caches hold
@@ -72,7 +73,7 @@ class RatedPrices:
 
 @dataclass(frozen=True)
 class MeasuredPrices:
-    """Prices of the machine that this runs on: each operation is done twice, on numbers of the same shapes and dtypes.
+    """Prices of the machine that this runs on: each operation is done twice, on tensors of the same shapes and dtypes.
 
     Memory held meanwhile is what one operation takes in and gives out; one that needs too much of it is only rated."""
 
@@ -99,7 +100,7 @@ class MeasuredPrices:
             with _disable_current_modes():
                 step = make()
                 step()  # makes the optimizer's state
-                torch.ones(COLD, dtype=torch.uint8)
+                _cool()
                 started = perf_counter()
                 step()
                 self._updates[like] = perf_counter() - started
@@ -144,7 +145,7 @@ def _measure(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fl
             for again in (False, True):
                 real_args, real_kwargs = tree_map_only(torch.Tensor, _numbers, (args, kwargs))
                 if again and operations_of(function) is not None:
-                    torch.ones(COLD, dtype=torch.uint8)  # a weight comes from memory, not from a cache
+                    _cool()  # a weight comes from memory, not from a cache
                 started = perf_counter()
                 function(*real_args, **real_kwargs)
                 seconds = perf_counter() - started
@@ -154,11 +155,15 @@ def _measure(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fl
     return seconds
 
 
+def _cool() -> None:
+    """Leave nothing of use in the processor's caches. A slab lies in huge pages, which come fast."""
+    allocate_slab(COLD).fill_(1)
+
+
 def _numbers(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor that looks the same: small random numbers, or zeros where they may be indices."""
+    """A tensor that looks the same: a number that is neither zero nor one, or zeros where they may be indices."""
     elements = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    storage = torch.empty(max(elements, 1), dtype=tensor.dtype)
-    storage = storage.uniform_(-0.5, 0.5) if tensor.is_floating_point() else storage.zero_()
+    storage = torch.full((max(elements, 1),), 0.25 if tensor.is_floating_point() else 0, dtype=tensor.dtype)
     return storage.as_strided(tensor.shape, tensor.stride())
 
 

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -233,6 +234,14 @@ class Rehearsed:
             steps = tuple(spread(step, known, every) for step in self.script.steps)
             self._spread[tuple(every)] = Script(spread(self.script.setup, known, every), steps)
         return self._spread[tuple(every)]
+
+    @cached_property
+    def work(self) -> float:
+        """Seconds of compute and update in a step of all units."""
+        four = self.script.work
+        if not self.units:
+            return four
+        return four + (self.over(self.units[:FEWEST]).work - four) / (FEWEST - 4) * (len(self.units) - 4)
 
     @property
     def whole(self) -> Script:

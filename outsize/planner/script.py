@@ -101,6 +101,11 @@ class Script:
         return Script(_lean(self.setup), tuple(_lean(step) for step in self.steps))
 
     @cached_property
+    def work(self) -> float:
+        """Seconds of compute and update of one step, which no placement makes shorter."""
+        return sum(event.seconds for event in self.steps[-1] if isinstance(event, Spend))
+
+    @cached_property
     def floating_operations(self) -> float:
         """Of one step."""
         return sum(event.floating_operations for event in self.steps[-1] if isinstance(event, Spend))

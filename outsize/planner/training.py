@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import inf
 
 import torch
 from torch import nn
@@ -96,10 +97,12 @@ class Planning:
             raise BudgetError(_disk_too_small(2 * self._task.job.all_bytes, self._place))
         found: list[tuple[Choice, Search]] = []
         tried: list[Search] = []
+        fastest = inf
         for search in self._each():
             tried.append(search.within(memory_bytes))
-            if tried[-1].least <= memory_bytes:
+            if tried[-1].least <= memory_bytes and search.rehearsed.work < fastest:
                 found.append((tried[-1].best(), tried[-1]))
+                fastest = min(fastest, found[-1][0].forecast.seconds)
                 if found[-1][0].forecast.hides_all:
                     break  # what comes computes more
         if not found:
