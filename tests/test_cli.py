@@ -57,7 +57,7 @@ def undisturbed(inputs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFact
 
 def test_train_writes_what_it_promises(undisturbed: Path) -> None:
     lines = steps_of(undisturbed)
-    assert [line["step"] for line in lines] == list(range(STEPS))
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     report = json.loads((undisturbed / "report.json").read_text())
     for side in ("planned", "measured"):
         for key in ("host_peak_bytes", "device_peak_bytes", "bytes_read", "bytes_written", "seconds_per_step"):
