@@ -155,7 +155,7 @@ def test_a_run_of_several_workers_is_listed_verified_and_compared_and_changed_by
     assert outsize("verify", run).stdout == "".join(
         f"worker {rank}, step {STEPS} (committed): whole\n" for rank in range(2)
     )
-    assert "0 of 21 parameters differ" in outsize("diff", run, pair).stdout
+    assert "0 of 30 parameters differ" in outsize("diff", run, pair).stdout
     refused = outsize("keep", run)
     assert (
         refused.returncode == 1 and "can be listed, verified, exported and compared, but not changed" in refused.stderr
