@@ -13,8 +13,10 @@ import pytest
 from soak import losses, prepare
 from typer.testing import CliRunner
 
-from outsize import cli
+from outsize import cli, training
 from outsize.errors import DamageError, OptionError, OutsizeError, RunError, StorageError
+from outsize.machine.find import DESCRIBED, this_machine
+from outsize.machine.machine import Machine
 from outsize.train.state import StateFolder
 
 STEPS = 6
@@ -74,6 +76,35 @@ def test_a_copied_run_rolled_back_repeats_the_same_numbers(run: Path, finished: 
     assert losses(run) == losses(finished) and len(losses(run)) == STEPS
     assert (run / "model" / "model.safetensors").read_bytes() == weights
     assert "whole" in outsize("checkpoint", "verify", run)
+
+
+def test_what_was_planned_for_a_run_is_planned_again_only_when_something_is_otherwise(
+    run: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = []
+
+    def measure(directory: Path) -> Machine:
+        measured.append(directory)
+        return this_machine(directory)
+
+    def resume(*more: object) -> int:
+        """How often the machine was measured so far."""
+        outsize("checkpoint", "rollback", run, 4)
+        outsize("train", "--resume", run, *more)
+        assert losses(run) == losses(finished)
+        return len(measured)
+
+    monkeypatch.setattr(training, "this_machine", measure)
+    assert resume() == 0
+    assert resume("--memory", "3GiB") == 1
+    assert resume() == 1 and "3221225472" in (run / "planned.json").read_text()
+    said = json.loads((run / "planned.json").read_text())
+    (run / "planned.json").write_text(json.dumps(said | {"baseline_bytes": said["baseline_bytes"] - (3 << 30)}))
+    assert resume() == 2, "this process holds more than that one did"
+    (run / "planned.json").write_text("{")
+    assert resume() == 3
+    monkeypatch.setenv("OUTSIZE_MACHINE", str(DESCRIBED / "two-cores.toml"))
+    assert resume() == 4, "the machine was probed since"
 
 
 def test_an_evaluation_that_a_kill_cut_off_is_made_up_for(run: Path, folder: Path) -> None:

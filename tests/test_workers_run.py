@@ -113,7 +113,7 @@ def test_a_stopped_worker_is_given_up(gang: Crew, settings: dict[str, Any], tmp_
     told = {"settings": settings | {"out": str(tmp_path / "run"), "worker_timeout": 5.0, "steps": 1000}}
     codes = gang.attempt("run", 2, tmp_path, told | {"kill": {"rank": 1, "line": 2, "signal": "SIGSTOP"}})
     assert codes == [1, -signal.SIGKILL]
-    assert "worker 1 has not moved for 5 seconds" in said(tmp_path, 2)[0]
+    assert "Worker 1 has not moved for 5 seconds" in said(tmp_path, 2)[0]
 
 
 def test_a_run_goes_on_with_other_numbers_of_workers(

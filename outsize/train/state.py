@@ -80,7 +80,7 @@ class StateFolder:
         return False
 
     def abandon(self) -> None:
-        """Where no step is committed or kept, leave nothing behind, not even the folder; and let go of the lock."""
+        """Where no step is committed or kept, leave nothing behind, not even the folder, and let go of the lock."""
         made = {"blocks", "layout", "lock"}
         with suppress(OSError):  # a disk that fails leaves more
             if set(os.listdir(self.directory)) <= {*made, "kept"} and not os.listdir(self.kept):
@@ -88,7 +88,7 @@ class StateFolder:
                     (self.directory / name).unlink(missing_ok=True)
                 self.kept.rmdir()
                 self.directory.rmdir()
-        self.close()
+                self.close()
 
     def tidy(self) -> None:
         """Remove what killed processes were writing: exports, wherever they are, and packed steps."""
