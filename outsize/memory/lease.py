@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 
 from outsize.memory.entry import Entry
 from outsize.memory.foresight import Touch
 
-if TYPE_CHECKING:
-    from outsize.memory.store import Store
+
+class Lender(Protocol):
+    """What a lease wants of its store."""
+
+    def _change(self, entry: Entry) -> None: ...
+
+    def _give(self, entry: Entry, touch: Touch) -> None: ...
 
 
 class Lease:
     """A pinned copy of a block near compute, for as long as someone uses it. End it with `release` or `drop`."""
 
-    def __init__(self, store: Store, entry: Entry) -> None:
+    def __init__(self, store: Lender, entry: Entry) -> None:
         self._store, self._entry = store, entry
         assert entry.storage is not None
         self.bytes = entry.storage
