@@ -95,20 +95,20 @@ def steps(place: str, out: str, memory: int, keeper: bool, modes: list[str], rou
     def measured(self: Run, number: int, *given: Any, **more: Any) -> Any:
         line = step(self, number, *given, **more)
         started = perf_counter()
-        coming = modes[(number + 1) % len(modes)]
+        coming = modes[number % len(modes)]
         if coming == "commit":
-            self.commit(number + 1)
+            self.commit(number)
         elif coming == "keeper":
-            self._publish(number + 1)
+            self._publish(number)
         between = perf_counter() - started
-        if number >= SKIPPED:
+        if number > SKIPPED:
             seconds = {"seconds": line.seconds - switch["between"], "before": switch["between"]}
             waits = {"waited": line.write_wait_seconds, "read_wait": line.read_wait_seconds}
             took[switch["mode"]].append(seconds | waits)
         switch.update(mode=coming, between=between)
-        if number == SKIPPED + len(modes) * rounds - 1:
-            self.commit(number + 1, wait=True)
-            self._publish(number + 1)
+        if number == SKIPPED + len(modes) * rounds:
+            self.commit(number, wait=True)
+            self._publish(number)
             _say({"medians": {name: _medians(lines) for name, lines in took.items()}, "all": took})
         return line
 

@@ -1,4 +1,4 @@
-"""Serving, one configuration a process: Outsize and what it stands beside, by turns where both fit the memory.
+"""Outsize's serving, one configuration a process; where the model fits, by turns with transformers beside it.
 
 Rates are tokens/s. Decoding is timed while every sequence of the batch decodes: from the moment the last has its first
 token to the moment the first is finished."""
@@ -6,48 +6,34 @@ token to the moment the first is finished."""
 from __future__ import annotations
 
 import functools
-import os
 import random
 import statistics
-import tempfile
 import threading
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from child import Skip
+from cgroup import make_cold, memory_cgroup
+from rivals import WORDS, Elsewhere, seconds
 
-CGROUP = Path("/sys/fs/cgroup/memory")
 PROMPT = 128  # tokens
+BATCH = 8  # of transformers' static batches
+
+Work = list[tuple[list[int], int]]  # prompts, and how many tokens to answer
 
 
-@contextmanager
-def memory_cgroup(limit: int | None) -> Iterator[None]:
-    """This process in a memory cgroup of its own, for whatever it loads from here on."""
-    if limit is None:
-        yield
-        return
-    group, before = CGROUP / f"outsize-bench-{os.getpid()}", _cgroup()
-    try:
-        group.mkdir()
-        (group / "memory.limit_in_bytes").write_text(str(limit))
-        (group / "cgroup.procs").write_text(str(os.getpid()))
-    except OSError as problem:
-        raise Skip(f"no memory cgroup can be made here: {problem}") from problem
-    try:
-        yield
-    finally:
-        (CGROUP / before / "cgroup.procs").write_text(str(os.getpid()))
-        group.rmdir()
+def open_engine(model: str, **options: Any) -> Any:
+    """As the commands `outsize serve` and `outsize generate` do."""
+    from outsize.machine.allocator import use_one_heap
 
+    use_one_heap()
+    import outsize
 
-def _cgroup() -> str:
-    lines = Path("/proc/self/cgroup").read_text().splitlines()
-    return next(line.split(":memory:/")[1] for line in lines if ":memory:/" in line)
+    return outsize.Engine(model, **options)
 
 
 # -- past memory --------------------------------------------------------------------------------------------------------
@@ -55,26 +41,23 @@ def _cgroup() -> str:
 
 def streamed(place: str, memory: int, batches: list[int], new: int, limit: int | None = None) -> dict[str, Any]:
     """Decode with what fits near `memory` bytes, the rest streamed. `near`: part of the weights that stay."""
+    make_cold(Path(place))
     with memory_cgroup(limit):
-        import outsize
-
         model, most = str(Path(place) / "model"), max(batches)
-        with outsize.Engine(
-            model, memory=memory, context=64, seats=most, step_tokens=16 * most, scratch=place
-        ) as engine:
-            found: dict[str, Any] = {"near": _near(engine)}
+        options = {"context": 64, "seats": most, "step_tokens": len(WORDS) * most, "scratch": place}
+        with open_engine(model, memory=memory, **options) as engine:
+            found: dict[str, Any] = {"near": _near(engine), "planned_peak_bytes": engine.plan.predicted.host_peak_bytes}
             for batch in batches:
                 before, steps = _read_so_far(engine), engine.engine.totals.steps
-                found[f"b{batch}"] = decode(engine, [[7 + n, *range(20, 31)] for n in range(batch)], new)
+                found[f"b{batch}"] = decode(engine, [[40 + n, *WORDS[1:]] for n in range(batch)], new)
                 steps = engine.engine.totals.steps - steps
                 found["bytes_read"] = (_read_so_far(engine) - before) / steps
             return found
 
 
 def _near(engine: Any) -> float:
-    plan = engine.plan
     sizes = {name: p.numel() * p.element_size() for name, p in engine.engine.model.named_parameters()}
-    return sum(nbytes for name, nbytes in sizes.items() if name in plan.near_weights) / sum(sizes.values())
+    return sum(nbytes for name, nbytes in sizes.items() if name in engine.plan.near_weights) / sum(sizes.values())
 
 
 def _read_so_far(engine: Any) -> int:
@@ -108,52 +91,36 @@ def disk(place: str, nbytes: int, rounds: int) -> dict[str, Any]:
     return {"seconds": statistics.median(found) * nbytes / (len(extents) * PIECE)}
 
 
-def accelerate(place: str, memory: int, new: int, limit: int | None = None) -> dict[str, Any]:
-    """transformers with accelerate's offloading to disk, one sequence."""
-    with memory_cgroup(limit), tempfile.TemporaryDirectory(dir=place) as folder:
-        try:
-            import torch
-            from accelerate import __version__  # noqa: F401
-            from transformers import AutoModelForCausalLM
-        except ImportError as problem:
-            raise Skip(f"{problem.name} is not installed") from problem
-        model = AutoModelForCausalLM.from_pretrained(
-            Path(place) / "model",
-            dtype=torch.bfloat16,
-            device_map="auto",
-            max_memory={"cpu": memory},
-            offload_folder=folder,
-        )
-        prompt = torch.arange(20, 32)[None]
-        first = seconds(lambda: transformers_generate(model, prompt, 1))
-        return {"b1": (new - 1) / (seconds(lambda: transformers_generate(model, prompt, new)) - first)}
-
-
 # -- all resident -------------------------------------------------------------------------------------------------------
 
 
 def resident(model: str, memory: int, batches: list[int], new: int, rounds: int) -> dict[str, Any]:
     """Decoding, reading a prompt of 512, and 32 mixed requests; each beside transformers' own generate, by turns."""
-    import torch
+    draw, found = random.Random(0), {}
+    with closing(Elsewhere(model)) as theirs, open_engine(model, memory=memory, context=1024) as engine:
 
-    import outsize
+        def prompts(batch: int, length: int = PROMPT) -> list[list[int]]:
+            return _prompts(draw, batch, length, engine.vocabulary)
 
-    reference = whole_model(model)
-    draw = random.Random(0)
-    found: dict[str, Any] = {}
-    with outsize.Engine(model, memory=memory, context=1024) as engine:
+        _by_turns(1, lambda: decode(engine, prompts(1), 4), lambda: theirs.decode(prompts(1), 4))  # to warm up
         for batch in batches:
             found[f"b{batch}"] = _by_turns(
                 rounds,
-                lambda batch=batch: decode(engine, _prompts(draw, batch, PROMPT), new),
-                lambda batch=batch: transformers_decode(reference, torch.tensor(_prompts(draw, batch, PROMPT)), new),
+                lambda batch=batch: decode(engine, prompts(batch), new),
+                lambda batch=batch: theirs.decode(prompts(batch), new),
             )
         found["reading"] = _by_turns(
             rounds,
-            lambda: 512 / seconds(functools.partial(engine.generate, _prompts(draw, 1, 512), max_new_tokens=1)),
-            lambda: 512 / seconds(functools.partial(_read_prompt, reference, torch.tensor(_prompts(draw, 1, 512)))),
+            lambda: 512 / seconds(functools.partial(engine.generate, prompts(1, 512), max_new_tokens=1)),
+            lambda: 512 / theirs.generate([[(prompts(1, 512)[0], 1)]]),
         )
-        found["mixed"] = _by_turns(1, lambda: mixed(engine, draw), lambda: transformers_mixed(reference, draw))
+        sizes = random.Random(1)
+        work = [(prompts(1, sizes.randint(32, 512))[0], sizes.randint(16, 128)) for _ in range(32)]
+        tokens = sum(len(prompt) + new for prompt, new in work)
+        static = [work[start : start + BATCH] for start in range(0, len(work), BATCH)]
+        found["mixed"] = _by_turns(
+            1, lambda: tokens / _seconds_of(engine, work), lambda: tokens / theirs.generate(static)
+        )
     return found
 
 
@@ -162,19 +129,13 @@ def _by_turns(rounds: int, ours: Callable[[], float], theirs: Callable[[], float
     return [statistics.median(side) for side in zip(*pairs, strict=True)]
 
 
-def _prompts(draw: random.Random, batch: int, length: int) -> list[list[int]]:
+def _prompts(draw: random.Random, batch: int, length: int, vocabulary: int) -> list[list[int]]:
     """Others every time, so that nothing is known of them."""
-    return [[draw.randrange(5, 40_000) for _ in range(length)] for _ in range(batch)]
+    return [[draw.randrange(5, vocabulary - 1) for _ in range(length)] for _ in range(batch)]
 
 
-def _mixture(draw: random.Random) -> list[tuple[list[int], int]]:
-    sizes = random.Random(1)
-    return [(_prompts(draw, 1, sizes.randint(32, 512))[0], sizes.randint(16, 128)) for _ in range(32)]
-
-
-def mixed(engine: Any, draw: random.Random) -> float:
-    """Tokens in and out a second, over 32 requests that are all there at the beginning."""
-    work = _mixture(draw)
+def _seconds_of(engine: Any, work: Work) -> float:
+    """For requests that are all there at the beginning."""
 
     def run() -> None:
         running = engine.gathering()
@@ -183,59 +144,7 @@ def mixed(engine: Any, draw: random.Random) -> float:
         for _ in work:
             running.next()
 
-    return sum(len(prompt) + new for prompt, new in work) / seconds(run)
-
-
-def transformers_mixed(model: Any, draw: random.Random, size: int = 8) -> float:
-    """The same in static batches, padded: a batch takes as long as its longest answer."""
-    import torch
-
-    work = _mixture(draw)
-
-    def run() -> None:
-        for start in range(0, len(work), size):
-            batch = work[start : start + size]
-            longest = max(len(prompt) for prompt, _ in batch)
-            padded = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt, _ in batch])
-            mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt, _ in batch])
-            transformers_generate(model, padded, max(new for _, new in batch), mask)
-
-    return sum(len(prompt) + new for prompt, new in work) / seconds(run)
-
-
-# -- conversations ------------------------------------------------------------------------------------------------------
-
-
-def conversations(model: str, memory: int, count: int, room: int, turns: int, far: bool) -> dict[str, Any]:
-    """`count` conversations in turns, with pages near for `room` of them: seconds in all, and what was said."""
-    import outsize
-    from outsize import serving
-
-    length = turns * (PROMPT + 32)
-    plan_serving = serving.plan_serving
-
-    def plan(*arguments: Any) -> Any:
-        found = plan_serving(*arguments)
-        pages = room * -(-length // found.serving.page_tokens)
-        return replace(found, serving=replace(found.serving, pages=pages, far_pages=8 * pages if far else 0))
-
-    serving.plan_serving = plan
-    draw = random.Random(2)
-    said = [prompt for prompt in _prompts(draw, count, PROMPT)]
-    with outsize.Engine(model, memory=memory, context=length + 16, seats=count) as engine:
-        spent, new = 0.0, 0
-        for _ in range(turns):
-            started = perf_counter()
-            answers = engine.generate(said, max_new_tokens=32, ignore_end=True)
-            spent += perf_counter() - started
-            new += sum(len(answer.tokens) for answer in answers)
-            for words, answer, more in zip(said, answers, _prompts(draw, count, PROMPT - 1), strict=True):
-                words += [*answer.tokens, *more]
-        preemptions = engine.engine.scheduler.preemptions
-    return {"seconds": spent, "new_tokens": new, "preemptions": preemptions, "said": zlib.crc32(str(said).encode())}
-
-
-# -- parts --------------------------------------------------------------------------------------------------------------
+    return seconds(run)
 
 
 def _sampling(new: int) -> Any:
@@ -249,60 +158,60 @@ def decode(engine: Any, prompts: list[list[int]], new: int) -> float:
     from outsize.serve.request import Request
 
     times: list[list[float]] = [[] for _ in prompts]
-    left = threading.Event()
+    finished: list[Any] = []
+    all_finished = threading.Event()
 
     def listener(number: int) -> Callable[[Any], None]:
         def hear(event: Any) -> None:
             if event.chosen is not None:
                 times[number].append(perf_counter())
-            if event.finish is not None and all(len(heard) == new for heard in times):
-                left.set()
+            if event.finish is not None:
+                finished.append(event)
+                if len(finished) == len(prompts):
+                    all_finished.set()
 
         return hear
 
     for number, prompt in enumerate(prompts):
         engine.submit(Request(tuple(prompt), _sampling(new), listener(number)))
-    left.wait()
+    all_finished.wait()
+    for event in finished:
+        if event.error is not None:
+            raise event.error
     start, end = max(heard[0] for heard in times), min(heard[-1] for heard in times)
+    if end <= start:
+        raise RuntimeError(f"{new} tokens are too few: the first sequence was finished before the last began")
     return sum(start < moment <= end for heard in times for moment in heard) / (end - start)
 
 
-def whole_model(path: str) -> Any:
-    """The model as transformers has it, through a folder of files."""
-    import torch
-    from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM
-
-    from outsize.model.load import open_model
-
-    source = open_model(path)
-    with tempfile.TemporaryDirectory() as folder:
-        tensors = {name: source.read(name).to(torch.bfloat16).contiguous() for name in source.shapes()}
-        save_file(tensors, f"{folder}/model.safetensors", {"format": "pt"})
-        source.save_companions(folder, torch.bfloat16)
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+# -- conversations ------------------------------------------------------------------------------------------------------
 
 
-def transformers_decode(model: Any, prompts: Any, new: int) -> float:
-    first = seconds(lambda: transformers_generate(model, prompts, 1))
-    return len(prompts) * (new - 1) / (seconds(lambda: transformers_generate(model, prompts + 1, new)) - first)
+def conversations(model: str, memory: int, count: int, room: int, turns: int, far: bool) -> dict[str, Any]:
+    """`count` conversations in turns, with pages near for `room` of them: seconds in all, and what was said."""
+    from outsize import serving
 
+    length = turns * (PROMPT + 32)
+    plan_serving = serving.plan_serving
 
-def _read_prompt(model: Any, prompt: Any) -> Any:
-    return transformers_generate(model, prompt, 1)
+    def plan(*arguments: Any) -> Any:
+        found = plan_serving(*arguments)
+        pages = room * -(-length // found.serving.page_tokens)
+        return replace(found, serving=replace(found.serving, pages=pages, far_pages=8 * pages if far else 0))
 
-
-def transformers_generate(model: Any, prompts: Any, new: int, mask: Any = None) -> Any:
-    import torch
-
-    mask = torch.ones_like(prompts) if mask is None else mask
-    with torch.no_grad():
-        return model.generate(
-            prompts, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0
-        )
-
-
-def seconds(work: Callable[[], Any]) -> float:
-    started = perf_counter()
-    work()
-    return perf_counter() - started
+    serving.plan_serving = plan
+    draw = random.Random(2)
+    with open_engine(model, memory=memory, context=length + 16, seats=count) as engine:
+        said = _prompts(draw, count, PROMPT, engine.vocabulary)
+        spent, new = 0.0, 0
+        for _ in range(turns):
+            started = perf_counter()
+            answers = engine.generate(said, max_new_tokens=32, ignore_end=True)
+            spent += perf_counter() - started
+            new += sum(len(answer.tokens) for answer in answers)
+            for words, answer, more in zip(
+                said, answers, _prompts(draw, count, PROMPT - 1, engine.vocabulary), strict=True
+            ):
+                words += [*answer.tokens, *more]
+        preemptions = engine.engine.scheduler.preemptions
+    return {"seconds": spent, "new_tokens": new, "preemptions": preemptions, "said": zlib.crc32(str(said).encode())}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from outsize.errors import OptionError
+from outsize.errors import OptionError, OutsizeError
 from outsize.machine.allocator import recycle_up_to
 from outsize.machine.describe import describe, process_memory
 from outsize.machine.find import find_machine, this_machine
@@ -75,7 +75,12 @@ def attach(
     folder = StateFolder(directory).lock()
     baseline = max(process_memory().resident_bytes - in_memory, 0)
     task = Task(model, units, rule, request, block_class=block_class)
-    plan = plan_training(task, Place(this_machine(directory), baseline, describe(directory).disk_free_bytes))
+    try:
+        plan = plan_training(task, Place(this_machine(directory), baseline, describe(directory).disk_free_bytes))
+    except OutsizeError:
+        folder.abandon()
+        folder.close()  # with another budget it may be tried again
+        raise
     recycle_up_to(plan.recycle_bytes)
     store = open_store(plan, folder)
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from outsize.errors import OptionError, StorageError
-from outsize.machine.allocator import recycle_up_to
+from outsize.machine.allocator import compile_few_kernels, recycle_up_to
 from outsize.machine.describe import describe, process_memory
 from outsize.machine.machine import Machine
 from outsize.memory.disk import DiskTier
@@ -67,8 +67,8 @@ class Engine(Service):
             raise OptionError(f"There is no policy {policy!r}; there are {', '.join(POLICIES)}.")
         limit = parse_size(memory) if memory is not None else _free_memory()
         request = ServeRequest(limit, context, seats, step_tokens)
-        source = open_model(model)
-        module = _module(source)
+        compile_few_kernels()
+        source, module, tokenizer = _opened(model)
         units = find_units(module)
         with ExitStack() as stack:
             folder = stack.enter_context(_scratch(scratch))
@@ -77,13 +77,14 @@ class Engine(Service):
             self.plan: Plan = plan_serving(module, units, request, baseline, free)
             assert self.plan.serving is not None
             tiers: dict[str, Tier] = {"host": HostTier(limit), "disk": DiskTier(Path(folder) / "blocks")}
-            recycle_up_to(self.plan.recycle_bytes)
+            recycle_up_to(0)  # of weights that come in, none leaves a hole for others to spread over
             store = Store(tiers, self.plan.arena_bytes, allocate_slab, Transfers())
             stack.callback(store.close)
             weights = Summed(source.read)
             read = source.read if kv_directory is None else weights.read
             attachment = bind_for_inference(module, units, self.plan, store, read, lambda p: users_of(module, p))
             stack.callback(attachment.detach)
+            recycle_up_to(self.plan.recycle_bytes)
             index = None
             if kv_directory is not None:
                 serving = self.plan.serving
@@ -97,7 +98,7 @@ class Engine(Service):
                 self.plan.serving,
                 POLICIES[policy](),
                 end_tokens(module),
-                source.tokenizer(),
+                tokenizer,
                 index,
             )
             super().__init__(engine, stack.pop_all().close)
@@ -121,7 +122,7 @@ def plan_service(
 ) -> Callable[[str | int], Plan]:
     """What `Engine` would do with `model` within one memory after another, without doing it, and what requests would see on
     `machine`. `model` may be a folder that holds nothing but config.json. Raises as `Engine` does."""
-    module = _module(open_model(model))
+    _, module, _tokenizer = _opened(model)
     place = Place(machine, process_memory().resident_bytes, machine.capacity("disk"))
 
     def within(memory: str | int) -> Plan:
@@ -132,12 +133,14 @@ def plan_service(
     return within
 
 
-def _module(source: ModelSource) -> Any:
-    """The model's module without weights, attending over pages, in the dtype in which its files say they are."""
+def _opened(model: str) -> tuple[ModelSource, Any, Any]:
+    """A model's files, its module without weights in the dtype of the files, attending over pages, and its tokenizer: all
+    that is there when a plan asks what the process holds already."""
+    source = open_model(model)
     stored = source.config.dtype if isinstance(source.config.dtype, torch.dtype) else torch.bfloat16
     module = (source.build if source.files.has_weights else source.outline)(stored)
     use_paged_attention(module)
-    return module
+    return source, module, source.tokenizer()
 
 
 def end_tokens(module: Any) -> frozenset[int]:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from outsize.distributed.group import Group, find_group
-from outsize.errors import DamageError, OptionError
+from outsize.errors import DamageError, OptionError, OutsizeError
 from outsize.machine.allocator import give_back, recycle_up_to
 from outsize.machine.describe import describe, process_memory
 from outsize.machine.find import this_machine
@@ -23,7 +23,8 @@ from outsize.model.load import ModelSource, open_model
 from outsize.model.units import Unit, describe_units, find_units
 from outsize.plan import Plan, Request
 from outsize.planner.check import check_plan
-from outsize.planner.training import Place, Task, plan_training
+from outsize.planner.remembered import circumstances, recall, remember
+from outsize.planner.training import Place, Task, check_disk, plan_training
 from outsize.train.data import PackedDataset, prepare
 from outsize.train.import_state import bring_optimizer, check_optimizer
 from outsize.train.interrupt import finishing_the_step
@@ -36,7 +37,7 @@ from outsize.train.recipe import optimizer_rule, scheduler_for
 from outsize.train.report import each_line, held_by_tier, measured, moved_a_step, write_report
 from outsize.train.retention import Retention
 from outsize.train.run import Run, Schedule, check_loss, export
-from outsize.train.settings import TrainSettings, continues, read_settings, record
+from outsize.train.settings import REMEMBERED, TrainSettings, continues, forget_beginning, read_settings, record
 from outsize.train.state import StateFolder, open_store
 from outsize.train.together import bring_back, retire, settle
 
@@ -52,8 +53,20 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     recycle_up_to(0)  # what comes before the steps does not come again: the heap is to stay small
     rule = optimizer_rule(settings)
     find_precision(settings.precision)
-    source = open_model(settings.model)
     group = find_group(settings.worker_timeout)
+    try:
+        report = _train(settings, rule, group)
+    except OutsizeError as problem:
+        group.fail(problem)
+        raise
+    group.close()
+    if report is None:
+        raise KeyboardInterrupt
+    return report
+
+
+def _train(settings: TrainSettings, rule: OptimizerRule, group: Group) -> dict[str, Any] | None:
+    source = open_model(settings.model)
     group.agree({"version": f"{version('outsize')} on torch {torch.__version__}", **settings.shared()})
     continuing = bool(group.each(continues(settings))[0][0])
     state = StateFolder(group.folder(settings.out / "state"), several=group.size > 1).lock()
@@ -61,13 +74,15 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         report = _Training(settings, rule, source, state, group, continuing).report()
     except DamageError as problem:
         raise DamageError(f"{problem} {state.remedy()}") from problem
+    except OutsizeError:
+        if not continuing:
+            state.abandon()
+            forget_beginning(settings.out)
+        raise
     except KeyboardInterrupt:
         dismiss(state.directory)  # somebody is there, and wants the memory back
         raise
     state.close()  # after a failure it stays locked: transfers may be under way until the process ends
-    group.close()
-    if report is None:
-        raise KeyboardInterrupt
     return report
 
 
@@ -177,24 +192,34 @@ class _Training:
         sample = data.batch(list(range(min(data.count, request.batch_size))))
         batches = [sample] * request.accumulate
         task = Task(model, units, self.rule, request, batches, self.source.stored_dtype, settings.block_class)
-        place = self._place()
-
-        def make() -> Plan:
-            known = settings.plan
-            return plan_training(task, place) if known is None else check_plan(read_plan(known), task, place)
-
-        plan = group.first(make)
+        baseline, disk_free = self._least()
+        plan = group.first(lambda: self._made(task, baseline, disk_free))
         if self.speaks and not settings.json:
             _show(plan)
         return plan
 
-    def _place(self) -> Place:
-        """What is there for the worker that has least."""
+    def _made(self, task: Task, baseline: int, disk_free: int) -> Plan:
+        """A plan that was given, that of the last start, or a new one."""
+        settings, path = self.settings, self.settings.out / REMEMBERED
+        now = circumstances(task.request, settings.out)
+        known = recall(path, now, baseline) if self.continuing and settings.plan is None else None
+        if known is not None:
+            check_disk(known, disk_free)
+            return known
+        place = Place(this_machine(settings.out), baseline, disk_free)
+        if settings.plan is not None:
+            return check_plan(read_plan(settings.plan), task, place)
+        plan = plan_training(task, place)
+        remember(path, plan, now, baseline)
+        return plan
+
+    def _least(self) -> tuple[int, int]:
+        """Bytes in the process that holds most already, and free on the disk of the worker that has least."""
         out, blocks = self.settings.out, self.state.blocks
         disk = describe(out).disk_free_bytes // self.group.here
         disk += blocks.stat().st_size if blocks.exists() else 0
         baselines, disks = zip(*self.group.each(process_memory().resident_bytes, disk), strict=True)
-        return Place(this_machine(out), int(max(baselines)), int(min(disks)))
+        return int(max(baselines)), int(min(disks))
 
     # -- the steps --------------------------------------------------------------------------------------------------
 

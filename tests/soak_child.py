@@ -127,6 +127,7 @@ def _say(phase: mmap.mmap, where: str) -> None:
 
 def _train(told: dict[str, Any], phase: mmap.mmap) -> None:
     from outsize import training
+    from outsize.machine.find import find_machine
     from outsize.memory.disk import DiskTier
     from outsize.train.run import Run
     from outsize.train.settings import TrainSettings
@@ -135,6 +136,8 @@ def _train(told: dict[str, Any], phase: mmap.mmap) -> None:
     _tell(Run, "_step", phase, "in a step, with a keeper" if told["placement"] == "kept" else "in a step")
     _tell(training, "export", phase, "writing the model")
     _tell_commits(DiskTier, StateFolder, phase)
+    training.this_machine = lambda folder: find_machine("two-cores")  # to measure this one takes seconds
+    training.recall = lambda *given: None  # it goes on as another try was placed
     plan = training.plan_training
     training.plan_training = lambda *given: _placed(_planned_once(plan, given, Path(told["log"])), told["placement"])
     settings = {key: Path(value) if key in ("data", "out") else value for key, value in told["settings"].items()}

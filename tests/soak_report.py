@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from committed import flips, whole_state
@@ -47,7 +47,7 @@ def main() -> None:
     results = Results.read(arguments.results)
     _portion(arguments, results)
     if arguments.results:
-        arguments.results.write_text(json.dumps(asdict(results)))
+        arguments.results.write_text(json.dumps(vars(results)))
     if results.kills.total() >= arguments.kills:
         with tempfile.TemporaryDirectory() as folder:
             missed = flips(whole_state(Path(folder) / "flips"), arguments.flips, arguments.seed)

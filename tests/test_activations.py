@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from exactness import (
     ACTIVATIONS_OF,
+    Batch,
     Setting,
     assert_idle,
     assert_same_weights,
@@ -27,15 +29,22 @@ from torch.nn import functional
 
 import outsize
 from outsize.errors import ModelError, OptionError
+from outsize.machine.find import find_machine
 from outsize.memory.disk import DiskTier
 from outsize.memory.host import HostTier, allocate_slab
 from outsize.memory.store import Store
 from outsize.memory.tier import PAGE, pages
 from outsize.memory.transfer import Transfers
 from outsize.model.activations import Mover, Parcel, Products, run_unit
+from outsize.model.units import find_units
 from outsize.plan import MOVE, Activations, Plan
-from outsize.planner.demand import measure_demand
-from outsize.train.job import Job
+from outsize.planner.clock import ways_of
+from outsize.planner.needs import pinned_peak
+from outsize.planner.play import play
+from outsize.planner.prices import RatedPrices
+from outsize.planner.rehearsal import homes, rehearse
+from outsize.planner.script import Script
+from outsize.train.job import Job, always_near
 from outsize.train.optimizers import default_rule
 
 ADAMW = default_rule("adamw", {"lr": 1e-3, "weight_decay": 0.1})
@@ -192,35 +201,41 @@ def test_the_job_goes_on_after_a_failure_within_backward(name: str, accumulate: 
 # -- predictions -------------------------------------------------------------------------------------------------------
 
 
-def fake_loss(fake: nn.Module) -> torch.Tensor:
-    """Of a micro-batch of the shape of `make_batches`."""
-    ids = torch.zeros((2, 16), dtype=torch.long)
-    return fake(input_ids=ids, labels=ids).loss
+LAPTOP = find_machine("laptop")
+
+
+def rehearsed(model: nn.Module, plan: Plan, micro_batches: list[Batch]) -> Script:
+    return rehearse(model, plan, ADAMW, RatedPrices(LAPTOP), micro_batches, torch.float32).whole
 
 
 @pytest.mark.parametrize("saved", ["all", "products", "input"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "t5", "handwritten"])
 def test_as_many_bytes_move_as_predicted(family: str, saved: str, tmp_path: Path) -> None:
-    away = Activations(saved, "disk")
-    job = make_job(make_model(family), ADAMW, Setting("mixed", "disk", 3, activations=away, arena=6 << 20), tmp_path)
     steps = make_batches(3, 3)
-    demand = measure_demand(make_model(family), torch.bfloat16, fake_loss, away, moved_tensor_bytes=1)
-    assert demand.moved > 0
+    setting = Setting("mixed", "disk", 3, activations=Activations(saved, "disk"), arena=6 << 20)
+    plan = make_plan(make_model(family), setting)
+    script = rehearsed(make_model(family), plan, steps[0])
+    placement = homes(plan, always_near(find_units(make_model(family))))
+    played = play(script, plan.arena_bytes, placement, ways_of(LAPTOP)).steps[-1]
+    predicted = played.moved["host", "disk", "activation"]
+    assert predicted > 0
+    job = bind_job(make_model(family), ADAMW, plan, tmp_path)
     for micro_batches in steps:
         before = job.store.ledger.moved.copy()
         job.train_step(micro_batches)
         moved = job.store.ledger.moved - before
-        assert moved["host", "disk", "activation"] == 3 * demand.moved
-        assert moved["disk", "host", "activation"] <= 3 * demand.moved
+        assert moved["host", "disk", "activation"] == predicted
+        assert moved["disk", "host", "activation"] <= predicted
     assert_idle(job)
 
 
 def test_as_much_is_leased_as_predicted(tmp_path: Path) -> None:
-    """With room for what is pinned at once, and no more than twice that, a step runs; with less it is refused."""
+    """With room for twice what is pinned at once a step runs."""
     model, (micro_batch,) = make_model("llama", layers=8), make_batches(1, 1)[0]
-    demand = measure_demand(model, torch.float32, fake_loss, MOVE, moved_tensor_bytes=1)
-    plan = make_plan(model, Setting("fp32", "near", activations=MOVE, arena=pages(2 * demand.leased)))
-    job = bind_job(model, ADAMW, plan, tmp_path / "enough")
+    plan = make_plan(model, Setting("fp32", "near", activations=MOVE))
+    script = rehearsed(model, plan, [micro_batch])
+    leased = pinned_peak(script, lambda name: "disk" if name.startswith("activation:") else "host")
+    job = bind_job(model, ADAMW, replace(plan, arena_bytes=pages(2 * leased)), tmp_path / "enough")
     job.train_step([micro_batch])
     assert job.store.ledger.moved["disk", "host", "activation"] > 0
     assert_nothing_waits(job.attachment._mover)

@@ -262,7 +262,7 @@ def test_a_job_with_tables_detaches_into_an_ordinary_module(tmp_path: Path) -> N
 def test_nothing_to_learn_is_an_error_not_a_weight_of_nan(tmp_path: Path) -> None:
     pair = blocked_pair("llama", True, Setting("fp32", "disk"), tmp_path)
     (batch,) = padded_batches(1, 1)[0]
-    with pytest.raises(RunError, match="loss of step 0 is nan"):
+    with pytest.raises(RunError, match="loss of step 1 is nan"):
         pair.job.train_step([{**batch, "labels": torch.full_like(batch["labels"], -100)}])
     assert_same_weights(pair.job, pair.plain)
     assert_idle(pair.job)

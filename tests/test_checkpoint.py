@@ -13,8 +13,10 @@ import pytest
 from soak import losses, prepare
 from typer.testing import CliRunner
 
-from outsize import cli
+from outsize import cli, training
 from outsize.errors import DamageError, OptionError, OutsizeError, RunError, StorageError
+from outsize.machine.find import DESCRIBED, this_machine
+from outsize.machine.machine import Machine
 from outsize.train.state import StateFolder
 
 STEPS = 6
@@ -59,14 +61,16 @@ def run(finished: Path, tmp_path: Path) -> Iterator[Path]:
 
 def test_list_says_what_is_there(run: Path) -> None:
     said = outsize("checkpoint", "list", run)
-    assert said.startswith("step 6: committed\nstep 2: kept\nstep 4: kept\nstep 6: kept\n")
+    assert said.startswith("step 2: kept\nstep 4: kept\nstep 6: committed; kept\n")
     found = json.loads(outsize("checkpoint", "list", run, "--json"))
-    assert [step["step"] for step in found["steps"]] == [6, 2, 4, 6]
+    assert [step["step"] for step in found["steps"]] == [2, 4, 6]
 
 
 def test_a_copied_run_rolled_back_repeats_the_same_numbers(run: Path, finished: Path) -> None:
     weights = (run / "model" / "model.safetensors").read_bytes()
-    outsize("checkpoint", "rollback", run, 2)
+    said = outsize("checkpoint", "rollback", run, 2)
+    assert "model is still the model that was written before" in said
+    assert f"outsize checkpoint export {run} 2 --to NEW-FOLDER" in said
     shutil.rmtree(run / "model")
     outsize("train", "--resume", run, "--memory", "3GiB", "--commit-every", 3)
     assert losses(run) == losses(finished) and len(losses(run)) == STEPS
@@ -74,13 +78,42 @@ def test_a_copied_run_rolled_back_repeats_the_same_numbers(run: Path, finished: 
     assert "whole" in outsize("checkpoint", "verify", run)
 
 
+def test_what_was_planned_for_a_run_is_planned_again_only_when_something_is_otherwise(
+    run: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = []
+
+    def measure(directory: Path) -> Machine:
+        measured.append(directory)
+        return this_machine(directory)
+
+    def resume(*more: object) -> int:
+        """How often the machine was measured so far."""
+        outsize("checkpoint", "rollback", run, 4)
+        outsize("train", "--resume", run, *more)
+        assert losses(run) == losses(finished)
+        return len(measured)
+
+    monkeypatch.setattr(training, "this_machine", measure)
+    assert resume() == 0
+    assert resume("--memory", "3GiB") == 1
+    assert resume() == 1 and "3221225472" in (run / "planned.json").read_text()
+    said = json.loads((run / "planned.json").read_text())
+    (run / "planned.json").write_text(json.dumps(said | {"baseline_bytes": said["baseline_bytes"] - (3 << 30)}))
+    assert resume() == 2, "this process holds more than that one did"
+    (run / "planned.json").write_text("{")
+    assert resume() == 3
+    monkeypatch.setenv("OUTSIZE_MACHINE", str(DESCRIBED / "two-cores.toml"))
+    assert resume() == 4, "the machine was probed since"
+
+
 def test_an_evaluation_that_a_kill_cut_off_is_made_up_for(run: Path, folder: Path) -> None:
-    """Step 3 was committed, and killed before the evaluation that follows it."""
+    """Step 4 was committed, and killed before the evaluation that follows it."""
     evaluating = ["--eval-data", folder / "text.txt", "--eval-every", 4]
     outsize("checkpoint", "rollback", run, 2)
     outsize("train", "--resume", run, *evaluating)
     lines = (run / "metrics.jsonl").read_text().splitlines()
-    assert "eval_loss" in lines[4] and json.loads(lines[4])["step"] == 3
+    assert "eval_loss" in lines[4] and json.loads(lines[4])["step"] == 4
     (run / "metrics.jsonl").write_text("\n".join(line for line in lines if line != lines[4]) + "\n")
     outsize("checkpoint", "rollback", run, 4)
     outsize("train", "--resume", run)
@@ -127,7 +160,7 @@ def test_a_kept_step_ahead_has_the_right_numbers_but_no_lines_of_those_between(r
     )  # as a run that is continued at step 2 and killed leaves them
     outsize("checkpoint", "rollback", run, 4)
     outsize("train", "--resume", run)
-    assert losses(run) == [loss for loss in losses(finished) if loss[0] not in (2, 3)]
+    assert losses(run) == [loss for loss in losses(finished) if loss[0] not in (3, 4)]
     assert (run / "model" / "model.safetensors").read_bytes() == weights
 
 
@@ -162,7 +195,7 @@ def test_keep_pins_the_committed_step_or_the_next(run: Path) -> None:
     somebody.close()
     (run / "state" / "kept" / "step-2").unlink()
     outsize("train", "--resume", run, "--keep-every", 0, "--keep-last", 0)
-    assert [step["step"] for step in json.loads(outsize("checkpoint", "list", run, "--json"))["steps"]] == [6, 4, 5, 6]
+    assert [step["step"] for step in json.loads(outsize("checkpoint", "list", run, "--json"))["steps"]] == [4, 5, 6]
     assert not (run / "state" / "keep-next").exists()
 
 

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import outsize
 from outsize.errors import BudgetError, DataError, OptionError
-from outsize.serve.batch import answered
+from outsize.serve.batch import answer_file, answered
+from outsize.serving import Sampling
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,30 @@ def test_killed_and_continued_the_file_comes_out_the_same(model: Path, tmp_path:
     assert 0 < json.loads(again.stdout)["answered"] < 60, again.stderr
     assert other.read_bytes() == one.read_bytes()
     with pytest.raises(DataError, match="something else than answers to this input"):
-        answered(other, {number: 1 for number in range(1, 61)})
+        answered(other, {})
+
+
+def test_answers_to_what_was_asked_before_are_not_taken(model: Path, tmp_path: Path) -> None:
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    lines = [{"prompt": f"w{n} w{n + 1}", "max_new_tokens": 4, "ignore_end": True} for n in range(3)]
+    with outsize.Engine(str(model), memory="2GiB", context=64, seats=2) as engine:
+
+        def answer(seed: int = 1) -> int:
+            source.write_text("\n".join(map(json.dumps, lines)))
+            return answer_file(engine, source, target, Sampling(temperature=0.7, seed=seed))
+
+        assert answer() == 3 and answer() == 0
+        before = target.read_bytes()
+        with pytest.raises(DataError, match="answers line 1 and 2 more as it was before"):
+            answer(seed=2)
+        lines[1]["prompt"] = "w9"
+        with pytest.raises(DataError, match="answers line 2 as it was before.*remove these answers"):
+            answer()
+        assert target.read_bytes() == before
+        kept = [line for line in before.splitlines(keepends=True) if json.loads(line)["line"] != 2]
+        target.write_bytes(b"".join(kept))
+        assert answer() == 1
+        assert [json.loads(line)["prompt_tokens"] for line in target.read_bytes().splitlines()] == [2, 1, 2]
 
 
 def test_bad_input_is_one_message(model: Path, tmp_path: Path) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import httpx2
@@ -15,7 +17,7 @@ import pytest
 import torch
 from crowd import NEW, PROMPTS, gather
 from models import TEMPLATE, write_model
-from server import KEY, Address, serving
+from server import KEY, Address, serving, start
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 PAGES = 20
@@ -198,3 +200,22 @@ def test_told_to_stop_it_ends_streams_politely_and_leaves_nothing_behind(model: 
         *_, last = [line for line in stream.result().text.split("\n\n") if line]
     assert "The engine was closed" in json.loads(last.removeprefix("data: "))["error"]["message"]
     assert "stopped." in (tmp_path / "log").read_text() and not list((tmp_path / "scratch").iterdir())
+
+
+def test_told_twice_it_does_not_wait_for_anybody(model: Path, tmp_path: Path) -> None:
+    asked = {"model": "tiny", "prompt": "w1", "max_tokens": 500, "n": 128, "stream": True, "ignore_eos": True}
+    process, port = start(model, tmp_path / "log", "--context", 512)
+    here = Address(port, model, tmp_path / "log")
+    with ThreadPoolExecutor(1) as other:
+        stream = other.submit(here.post, "/v1/completions", asked)
+        while not here.stats()["requests"]["running"]:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        with suppress(httpx2.ConnectError):
+            while here.stats():  # until it takes no more requests
+                time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        *_, last = [line for line in stream.result().text.split("\n\n") if line]
+    assert process.wait(timeout=60) == 128 + signal.SIGINT
+    assert "The engine was closed" in json.loads(last.removeprefix("data: "))["error"]["message"]
+    assert "Traceback" not in here.log.read_text()

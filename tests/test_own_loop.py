@@ -22,7 +22,7 @@ from exactness import (
 from torch import nn
 
 import outsize
-from outsize.errors import ModelError, RunError
+from outsize.errors import BudgetError, ModelError, RunError
 from outsize.memory.tier import pages
 from outsize.train.optimizers import default_rule, uniform_rule
 
@@ -247,6 +247,15 @@ def test_attach_and_detach_give_back_an_ordinary_module(tmp_path: Path) -> None:
         assert loss == expected
     assert job.detach() is model
     assert_ordinary(model, reference, seen, tmp_path)
+
+
+def test_what_does_not_fit_leaves_nothing_and_can_be_tried_again(tmp_path: Path) -> None:
+    model, options = make_model("llama"), {"lr": 1e-3}
+    with pytest.raises(BudgetError, match="is too small"):
+        outsize.attach(model, torch.optim.AdamW, options, memory="50MiB", directory=tmp_path / "s", sequence_length=16)
+    assert not (tmp_path / "s").exists()
+    job = outsize.attach(model, torch.optim.AdamW, options, memory="4GiB", directory=tmp_path / "s", sequence_length=16)
+    assert job.detach() is model
 
 
 @pytest.mark.parametrize(("family", "placement"), [("gpt2", "disk"), ("handwritten", "mixed"), ("handwritten", "near")])

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 from models import TEMPLATE, write_model
@@ -20,13 +23,27 @@ SIZES = {"wide": (1280, 860), "narrow": (390, 844)}
 @pytest.fixture(scope="module")
 def browser() -> Iterator:
     found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    mark = f"--outsize-test={uuid4().hex}"
     with api.sync_playwright() as playwright:
         where = found or playwright.chromium.executable_path
         if not Path(where).exists():
             pytest.skip("no browser: apt-get install chromium, or playwright install chromium")
-        running = playwright.chromium.launch(executable_path=where, args=["--no-sandbox", "--disable-gpu"])
+        running = playwright.chromium.launch(executable_path=where, args=["--no-sandbox", "--disable-gpu", mark])
         yield running
         running.close()
+    left = processes_with(mark)
+    for process in left:
+        os.killpg(os.getpgid(process), signal.SIGKILL)  # playwright gives each browser a group of its own
+    assert not left, "the browser did not end"
+
+
+def processes_with(argument: str) -> list[int]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # it has ended meanwhile
+            if argument.encode() in path.read_bytes():
+                found.append(int(path.parent.name))
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -113,9 +130,6 @@ def test_an_answer_streams_in_as_the_api_gives_it(browser, server: Address, size
     tab.context.close()
 
 
-@pytest.mark.skip(
-    reason="since products are packed the renderer spins in it for minutes: to be understood (closing note)"
-)
 def test_stopping_keeps_what_was_said_and_frees_the_pages(browser, server: Address) -> None:
     tab = Tab(browser, server.url)
     tab.page.get_by_text("Settings").click()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -31,13 +32,15 @@ def planned(folder: Path, memory: str, **options) -> Plan:
 def test_more_memory_serves_more_and_faster(folder: Path) -> None:
     with pytest.raises(BudgetError, match="Give --memory") as refused:
         planned(folder, "300MiB", context=256)
+    needed, *parts = map(parse_size, re.findall(r"[0-9.]+ [KMG]iB", str(refused.value).partition("at least ")[2]))
+    assert sum(parts) == pytest.approx(needed, rel=1e-3) and len(parts) == 6
     least = (
         f"{8 + int(str(refused.value).split('Give --memory ')[1].split('MiB')[0])}MiB"  # planning leaves some behind
     )
     small, large = (planned(folder, memory, context=256, concurrency=16) for memory in (least, "8GiB"))
     for plan in (small, large):
         assert plan.served is not None and plan.predicted is not None and plan.memory_bytes is not None
-        assert plan.predicted.host_peak_bytes <= plan.memory_bytes
+        assert sum(nbytes for _, nbytes in plan.predicted.memory) == plan.predicted.host_peak_bytes <= plan.memory_bytes
         assert plan.served.first_token_seconds > 0 and plan.served.alone > 0
         assert Plan.from_json(plan.to_json()) == plan
     assert small.served and large.served and small.predicted and large.predicted

@@ -34,7 +34,7 @@ from outsize.train.report import (
 HERE = Path(__file__).parent
 MIB = 2**20
 LINE = StepLine(
-    step=0,
+    step=1,
     loss=3.5,
     lr=5e-5,
     gradient_norm=None,
@@ -54,8 +54,8 @@ def line(step: int, **changes) -> StepLine:
     return replace(LINE, step=step, loss=4 - step / 100, **changes)
 
 
-def write(path: Path, steps: range, resume_step: int = 0) -> None:
-    metrics = Metrics(path, resume_step)
+def write(path: Path, steps: range, done: int = 0) -> None:
+    metrics = Metrics(path, done)
     for step in steps:
         metrics.append(line(step))
     metrics.close()
@@ -66,20 +66,20 @@ def write(path: Path, steps: range, resume_step: int = 0) -> None:
 
 def test_a_line_is_what_was_measured(tmp_path):
     metrics = Metrics(tmp_path / "metrics.jsonl")
-    metrics.append(line(0, gradient_norm=1.5))
-    metrics.append(line(1))
-    metrics.append_evaluation(1, 3.25)
+    metrics.append(line(1, gradient_norm=1.5))
+    metrics.append(line(2))
+    metrics.append_evaluation(2, 3.25)
     first, second, evaluation = read_metrics(metrics.path)  # nothing waits in a buffer
     metrics.close()
     assert first["gradient_norm"] == 1.5 and "gradient_norm" not in second
-    assert second["tokens_per_second"] == 512 and second["loss"] == 3.99
-    assert evaluation == {"step": 1, "eval_loss": 3.25}
+    assert second["tokens_per_second"] == 512 and second["loss"] == 3.98
+    assert evaluation == {"step": 2, "eval_loss": 3.25}
 
 
 def test_numbers_that_are_not_finite_are_null_since_json_has_none(tmp_path):
     metrics = Metrics(tmp_path / "metrics.jsonl")
-    metrics.append(line(0, gradient_norm=float("inf")))
-    metrics.append_evaluation(0, float("nan"))
+    metrics.append(line(1, gradient_norm=float("inf")))
+    metrics.append_evaluation(1, float("nan"))
     metrics.close()
     assert [found.get("gradient_norm", found.get("eval_loss")) for found in read_metrics(metrics.path)] == [None] * 2
 
@@ -88,7 +88,7 @@ def test_numbers_that_are_not_finite_are_null_since_json_has_none(tmp_path):
 def test_a_file_cut_anywhere_resumes_anywhere(tmp_path_factory, steps, evaluate, cut, resume):
     path = tmp_path_factory.mktemp("run") / "metrics.jsonl"
     metrics = Metrics(path)
-    for step in range(steps):
+    for step in range(1, steps + 1):
         metrics.append(line(step))
         if evaluate:
             metrics.append_evaluation(step, 3.0)
@@ -98,9 +98,9 @@ def test_a_file_cut_anywhere_resumes_anywhere(tmp_path_factory, steps, evaluate,
 
     survived = [json.loads(text) for text in path.read_bytes().split(b"\n") if text.endswith(b"}")]
     assert read_metrics(path) == survived
-    write(path, range(resume, resume + 2), resume_step=resume)
-    kept = [found for found in survived if found["step"] < resume]
-    again = [json.loads(line(step).to_json()) for step in (resume, resume + 1)]
+    write(path, range(resume + 1, resume + 3), done=resume)
+    kept = [found for found in survived if found["step"] <= resume]
+    again = [json.loads(line(step).to_json()) for step in (resume + 1, resume + 2)]
     assert [json.loads(text) for text in path.read_text().splitlines()] == kept + again
     assert os.listdir(path.parent) == ["metrics.jsonl"]
 
@@ -135,7 +135,7 @@ def test_damage_before_the_last_line_is_named(tmp_path):
         with pytest.raises(RunError, match="line 2 is damaged"):
             read_metrics(path)
         with pytest.raises(RunError, match="line 2 is damaged"):
-            Metrics(path, resume_step=3)
+            Metrics(path, done=3)
         assert path.read_text() == lines[0] + damage + lines[2]
         assert os.listdir(tmp_path) == ["metrics.jsonl"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -9,14 +10,15 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from outsize.errors import BudgetError
+from outsize.errors import BudgetError, DamageError, StorageError
 from outsize.memory.block import make_block
 from outsize.memory.disk import DiskTier
+from outsize.memory.entry import Residency
 from outsize.memory.foresight import Policy, evict_farthest, evict_oldest
 from outsize.memory.homes import Committed
 from outsize.memory.host import HostTier, allocate_slab
 from outsize.memory.store import Store
-from outsize.memory.tier import PAGE
+from outsize.memory.tier import PAGE, Extent
 from outsize.memory.transfer import Transfers
 
 SIZES = (1, 2, 3, 5)  # pages
@@ -176,3 +178,94 @@ def test_a_block_taken_again_fresh_is_not_moved_while_its_old_bytes_are_wanted(t
     store.flush()
     store.check()
     store.close()
+
+
+class FailingOnce(DiskTier):
+    """The next read after `fails` was set does."""
+
+    fails = False
+
+    def read(self, extent: Extent, offset: int, target: torch.Tensor) -> None:
+        if self.fails:
+            self.fails = False
+            raise StorageError("the disk has failed")
+        super().read(extent, offset, target)
+
+
+def test_a_read_ahead_that_failed_before_anybody_waited_is_not_taken_for_the_block(tmp_path: Path) -> None:
+    disk = FailingOnce(tmp_path / "blocks", 1 << 30)
+    store = Store({"host": HostTier(1 << 30), "disk": disk}, 4 * PAGE, allocate_slab, Transfers())
+    for name in "abc":
+        add(store, name, 2)
+        put(store, name, ord(name))
+    for _ in range(3):
+        go_round(store)
+    with store.phase("round", again=True):
+        with store.lease("a"):
+            store.flush()
+            disk.fails = True
+        with store.lease("b"):
+            await_read(store, "c")  # in the place of a
+        with pytest.raises(StorageError, match="the disk has failed"):
+            store.lease("c")
+
+
+def await_read(store: Store, name: str) -> None:
+    """Return when the block has been read ahead, or could not be."""
+    end = time.monotonic() + 20
+    entry = store.entries[name]
+    while entry.residency is not Residency.COMING or entry.ticket is not None:
+        assert time.monotonic() < end and entry.residency is not Residency.NEAR, f"{name} is {entry.residency}"
+        time.sleep(0.001)
+
+
+def go_round(store: Store) -> None:
+    with store.phase("round", again=True):
+        for name in "abc":
+            with store.lease(name) as lease:
+                assert torch.all(lease.tensors["data"] == ord(name))
+
+
+def test_blocks_that_stay_near_are_read_back_side_by_side(tmp_path: Path) -> None:
+    committed: dict[str, Committed] = {}
+    names = [str(index) for index in range(20)]
+    tiers = {"host": HostTier(1 << 30), "disk": DiskTier(tmp_path / "blocks", 1 << 30)}
+    store = Store(tiers, PAGE, allocate_slab, Transfers(), checked=True)
+    for index, name in enumerate(names):
+        add(store, name, 3, home="host")
+        put(store, name, index)
+    store.commit(committed.update, wait=True)
+    store.close()
+
+    again = recovered(tmp_path, committed)
+    for name in names:
+        add(again, name, 3, home="host")
+    with again.lease("19") as last:  # not waiting for a flush
+        assert torch.all(last.tensors["data"] == 19)
+    again.flush()
+    again.check()
+    assert again.ledger.total_moved("disk", "host") == 20 * 3 * PAGE
+    for index, name in enumerate(names):
+        with again.lease(name) as lease:
+            assert torch.all(lease.tensors["data"] == index)
+    again.close()
+
+    place = committed["7"].extent
+    assert place is not None
+    with open(tmp_path / "blocks", "r+b") as file:
+        file.seek(place.start + 5)
+        file.write(b"x")
+    damaged = recovered(tmp_path, committed)
+    for name in names:
+        add(damaged, name, 3, home="host")
+    with pytest.raises(DamageError, match="Block 7 is damaged"):
+        damaged.flush()
+    with pytest.raises(DamageError, match="Block 7 is damaged"):
+        damaged.lease("7")
+
+
+def recovered(directory: Path, committed: dict[str, Committed]) -> Store:
+    tiers = {"host": HostTier(1 << 30), "disk": DiskTier(directory / "blocks", 1 << 30)}
+    store = Store(tiers, PAGE, allocate_slab, Transfers(), checked=True)
+    store.homes.recover(committed, {})
+    return store

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from committed import flip
 from models import tiny_model
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
@@ -22,6 +23,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 from workers import Crew, crew
+
+from outsize.train.state import StateFolder
 
 STEPS = 8
 
@@ -110,7 +113,7 @@ def test_a_stopped_worker_is_given_up(gang: Crew, settings: dict[str, Any], tmp_
     told = {"settings": settings | {"out": str(tmp_path / "run"), "worker_timeout": 5.0, "steps": 1000}}
     codes = gang.attempt("run", 2, tmp_path, told | {"kill": {"rank": 1, "line": 2, "signal": "SIGSTOP"}})
     assert codes == [1, -signal.SIGKILL]
-    assert "worker 1 has not moved for 5 seconds" in said(tmp_path, 2)[0]
+    assert "Worker 1 has not moved for 5 seconds" in said(tmp_path, 2)[0]
 
 
 def test_a_run_goes_on_with_other_numbers_of_workers(
@@ -141,6 +144,36 @@ def test_a_step_of_several_workers_is_exported_as_one(pair: Path, tmp_path: Path
         assert torch.equal(made[name], weight), name
     optimizer = load_file(tmp_path / "made" / "optimizer.safetensors")
     assert all(optimizer[f"state.{name}.exp_avg_sq"].shape == weight.shape for name, weight in made.items())
+
+
+def test_a_run_of_several_workers_is_listed_verified_and_compared_and_changed_by_none(
+    pair: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(pair, tmp_path / "run")
+    run, state = tmp_path / "run", tmp_path / "run" / "state"
+    assert outsize("list", run).stdout.startswith(f"step {STEPS}: committed\n")
+    assert outsize("verify", run).stdout == "".join(
+        f"worker {rank}, step {STEPS} (committed): whole\n" for rank in range(2)
+    )
+    assert "0 of 30 parameters differ" in outsize("diff", run, pair).stdout
+    refused = outsize("keep", run)
+    assert (
+        refused.returncode == 1 and "can be listed, verified, exported and compared, but not changed" in refused.stderr
+    )
+    folder = StateFolder(state / "worker-1-of-2")
+    manifest = folder.read()
+    assert manifest is not None
+    place = next(place.extent for place in manifest.places.values() if place.extent is not None)
+    flip(folder.blocks, place.start, 1)
+    verified = outsize("verify", run)
+    assert verified.returncode == 1 and f"worker 1, step {STEPS} (committed): damaged" in verified.stdout
+    shutil.rmtree(folder.directory)
+    assert f"The state of worker 1 of 2 is missing, and the others are at step {STEPS}" in outsize("list", run).stderr
+
+
+def outsize(command: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "outsize", "checkpoint", command, *map(str, arguments)]
+    return subprocess.run(line, capture_output=True, text=True, timeout=120)
 
 
 @pytest.mark.parametrize(
@@ -199,7 +232,7 @@ def test_the_launcher_names_who_was_killed_and_begins_again(settings: dict[str, 
     _, errors = launcher.communicate(timeout=100)
     assert launcher.returncode == 0 and "Worker 1 was ended by SIGKILL. All begin again." in errors, errors
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == list(range(steps))
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, steps + 1))
 
 
 def test_torchrun_starts_workers_and_mistakes_end_it_with_one_code(

@@ -155,6 +155,8 @@ def _run(folder: Path, told: dict[str, Any]) -> None:
     from outsize import training
     from outsize.train.settings import TrainSettings
 
+    if "disk" in told:
+        training.recall = lambda *given: None  # each try is planned anew
     if told.get("disk"):
         training.plan_training = _on_disk(training.plan_training)
     given = told["settings"] | told.get("own", {}).get(os.environ.get("RANK", "0"), {})

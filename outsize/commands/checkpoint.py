@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -35,8 +37,8 @@ def open_state(run: Path, several: bool = False) -> StateFolder:
     if any(directory.glob("worker-*-of-*/layout")):
         if not several:
             raise RunError(
-                f"{run} is a run of several workers, of which only `outsize checkpoint export` can be asked. Bring it "
-                "together first: outsize train --resume RUN --workers 1."
+                f"{run} is a run of several workers, whose steps can be listed, verified, exported and compared, but not "
+                f"changed. Bring it together first: outsize train --resume {run} --workers 1."
             )
     elif not (directory / "layout").exists():
         raise RunError(f"{run} holds no run of Outsize: there is no {directory}/layout.")
@@ -45,26 +47,46 @@ def open_state(run: Path, several: bool = False) -> StateFolder:
     return folder
 
 
+def open_states(run: Path) -> list[StateFolder]:
+    """As `open_state`, the folder of each worker that the run has; of one, its own."""
+    from outsize.train.together import folders_of_run
+
+    return folders_of_run(open_state(run, several=True).directory)
+
+
 @app.command("list")
 def list_steps(run: Run, json_lines: Json = False) -> None:
     """Say which step is committed and which are kept. Works while the run goes on."""
-    from outsize.train.packed_step import packed_bytes
-    from outsize.train.state import kept_step
-
-    folder = open_state(run)
-    manifest = folder.read()
-    steps = [] if manifest is None else [{"step": manifest.step, "why": "committed"}]
-    for name in folder.kept_names():
-        steps.append({"step": kept_step(name), "why": "kept, newest commits" if name.startswith("last") else "kept"})
-    packed = {step: packed_bytes(folder, step) for step in folder.packed_steps()}
-    steps += [{"step": step, "why": f"kept, packed in {format_size(nbytes)}"} for step, nbytes in packed.items()]
-    size = folder.blocks.stat().st_size + sum(packed.values())
+    folders = open_states(run)
+    found = _kept_in(folders[0])
+    for other in map(_kept_in, folders[1:]):
+        found = {step: why for step, why in found.items() if step in other}
+    committed = [manifest.step for folder in folders if (manifest := folder.read()) is not None]
+    if committed:
+        step = min(committed)  # a worker alone may have committed one more
+        found[step] = ["committed", *found.get(step, [])]
+    steps = [{"step": step, "why": "; ".join(why)} for step, why in sorted(found.items())]
+    size = sum(folder.bytes_on_disk() for folder in folders)
     if json_lines:
         print(json.dumps({"steps": steps, "bytes": size}))
         return
     for line in steps:
         print(f"step {line['step']}: {line['why']}")
-    print(f"{format_size(size)} on disk")
+    print(f"{format_size(size)} on disk" + (f" of {len(folders)} workers" if len(folders) > 1 else ""))
+
+
+def _kept_in(folder: StateFolder) -> dict[int, list[str]]:
+    """How each kept step is there."""
+    from outsize.train.packed_step import packed_bytes
+    from outsize.train.retention import RECENT
+    from outsize.train.state import kept_step
+
+    steps: dict[int, list[str]] = defaultdict(list)
+    for name in folder.kept_names():
+        steps[kept_step(name)].append("kept as one of the newest" if name.startswith(RECENT) else "kept")
+    for step in folder.packed_steps():
+        steps[step].append(f"kept, packed in {format_size(packed_bytes(folder, step))}")
+    return dict(steps)
 
 
 @app.command()
@@ -72,21 +94,28 @@ def verify(run: Run, step: AnyStep = None, json_lines: Json = False) -> None:
     """Compare every byte with its checksum: of all steps, or of one. Works while the run goes on.
 
     Exit code 1 when anything is damaged."""
+    folders = open_states(run)
+    verdicts = []
+    for rank, folder in enumerate(folders):
+        for verdict in _verdicts(folder, step):
+            verdicts.append(verdict)
+            _say(verdict, json_lines, rank if len(folders) > 1 else None)
+    if any(verdict.damage for verdict in verdicts):
+        good = [verdict.step for verdict in verdicts if verdict.name and not verdict.damage]
+        if good and len(folders) == 1:
+            print(f"Step {good[-1]} is whole: outsize checkpoint rollback {run} {good[-1]}", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+def _verdicts(folder: StateFolder, step: int | None) -> Iterator[Verdict]:
+    """On all steps in a folder, or on one."""
     from outsize.train.verify import Verifier
 
-    folder = open_state(run)
     verifier = Verifier(folder)
-    verdicts = []
     for held in [None, *folder.kept_names(), *folder.packed_steps()] if step is None else [find_step(folder, step)]:
         verdict = verifier.look_at(held)
         if verdict is not None:
-            verdicts.append(verdict)
-            _say(verdict, json_lines)
-    if any(verdict.damage for verdict in verdicts):
-        good = [verdict.step for verdict in verdicts if verdict.name and not verdict.damage]
-        if good:
-            print(f"Step {good[-1]} is whole: outsize checkpoint rollback {run} {good[-1]}", file=sys.stderr)
-        raise typer.Exit(1)
+            yield verdict
 
 
 @app.command()
@@ -158,6 +187,11 @@ def rollback(run: Run, step: Step) -> None:
         except DamageError as problem:
             raise DamageError(f"{problem} Step {step} was not restored; the committed step is as it was.") from problem
     print(f"{run} continues after step {step}.")
+    if (run / "model").exists():
+        print(
+            f"{run / 'model'} is still the model that was written before, until the run ends again. To have this step's: "
+            f"outsize checkpoint export {run} {step} --to NEW-FOLDER"
+        )
 
 
 def _roll_back(folder: StateFolder, held: Held) -> None:
@@ -189,11 +223,13 @@ def find_step(folder: StateFolder, step: int, committed: bool = True) -> Held:
     return kept.get(step, step)
 
 
-def _say(verdict: Verdict, json_lines: bool) -> None:
+def _say(verdict: Verdict, json_lines: bool, worker: int | None) -> None:
     if json_lines:
-        print(json.dumps({"step": verdict.step, "kept": verdict.name is not None, "damage": verdict.damage}))
+        said = {"step": verdict.step, "kept": verdict.name is not None, "damage": verdict.damage}
+        print(json.dumps(said if worker is None else {"worker": worker, **said}))
         return
-    what = f"step {verdict.step} ({'committed' if verdict.name is None else 'kept'})"
+    what = "" if worker is None else f"worker {worker}, "
+    what += f"step {verdict.step} ({'committed' if verdict.name is None else 'kept'})"
     print(f"{what}: whole" if not verdict.damage else f"{what}: damaged")
     for damage in verdict.damage:
         print(f"  {damage}")

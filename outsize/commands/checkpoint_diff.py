@@ -32,13 +32,13 @@ def diff(
 
     Example: outsize checkpoint diff runs/first@100 runs/first
     """
-    from outsize.train.checkpoint import open_checkpoint
     from outsize.train.difference import differences, differing_settings
+    from outsize.train.together import open_step
 
     sides = [_parse(side) for side in (first, second)]
     settings = differing_settings(*(_settings(run) for run, _ in sides))
     with ExitStack() as stack:
-        one, other = (stack.enter_context(open_checkpoint(open_state(run), step)) for run, step in sides)
+        one, other = (stack.enter_context(open_step(open_state(run, several=True), step)) for run, step in sides)
         found = sorted(
             differences(one, other, optimizer),
             key=lambda each: each.distance if each.distance == each.distance else inf,

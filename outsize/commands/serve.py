@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
+import errno
+import signal
 import socket
 from ipaddress import ip_address
 from pathlib import Path
@@ -16,9 +17,6 @@ from outsize.sizes import parse_size
 
 if TYPE_CHECKING:
     from outsize.serve.http import Server
-
-
-GRACE = 5  # seconds that requests have to be finished when the server is told to stop
 
 
 def serve(
@@ -51,9 +49,8 @@ def serve(
     Example: outsize serve --model runs/first/model --memory 1GiB --port 8000
     """
     try:
-        import uvicorn  # noqa: F401  the message comes before any work
-
         from outsize.serve.http import Limits, Server
+        from outsize.serve.polite import PoliteServer  # noqa: F401  which needs uvicorn
     except ImportError as problem:
         raise OptionError(
             f"Serving needs {problem.name}. Install the extra: pip install 'outsize[serve]'."
@@ -81,21 +78,13 @@ def serve(
 
 
 def _run(server: Server, listening: socket.socket) -> None:
-    """Answer until a signal comes; requests under way then have `GRACE` seconds to be finished."""
-    import uvicorn
-
-    class Polite(uvicorn.Server):
-        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-            loop = asyncio.get_running_loop()
-            end = loop.call_later(GRACE, loop.run_in_executor, None, server.service.close)
-            await super().shutdown(sockets)
-            end.cancel()
+    """Answer until a signal comes."""
+    from outsize.serve.polite import PoliteServer
 
     typer.echo(f"running on {_address(listening)}, with a page for the browser; Ctrl-C stops it", err=True)
     if not server.limits.keys and not ip_address(listening.getsockname()[0]).is_loopback:
         typer.echo("whoever reaches this computer may ask; --api-key lets only those who have a key", err=True)
-    config = uvicorn.Config(server.app, log_level="warning", access_log=False, timeout_graceful_shutdown=4 * GRACE)
-    Polite(config).run(sockets=[listening])
+    signal.raise_signal(PoliteServer(server, listening).answer())
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -105,9 +94,10 @@ def _listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as problem:
         what = str(problem.strerror).partition(" (while")[0]
-        raise OptionError(
-            f"Cannot listen at {host} port {port}: {what}. Give another --port, or 0 for any that is free."
-        ) from problem
+        remedy = "Give another --port, or 0 for any that is free."
+        if problem.errno not in (errno.EADDRINUSE, errno.EACCES):
+            remedy = "Give an address of this computer as --host, or 0.0.0.0 for all it has."
+        raise OptionError(f"Cannot listen at {host} port {port}: {what}. {remedy}") from problem
 
 
 def _address(listening: socket.socket) -> str:

@@ -91,6 +91,9 @@ class Group:
         """Where in a run's folder `state` this worker has its own."""
         return state
 
+    def fail(self, problem: Exception) -> None:
+        """This worker stops because of `problem`: so will the others, each with its message."""
+
     def close(self) -> None:
         """Nobody will be asked any more."""
 
@@ -174,6 +177,9 @@ class Workers(Group):
 
     def folder(self, state: Path) -> Path:
         return state / f"worker-{self.rank}-of-{self.size}"
+
+    def fail(self, problem: Exception) -> None:
+        self._watch.fail(problem)
 
     def close(self) -> None:
         self.each(0)

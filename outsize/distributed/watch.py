@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 import time
+from contextlib import suppress
 
 from torch._C._distributed_c10d import Store
 
@@ -33,9 +34,12 @@ class Watch:
         """What to raise when an exchange fails, with `peer` if that is known. It names the worker with whom it began, which
         is the one that does not say that it stops because of another."""
         names = [] if peer is None else [peer]
+        self._closing.set()
         try:
             self._meeting.set(_stops(self.rank), "")
             time.sleep(NOTICE)
+            if (said := self._failure()) is not None:
+                return RunError(said)
             names = [other for other in self._others if not self._meeting.check([_stops(other)])] or names
         except RuntimeError:  # the meeting point is gone too
             names = names or [0]
@@ -44,6 +48,24 @@ class Watch:
             f"Worker {names[0] if names else '?'} is lost, and worker {self.rank} stops: {reason} The same command continues "
             "at the last step that all have committed."
         )
+
+    def fail(self, problem: Exception) -> None:
+        """Tell the others why this worker stops, if it is not because of one of them."""
+        if self._closing.is_set():
+            return
+        self._closing.set()
+        with suppress(RuntimeError):
+            self._meeting.set(_failed(self.rank), str(problem))
+            if self.rank == 0:
+                time.sleep(2 * LOOK_EVERY)  # the meeting point ends with this process: let them look
+
+    def _failure(self) -> str | None:
+        """What another worker has said before it stopped."""
+        for peer in self._others:
+            if self._meeting.check([_failed(peer)]):
+                said = self._meeting.get(_failed(peer)).decode()
+                return f"Worker {peer} has stopped, and so does worker {self.rank}: {said}"
+        return None
 
     def close(self) -> None:
         self._closing.set()
@@ -60,20 +82,18 @@ class Watch:
                     count = self._meeting.get(_alive(peer)) if self._meeting.check([_alive(peer)]) else b""
                     if count != counts[peer][0]:
                         counts[peer] = (count, time.monotonic())
+                said = self._failure()
             except RuntimeError:
                 return  # the meeting point has closed: whatever goes wrong now, exchanges will tell
             for peer, (_, since) in counts.items():
                 if time.monotonic() - since > self._patience:
-                    self._stop(peer)
-
-    def _stop(self, peer: int) -> None:
-        print(
-            f"outsize: worker {peer} has not moved for {self._patience:g} seconds, and worker {self.rank} stops. The same "
-            "command continues at the last step that all have committed.",
-            file=sys.stderr,
-            flush=True,
-        )
-        os._exit(STOPPED)
+                    said = (
+                        f"Worker {peer} has not moved for {self._patience:g} seconds, and worker {self.rank} stops. The "
+                        "same command continues at the last step that all have committed."
+                    )
+            if said is not None and not self._closing.is_set():
+                print(f"outsize: {said}", file=sys.stderr, flush=True)
+                os._exit(STOPPED)
 
 
 def _alive(rank: int) -> str:
@@ -82,3 +102,7 @@ def _alive(rank: int) -> str:
 
 def _stops(rank: int) -> str:
     return f"stops {rank}"
+
+
+def _failed(rank: int) -> str:
+    return f"failed {rank}"

@@ -13,7 +13,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -24,46 +23,12 @@ from outsize.memory.block import Block, Part, runs
 from outsize.memory.entry import Entry, Residency
 from outsize.memory.foresight import Policy, Touch, evict_oldest
 from outsize.memory.homes import Committed, Homes
+from outsize.memory.lease import Lease
 from outsize.memory.ledger import Ledger
 from outsize.memory.shared import Shared
 from outsize.memory.tier import Extent, Tier
 from outsize.memory.transfer import Ticket, Transfers
 from outsize.sizes import format_size
-
-
-class Lease:
-    """A pinned copy of a block near compute, for as long as someone uses it. End it with `release` or `drop`."""
-
-    def __init__(self, store: Store, entry: Entry) -> None:
-        self._store, self._entry = store, entry
-        assert entry.storage is not None
-        self.bytes = entry.storage
-
-    @cached_property
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """The block's parts by name, as they lie in `bytes`."""
-        return self._entry.block.views(self.bytes)
-
-    @property
-    def name(self) -> str:
-        return self._entry.block.name
-
-    def change(self) -> None:
-        """Call before writing: waits until no transfer reads the bytes, and marks them as newer than home."""
-        self._store._change(self._entry)
-
-    def release(self) -> None:
-        self._store._give(self._entry, Touch.GIVE)
-
-    def drop(self) -> None:
-        """Release, and forget the bytes: they are written nowhere."""
-        self._store._give(self._entry, Touch.DROP)
-
-    def __enter__(self) -> Lease:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.release()
 
 
 class Store:
@@ -113,7 +78,7 @@ class Store:
             self._settle_near(entry)
 
     def _settle_near(self, entry: Entry) -> None:
-        """Give a block whose home is near its memory, and the bytes committed for it, if any."""
+        """Give a block whose home is near its memory, and begin to read the bytes committed for it, if any."""
         entry.residency = Residency.STAYING
         shared = self.shared if entry.durable else None
         entry.storage = self._allocate_near(entry.block.nbytes) if shared is None else shared.place(entry.block)
@@ -121,9 +86,9 @@ class Store:
         self.ledger.hold(self.near, entry.block.bytes_by_kind, entry.copies)
         if shared is not None and shared.published:
             self._stale[entry.block.name], entry.written = entry, True
-        elif entry.written and entry.extent is not None:
-            self.ledger.move(self.homes.tier(entry).name, self.near, entry.block.bytes_by_kind)
-            self.transfers.read(self.homes.moves(entry), entry.extent, 0, entry.storage).wait()
+        elif entry.written:
+            with self._turn:
+                self._fetch(entry)
 
     def remove(self, name: str) -> None:
         """Forget a block that nobody leases, and free what it occupied."""
@@ -149,6 +114,8 @@ class Store:
         Raises BudgetError when pinned leases leave no room, StorageError when a transfer failed."""
         with self._turn:
             entry = self.entries[name]
+            if entry.residency is Residency.COMING and entry.home.name == self.near:
+                self._wait(entry, "read")
             if entry.residency is Residency.STAYING:
                 entry.pins += 1
                 if not entry.written and not fresh and entry.storage is not None:
@@ -199,13 +166,13 @@ class Store:
         self.waiting_seconds["write"] += self.clock.note("waiting", started)
 
     def _wait(self, entry: Entry, direction: str) -> None:
-        if entry.ticket is None:
-            return
-        started = self.clock.now()
-        while entry.ticket is not None:
-            self.clock.wait(self._turn)
-            self._raise_failure()
-        self.waiting_seconds[direction] += self.clock.note("waiting", started)
+        """Until nothing is on its way from or to the block. Raises what went wrong with any transfer, though it be over."""
+        if entry.ticket is not None:
+            started = self.clock.now()
+            while entry.ticket is not None and self._failure is None:
+                self.clock.wait(self._turn)
+            self.waiting_seconds[direction] += self.clock.note("waiting", started)
+        self._raise_failure()
 
     def _raise_failure(self) -> None:
         if self._failure is not None:
@@ -265,7 +232,7 @@ class Store:
             assert extent is not None
         row_bytes = place.nbytes // place.shape[0]
         target = out.view(-1).view(torch.uint8)
-        self.ledger.move(entry.home.name, self.near, {place.kind: len(rows) * row_bytes})
+        self.ledger.move(self.homes.tier(entry).name, self.near, {place.kind: len(rows) * row_bytes})
         tickets = []
         for first, last in runs(rows):
             span = target[first * row_bytes : last * row_bytes]
@@ -288,10 +255,10 @@ class Store:
     # -- transfers ---------------------------------------------------------------------------------------------------
 
     def _fetch(self, entry: Entry) -> None:
-        """Begin to fill a block's place near from its home."""
+        """Begin to fill a block's place near from its home; of one that stays near, from where it was committed."""
         assert entry.extent is not None and entry.storage is not None
         entry.residency = Residency.COMING
-        self.ledger.move(entry.home.name, self.near, entry.block.bytes_by_kind)
+        self.ledger.move(self.homes.tier(entry).name, self.near, entry.block.bytes_by_kind)
         entry.ticket = self._begin(self.transfers.read, entry, entry.extent)
 
     def _begin(self, move: Callable[..., Ticket], entry: Entry, extent: Extent) -> Ticket:
@@ -314,7 +281,7 @@ class Store:
             if error is not None:
                 self._failure = self._failure or error
             elif entry.residency is not Residency.STAYING:
-                entry.residency = Residency.NEAR
+                entry.residency = Residency.STAYING if entry.home.name == self.near else Residency.NEAR
             try:
                 self._arena.look_ahead()
             except BaseException as failure:
@@ -340,7 +307,7 @@ class Store:
     # -- whole store ----------------------------------------------------------------------------------------------
 
     def flush(self) -> None:
-        """Wait until nothing is on its way."""
+        """Wait until nothing is on its way. Raises what went wrong with a transfer."""
         with self._turn:
             for entry in self.entries.values():
                 self._wait(entry, "write")

@@ -47,7 +47,7 @@ def check_plan(plan: Plan, task: Task, place: Place) -> Plan:
     search.tried.append(Choice(told, search.foretell(told)))
     checked = search.finished(search.tried[0])
     _check_memory(checked, request)
-    check_disk(checked, place)
+    check_disk(checked, place.disk_free_bytes)
     return replace(plan, memory_bytes=request.memory_bytes, predicted=checked.predicted, reasons=checked.reasons)
 
 

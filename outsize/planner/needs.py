@@ -105,9 +105,7 @@ def tensor_bytes(rehearsed: Rehearsed, recycle: int) -> int:
     def taken(count: int) -> int:
         units = rehearsed.units
         script = rehearsed.over(units[:count]) if units else rehearsed.script
-        changes = _changes(script.steps[-1])
-        peak = heap_peak(changes * 2, recycle)
-        return peak if peak is not None else int(1.5 * _live_peak(changes))  # nobody to ask: a guess
+        return held_for(changes_of(script.steps[-1]), recycle)
 
     if len(rehearsed.units) <= MANY:
         return taken(len(rehearsed.units))
@@ -115,7 +113,13 @@ def tensor_bytes(rehearsed: Rehearsed, recycle: int) -> int:
     return many + max(many - few, 0) * (len(rehearsed.units) - MANY) // (MANY - MANY // 2)
 
 
-def _changes(events: Iterable[Event]) -> list[Change]:
+def held_for(changes: list[Change], recycle: int) -> int:
+    """What the C library holds at most for these tensors, when they come again and again."""
+    peak = heap_peak(changes * 2, recycle)
+    return peak if peak is not None else int(1.5 * _live_peak(changes))  # nobody to ask: a guess
+
+
+def changes_of(events: Iterable[Event]) -> list[Change]:
     """The tensors of a step, by number."""
     numbers: dict[Key, int] = {}
     return [(numbers.setdefault(event.key, len(numbers)), event.nbytes) for event in events if isinstance(event, Live)]

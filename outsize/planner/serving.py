@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,15 +10,17 @@ import torch
 from torch import nn
 
 from outsize.errors import BudgetError, OptionError
-from outsize.machine.allocator import LARGEST_RECYCLED
+from outsize.machine.allocator import LARGEST_RECYCLED, Ceiling
 from outsize.memory.tier import pages
 from outsize.model.units import Unit
 from outsize.model.vocabulary import Table
-from outsize.plan import KEEP, KvLayer, Plan, Predicted, ServeRequest, Serving
-from outsize.planner.demand import measure_demand
+from outsize.plan import KvLayer, Plan, Predicted, ServeRequest, Serving
+from outsize.planner.needs import KERNELS, PACKED, THREADS, changes_of, held_for
+from outsize.planner.rehearsal import bare_copy
 from outsize.planner.serving_forecast import run_step
 from outsize.planner.sizes_of import SMALL
 from outsize.planner.training import TABLE_BLOCK, table_rows
+from outsize.planner.trial import on_fake_tensors
 from outsize.serve.attention import Discovery, context_limit
 from outsize.serve.cache import page_shape
 from outsize.serve.layout import Span
@@ -25,13 +28,19 @@ from outsize.serve.products import LinearCalls, can_pack
 from outsize.sizes import format_size
 from outsize.train.job import always_near, users_of
 
-ALLOCATOR = 2.0  # resident over live bytes of torch's CPU allocator; docs/log.md has the measurement
-FIXED = 232 << 20  # bytes: what glibc's heap hoards beside, thread stacks, kernels' scratch; docs/log.md
-
 PAGE_TOKENS = 16
+COMPILED = 96 << 20  # bytes: kernels that oneDNN compiles, one for each shape it meets, and never lets go; docs/log.md
 FOR_MANY = 4  # while weights stream, one part in so many of the free memory goes to pages for many requests
 FAR_TIMES = 8  # as many pages as near may lie on disk, at most
 FAR_DISK = 4  # and take one part in so many of what the disk has free
+BASELINE, TENSORS, KERNEL, WEIGHTS, STREAM, CACHE = (
+    "for Python, libraries and the process as it stands",
+    "for a step's tensors",
+    "for threads and what products keep",
+    "for weights that stay",
+    "to stream the others through",
+    "for keys and values",
+)
 
 
 def plan_serving(
@@ -47,79 +56,114 @@ def plan_serving(
     when the model cannot be served."""
     layers, groups = discover(model)
     sizes, context = _sizes(model), _context(model, request)
-    fixed = baseline_bytes + int(ALLOCATOR * measure_step(model, layers, context, request)) + FIXED
-    room = _Room(request.memory_bytes - fixed, -(-context // PAGE_TOKENS), page_size(layers), request.seats)
-    if room.left >= sum(sizes.values()) + room.one * room.page_bytes:
-        near, rows, arena = set(sizes), {}, pages(1)
-        room.left -= sum(sizes.values())
-        packed = _packed(model, groups, near, room.left - room.one * room.page_bytes)
-        room.left -= sum(sizes[name] for name in _twice(model, packed))
-        count = room.take_pages(room.left)
-    else:
-        near, rows = _near(model, units), _tables(model)
-        room.left -= sum(sizes[name] for name in near)
-        wanted, least = _arena(units, sizes, near, rows)
-        if room.left < least + room.one * room.page_bytes:
-            needed = request.memory_bytes - room.left + least + room.one * room.page_bytes
-            raise BudgetError(
-                f"A budget of {format_size(request.memory_bytes)} is too small for {context} tokens of context: at least "
-                f"{format_size(needed)} are needed ({format_size(baseline_bytes)} for Python and its libraries, "
-                f"{format_size(least)} for the largest layer, {format_size(room.one * room.page_bytes)} for keys and "
-                f"values). Give --memory {-(-needed // (1 << 20))}MiB, or a shorter context.",
-                needed,
-            )
-        arena = min(wanted, room.left - room.one * room.page_bytes) // pages(1) * pages(1)
-        room.left -= arena
-        count = room.take_pages(room.left // FOR_MANY)
-        near |= room.take_weights(sizes, near | set(rows))
-        packed = _packed(model, groups, near - set(rows), 0)
-    far = sum(nbytes for name, nbytes in sizes.items() if name not in near)
+    tensors = measure_step(model, layers, context, request)
+    headroom = Ceiling.WORTH + tensors
+    room = _Room(request, context, page_size(layers))
+    room.taken.update({BASELINE: baseline_bytes, TENSORS: tensors + headroom, KERNEL: THREADS + KERNELS + COMPILED})
+    whole = room.left >= sum(sizes.values()) + room.least_pages
+    placed = _all_near(model, sizes, groups, room) if whole else _streaming(model, units, sizes, groups, room)
+    far = sum(nbytes for name, nbytes in sizes.items() if name not in placed.near)
     if far > disk_free_bytes:
         raise BudgetError(
             f"{format_size(far)} of weights must stream from disk and {format_size(disk_free_bytes)} are free. "
             "Free space, or name another directory with --scratch."
         )
-    far_pages = min(FAR_TIMES * count, (disk_free_bytes - far) // FAR_DISK // room.page_bytes)
+    far_pages = min(FAR_TIMES * placed.pages, (disk_free_bytes - far) // FAR_DISK // room.page_bytes)
     serving = Serving(
-        layers, count, PAGE_TOKENS, room.page_bytes, request.step_tokens, request.seats, context, far_pages
+        layers, placed.pages, PAGE_TOKENS, room.page_bytes, request.step_tokens, request.seats, context, far_pages
     )
+    memory = tuple(room.taken.items())
     return Plan(
         "stored",
-        arena,
-        frozenset(near),
-        table_rows=tuple(rows.items()),
-        blocked_loss=bool(rows),
-        packed=packed,
+        room.taken[STREAM],
+        frozenset(placed.near),
+        table_rows=tuple(placed.rows.items()),
+        blocked_loss=bool(placed.rows),
+        packed=placed.packed,
         recycle_bytes=LARGEST_RECYCLED,
+        headroom_bytes=headroom,
         memory_bytes=request.memory_bytes,
-        predicted=Predicted(request.memory_bytes - room.left, 0, far, 0, far),
+        predicted=Predicted(room.taken.total(), 0, far, 0, far, memory=memory),
         serving=serving,
         reasons=(_about_weights(sum(sizes.values()) - far, far), _about_pages(serving)),
     )
 
 
-@dataclass
 class _Room:
-    """Bytes still to be given away. `one`: pages that a sequence of the whole context holds."""
+    """Memory still to be given away, and what has been `taken`, by cause, in bytes."""
 
-    left: int
-    one: int
-    page_bytes: int
-    seats: int
+    def __init__(self, request: ServeRequest, context: int, page_bytes: int) -> None:
+        self.taken: Counter[str] = Counter()
+        self.page_bytes = page_bytes
+        self._request, self._context = request, context
+        self._one = -(-context // PAGE_TOKENS)  # pages that a sequence of the whole context holds
+
+    @property
+    def left(self) -> int:
+        return self._request.memory_bytes - self.taken.total()
+
+    @property
+    def least_pages(self) -> int:
+        """Bytes of pages for one sequence."""
+        return self._one * self.page_bytes
 
     def take_pages(self, nbytes: int) -> int:
         """Pages for at least one sequence, and for as many seats as `nbytes` do."""
-        count = min(self.seats * self.one, max(self.one, nbytes // self.page_bytes))
-        self.left -= count * self.page_bytes
+        count = min(self._request.seats * self._one, max(self._one, nbytes // self.page_bytes))
+        self.taken[CACHE] += count * self.page_bytes
         return count
 
     def take_weights(self, sizes: dict[str, int], but: set[str]) -> set[str]:
+        """As many as there is room for."""
         taken = set()
         for name, nbytes in sizes.items():
             if name not in but and nbytes <= self.left:
                 taken.add(name)
-                self.left -= nbytes
+                self.taken[WEIGHTS] += nbytes
         return taken
+
+    def too_small(self, arena: int) -> BudgetError:
+        """For what is taken, an arena, and one sequence."""
+        causes = Counter({**self.taken, STREAM: arena, CACHE: self.least_pages})
+        parts = ", ".join(f"{format_size(nbytes)} {cause}" for cause, nbytes in causes.items() if nbytes)
+        return BudgetError(
+            f"A budget of {format_size(self._request.memory_bytes)} is too small for {self._context} tokens of context: at "
+            f"least {format_size(causes.total())} are needed ({parts}). "
+            f"Give --memory {-(-causes.total() // (1 << 20))}MiB, or a shorter context.",
+            causes.total(),
+        )
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """`near` weights, of which some are `packed` products; `rows` in a block of the tables that stream; `pages` near."""
+
+    near: set[str]
+    rows: dict[str, int]
+    packed: tuple[tuple[str, ...], ...]
+    pages: int
+
+
+def _all_near(model: nn.Module, sizes: dict[str, int], groups: list[tuple[str, ...]], room: _Room) -> _Placed:
+    room.taken.update({WEIGHTS: sum(sizes.values()), STREAM: pages(1)})
+    packed = _packed(model, groups, set(sizes), room.left - room.least_pages)
+    room.taken[WEIGHTS] += sum(sizes[name] for name in _twice(model, packed))
+    return _Placed(set(sizes), {}, packed, room.take_pages(room.left))
+
+
+def _streaming(
+    model: nn.Module, units: list[Unit], sizes: dict[str, int], groups: list[tuple[str, ...]], room: _Room
+) -> _Placed:
+    near, rows = _near(model, units), _tables(model)
+    largest = max((nbytes for name, nbytes in sizes.items() if name not in near | rows.keys()), default=0)
+    room.taken.update({WEIGHTS: sum(sizes[name] for name in near), KERNEL: PACKED * largest})
+    wanted, least = _arena(units, sizes, near, rows)
+    if room.left < least + room.least_pages:
+        raise room.too_small(least)
+    room.taken[STREAM] = min(wanted, room.left - room.least_pages) // pages(1) * pages(1)
+    count = room.take_pages(room.left // FOR_MANY)
+    near |= room.take_weights(sizes, near | set(rows))
+    return _Placed(near, rows, _packed(model, groups, near - set(rows), 0), count)
 
 
 def discover(model: nn.Module) -> tuple[tuple[KvLayer, ...], list[tuple[str, ...]]]:
@@ -127,29 +171,33 @@ def discover(model: nn.Module) -> tuple[tuple[KvLayer, ...], list[tuple[str, ...
     weights' names; learnt by running the module on fake tensors. Raises ModelError when it keeps what cannot be paged."""
     found, calls = Discovery(), LinearCalls()
 
-    def run(fake: nn.Module) -> torch.Tensor:
+    def run(fake: nn.Module) -> None:
         ids = torch.zeros((1, 2), dtype=torch.long)
         with calls.watching(fake):
-            return fake(input_ids=ids, position_ids=ids, use_cache=False, paged=found).logits
+            fake(input_ids=ids, position_ids=ids, use_cache=False, paged=found)
 
+    measurable = _measurable(model)
     try:
-        measure_demand(model, _measurable(model), run, KEEP, gradients=False)
+        with on_fake_tensors(measurable) as fake:
+            run(fake)
     except RuntimeError:  # the module looks at some output in a way that one beside others cannot be looked at
         found, calls = Discovery(), LinearCalls(beside=False)
-        measure_demand(model, _measurable(model), run, KEEP, gradients=False)
+        with on_fake_tensors(measurable) as fake:
+            run(fake)
     found.complete(model)
     return _in(_dtype(model), tuple(found.layers)), calls.groups()
 
 
 def measure_step(model: nn.Module, layers: tuple[KvLayer, ...], context: int, request: ServeRequest) -> int:
-    """Bytes beside weights and pages that the largest step needs: the last chunk of a sequence as long as the context, with
-    logits for every seat."""
-    count, dtype = min(request.step_tokens, context), _measurable(model)
-    layers = _in(dtype, layers)
-    span = Span(range(-(-context // PAGE_TOKENS)), context - count, count)
-    peak = run_step(model, layers, [span], PAGE_TOKENS, request.seats, dtype=dtype)
-    wider = max(1, _dtype(model).itemsize // dtype.itemsize)
-    return max(peak - len(span.pages) * page_size(layers), 0) * wider
+    """Bytes beside weights and pages that the C library holds for the largest step: chunks of sequences as long as the
+    context, with logits for every seat."""
+    measurable = _measurable(model)
+    count, one = min(request.step_tokens, context), -(-context // PAGE_TOKENS)
+    several = min(request.seats, -(-request.step_tokens // count))
+    spans = [Span(range(n * one, (n + 1) * one), context - count, count) for n in range(several)]
+    changes = changes_of(run_step(measurable, _in(_dtype(measurable), layers), spans, PAGE_TOKENS, request.seats))
+    wider = max(1, _dtype(model).itemsize // _dtype(measurable).itemsize)
+    return wider * held_for(changes, LARGEST_RECYCLED)
 
 
 def page_size(layers: tuple[KvLayer, ...]) -> int:
@@ -161,9 +209,9 @@ def _in(dtype: torch.dtype, layers: tuple[KvLayer, ...]) -> tuple[KvLayer, ...]:
     return tuple(replace(layer, dtype=str(dtype).removeprefix("torch.")) for layer in layers)
 
 
-def _measurable(model: Any) -> torch.dtype:
-    """The dtype to run on fake tensors: torch's fake product of experts knows bf16 only."""
-    return torch.bfloat16 if model._can_set_experts_implementation() else _dtype(model)
+def _measurable(model: Any) -> nn.Module:
+    """What to run on fake tensors: torch's fake product of experts knows bf16 only."""
+    return bare_copy(model).to(torch.bfloat16) if model._can_set_experts_implementation() else model
 
 
 def _dtype(model: nn.Module) -> torch.dtype:

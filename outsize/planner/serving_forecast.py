@@ -6,6 +6,7 @@ operation has its price; what streams is read meanwhile, and every weight passes
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,9 +18,10 @@ from outsize.machine.machine import Machine
 from outsize.memory.null import NullTier
 from outsize.memory.store import Store
 from outsize.memory.transfer import Transfers
-from outsize.plan import KEEP, KvLayer, Plan, Served
-from outsize.planner.demand import measure_demand
+from outsize.plan import KvLayer, Plan, Served
 from outsize.planner.prices import Prices, is_view
+from outsize.planner.script import Live
+from outsize.planner.trial import Watched, on_fake_tensors
 from outsize.serve.attention import Paged
 from outsize.serve.cache import Cache
 from outsize.serve.layout import Layout, Span
@@ -106,30 +108,26 @@ def run_step(
     page_tokens: int,
     seats: int,
     mode: TorchDispatchMode | None = None,
-    dtype: torch.dtype | None = None,
-) -> int:
-    """One step on fake tensors, with logits for `seats` tokens, under `mode`. Returns the most bytes alive at once, the
-    pages of `spans` among them."""
+) -> list[Live]:
+    """One step on fake tensors, with logits for `seats` tokens, under `mode`. Returns what came and went meanwhile, weights
+    and pages not among it."""
     count = sum(span.count for span in spans)
     page_count = 1 + max(page for span in spans for page in span.pages)
-
-    def run(fake: nn.Module) -> torch.Tensor:
+    with on_fake_tensors(model) as fake:
         store = Store({"host": NullTier("host", 1 << 60)}, 0, _fake_bytes, Transfers(readers=0))
         cache = Cache(store, layers, page_count, page_tokens)
-        layout = Layout(spans, page_tokens, torch.device("cpu"))
         store.transfers.close()
-        given = {
-            "input_ids": torch.zeros((1, count), dtype=torch.long),
-            "position_ids": layout.positions(),
-            "logits_to_keep": torch.zeros(min(seats, count), dtype=torch.long),
-            "paged": Paged(cache, layout),
-        }
-        if mode is None:
-            return fake(use_cache=False, **given).logits.float()
-        with mode:
-            return fake(use_cache=False, **given).logits.float()
-
-    return measure_demand(model, dtype or next(model.parameters()).dtype, run, KEEP, gradients=False).peak
+        with Watched([*fake.parameters(), *fake.buffers(), cache.bytes]) as watched:
+            layout = Layout(spans, page_tokens, torch.device("cpu"))
+            given = {
+                "input_ids": torch.zeros((1, count), dtype=torch.long),
+                "position_ids": layout.positions(),
+                "logits_to_keep": torch.zeros(min(seats, count), dtype=torch.long),
+                "paged": Paged(cache, layout),
+            }
+            with mode or nullcontext():
+                fake(use_cache=False, **given).logits.float()
+        return watched.events
 
 
 def _fake_bytes(nbytes: int) -> torch.Tensor:

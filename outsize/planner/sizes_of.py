@@ -27,13 +27,12 @@ SMALL = 1 << 16  # elements; so small a weight stays near with its state: readin
 
 @dataclass(frozen=True)
 class WeightSize:
-    """Bytes of one weight's blocks, of its optimizer state by kind, and of the largest single block of each; of several
-    workers, of the first one's. `leased` is what a lease of the weight takes near compute."""
+    """Bytes of one weight's blocks and of its optimizer state by kind, and of the largest single block of its state and
+    its gradient; of several workers, of the first one's. `leased` is what a lease of the weight takes near compute."""
 
     weight: Weight
     bytes: int
     leased: int
-    largest_block: int
     state_kinds: dict[str, int]
     largest_state: int
     largest_gradient: int
@@ -102,4 +101,4 @@ def _size(store: Store, updater: Updater, weight: Weight) -> WeightSize:
     kinds = sum((Counter(block.bytes_by_kind) for block in states), Counter())
     gradient = max(torch.Size(weight.block_shape(block)).numel() * 4 for block in weight.blocks)
     largest_state = max((block.nbytes for block in states), default=0)
-    return WeightSize(weight, sum(blocks), sum(leased), max(blocks), dict(kinds), largest_state, gradient)
+    return WeightSize(weight, sum(blocks), sum(leased), dict(kinds), largest_state, gradient)

@@ -94,7 +94,7 @@ class Planning:
     def within(self, memory_bytes: int) -> Plan:
         """As `plan_training`."""
         if 2 * self._task.job.all_bytes > self._place.disk_free_bytes:
-            raise BudgetError(_disk_too_small(2 * self._task.job.all_bytes, self._place))
+            raise BudgetError(_disk_too_small(2 * self._task.job.all_bytes, self._place.disk_free_bytes))
         found: list[tuple[Choice, Search]] = []
         tried: list[Search] = []
         fastest = inf
@@ -110,7 +110,7 @@ class Planning:
             raise _no_memory(min(tried, key=lambda search: search.least))
         choice, search = min(found, key=lambda pair: pair[0].forecast.seconds)
         plan = search.finished(choice)
-        check_disk(plan, self._place)
+        check_disk(plan, self._place.disk_free_bytes)
         return plan
 
     def _each(self) -> Iterator[Search]:
@@ -137,17 +137,17 @@ def search_of(task: Task, place: Place, job: JobSizes, bare: Plan) -> Search:
     return Search(bare, job, needs, task.request, ways_of(place.machine), found)
 
 
-def check_disk(plan: Plan, place: Place) -> None:
-    """Raises BudgetError when the plan's state does not fit the disk."""
+def check_disk(plan: Plan, free: int) -> None:
+    """Raises BudgetError when the plan's state does not fit the `free` bytes of a disk."""
     assert plan.predicted is not None
-    if plan.predicted.disk_bytes > place.disk_free_bytes:
-        raise BudgetError(_disk_too_small(plan.predicted.disk_bytes, place))
+    if plan.predicted.disk_bytes > free:
+        raise BudgetError(_disk_too_small(plan.predicted.disk_bytes, free))
 
 
-def _disk_too_small(nbytes: int, place: Place) -> str:
+def _disk_too_small(nbytes: int, free: int) -> str:
     return (
         f"The state needs {format_size(nbytes)} of disk (two extents of every block, so that no step overwrites the last "
-        f"committed one), and {format_size(place.disk_free_bytes)} are free. Free space, or choose another --out."
+        f"committed one), and {format_size(free)} are free. Free space, or choose another --out."
     )
 
 

@@ -6,7 +6,9 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import fields, replace
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,23 @@ from outsize.serve.request import Sampling
 from outsize.serve.service import Completion, Service
 
 AHEAD = 4  # requests in the engine for each of its seats, so that none stays empty
-OPTIONS = {field.name for field in fields(Sampling)}
+DEFAULTS = asdict(Sampling())
+OPTIONS = DEFAULTS.keys()
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a file of prompts."""
+
+    number: int
+    tokens: tuple[int, ...]
+    sampling: Sampling
+
+    @cached_property
+    def digest(self) -> str:
+        """Of what is asked: its answers bear it, so that those to another question are not taken for them."""
+        options = {name: value for name, value in asdict(self.sampling).items() if value != DEFAULTS[name]}
+        return sha256(json.dumps([self.tokens, options], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def answer_file(service: Service, source: Path, target: Path, sampling: Sampling) -> int:
@@ -24,16 +42,17 @@ def answer_file(service: Service, source: Path, target: Path, sampling: Sampling
     order at the end; how many were missing.
 
     A line of `source` has `prompt` (text or token ids) or `messages`, and perhaps options of its own. A line of `target`
-    has its `line` number, `text`, `finish_reason` and token counts, for each of `n` completions one; a last answer that is
-    not whole, of a run that was killed, is written anew. So however often it was stopped, the file comes out the same.
-    Raises DataError naming the line that cannot be read, StorageError when `target` cannot be written."""
-    requests = read_requests(service, source, sampling)
-    done = answered(target, {number: sampling.n for number, _, sampling in requests})
-    work = [request for request in requests if request[0] not in done]
+    has its `line` number, a digest of the `request`, `text`, `finish_reason` and token counts, for each of `n`
+    completions one; a last answer that is not whole, of a run that was killed, is written anew. So however often it was
+    stopped, the file comes out the same. Raises DataError naming the line that cannot be read, or that is not what was
+    answered, StorageError when `target` cannot be written."""
+    lines = read_lines(service, source, sampling)
+    done = answered(target, {line.number: line for line in lines})
+    work = [line for line in lines if line.number not in done]
     try:
         with target.open("a") as file:
-            for number, completions in _finished(service, work):
-                file.write("".join(json.dumps(_line(number, one)) + "\n" for one in completions))
+            for line, completions in _finished(service, work):
+                file.write("".join(json.dumps(_answer(line, one)) + "\n" for one in completions))
                 file.flush()
         _put_in_order(target)
     except OSError as problem:
@@ -41,20 +60,24 @@ def answer_file(service: Service, source: Path, target: Path, sampling: Sampling
     return len(work)
 
 
-def answered(target: Path, completions: dict[int, int]) -> set[int]:
-    """Lines that have as many answers as `completions` says; what a kill left of the last is cut off.
+def answered(target: Path, lines: dict[int, Line]) -> set[int]:
+    """Lines, by number, that have all their answers; what a kill left of the last is cut off.
 
-    Raises DataError when the file holds anything else."""
+    Raises DataError when a line has changed since it was answered, or the file holds anything else."""
     if not target.exists():
         return set()
     whole = target.read_bytes()
     kept = whole[: whole.rfind(b"\n") + 1].splitlines(keepends=True)
     try:
-        numbers = [json.loads(line)["line"] for line in kept]
+        answers = [json.loads(line) for line in kept]
+        numbers = [answer["line"] for answer in answers]
+        changed = {answer["line"] for answer in answers if answer["request"] != lines[answer["line"]].digest}
+        if changed:
+            raise _changed(target, changed)
         found = Counter(numbers)
-        if numbers and found[numbers[-1]] < completions[numbers[-1]]:
+        if numbers and found[numbers[-1]] < lines[numbers[-1]].sampling.n:
             del kept[-found.pop(numbers[-1]) :]
-        strangers = [number for number, count in found.items() if count != completions[number]]
+        strangers = [number for number, count in found.items() if count != lines[number].sampling.n]
     except (ValueError, KeyError, TypeError) as problem:
         raise _no_answers(target) from problem
     if strangers:
@@ -62,6 +85,14 @@ def answered(target: Path, completions: dict[int, int]) -> set[int]:
     if sum(map(len, kept)) < len(whole):
         os.truncate(target, sum(map(len, kept)))
     return set(found)
+
+
+def _changed(target: Path, numbers: set[int]) -> DataError:
+    others = f" and {len(numbers) - 1} more" if len(numbers) > 1 else ""
+    return DataError(
+        f"{target}: answers line {min(numbers)}{others} as it was before: the input or an option has changed since. Name "
+        "another file for --output, or remove these answers from it, and run again."
+    )
 
 
 def _no_answers(target: Path) -> DataError:
@@ -78,8 +109,8 @@ def _put_in_order(target: Path) -> None:
         draft.replace(target)
 
 
-def read_requests(service: Service, source: Path, sampling: Sampling) -> list[tuple[int, tuple[int, ...], Sampling]]:
-    """(line number, token ids, sampling) of each line; everything is checked before anything is computed."""
+def read_lines(service: Service, source: Path, sampling: Sampling) -> list[Line]:
+    """Everything is checked before anything is computed."""
     try:
         lines = source.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as problem:
@@ -88,7 +119,7 @@ def read_requests(service: Service, source: Path, sampling: Sampling) -> list[tu
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
-                found.append((number, *_request(service, json.loads(line), sampling)))
+                found.append(Line(number, *_request(service, json.loads(line), sampling)))
             except (ValueError, TypeError, OptionError) as problem:
                 raise DataError(f"{source}, line {number}: {problem}") from problem
     return found
@@ -109,23 +140,27 @@ def _request(service: Service, given: Any, sampling: Sampling) -> tuple[tuple[in
     return tokens, sampling
 
 
-def _finished(
-    service: Service, work: list[tuple[int, tuple[int, ...], Sampling]]
-) -> Iterator[tuple[int, list[Completion]]]:
+def _finished(service: Service, work: list[Line]) -> Iterator[tuple[Line, list[Completion]]]:
     """Completions as requests finish, with enough of them in the engine to fill its seats."""
-    waiting, running = iter(work), service.gathering()
-    for number, tokens, sampling in waiting:
-        running.ask(number, tokens, sampling)
+    by_number, running = {line.number: line for line in work}, service.gathering()
+
+    def next_one() -> tuple[Line, list[Completion]]:
+        number, completions = running.next()
+        return by_number[number], completions
+
+    for line in work:
+        running.ask(line.number, line.tokens, line.sampling)
         if running.count >= AHEAD * service.engine.serving.seats:
-            yield running.next()
+            yield next_one()
     while running.count:
-        yield running.next()
+        yield next_one()
 
 
-def _line(number: int, completion: Completion) -> dict[str, Any]:
+def _answer(line: Line, completion: Completion) -> dict[str, Any]:
     usage = {"prompt_tokens": completion.prompt_tokens, "new_tokens": len(completion.chosen)}
     return {
-        "line": number,
+        "line": line.number,
+        "request": line.digest,
         "index": completion.index,
         "text": completion.text,
         "finish_reason": completion.finish,

@@ -317,7 +317,7 @@ class Job:
         loss = float(sum(torch.tensor(said) for (said,) in self.group.each(part)))
         if loss != loss or loss in (float("inf"), float("-inf")):
             raise RunError(
-                f"The loss of step {self.step_number} is {loss}. The weights of the last committed step are untouched; "
+                f"The loss of step {self.step_number + 1} is {loss}. The weights of the last committed step are untouched; "
                 "use a smaller learning rate, warm-up, clipping, or look at the data."
             )
         return loss

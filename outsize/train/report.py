@@ -48,9 +48,9 @@ FIGURES = {"planned", "measured", "ratio", "share", "size"}
 
 @dataclass(frozen=True)
 class StepLine:
-    """One training step: all that was moved, and all the time that passed, since the line before, but for evaluation and
-    samples. So what a commit writes of state that stays in memory is in the line of the step that computes meanwhile, the
-    next one; what the last commit of a run writes is in none. Peaks are of the process so far.
+    """One training step, counted from 1: all that was moved, and all the time that passed, since the line before, but for
+    evaluation and samples. So what a commit writes of state that stays in memory is in the line of the step that computes
+    meanwhile, the next one; what the last commit of a run writes is in none. Peaks are of the process so far.
 
     The waits and the update are disjoint parts of `seconds`, so that what remains is compute."""
 
@@ -93,13 +93,13 @@ def evaluation_json(step: int, eval_loss: float) -> str:
 class Metrics:
     """The file metrics.jsonl of a running job: every line in it is whole, whatever ends the process."""
 
-    def __init__(self, path: Path, resume_step: int = 0) -> None:
-        """Open `path`, keeping the lines of steps before `resume_step`, the first step still to be run.
+    def __init__(self, path: Path, done: int = 0) -> None:
+        """Open `path`, keeping the lines of the first `done` steps.
 
         Raises StorageError when it cannot be written, RunError when a line before the last is damaged."""
         self.path = path
-        kept = each_line(path) if resume_step and path.exists() else ()
-        _replace(path, (_one_line(record) + "\n" for record in kept if record["step"] < resume_step))
+        kept = each_line(path) if done and path.exists() else ()
+        _replace(path, (_one_line(record) + "\n" for record in kept if record["step"] <= done))
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
 
     def append(self, line: StepLine) -> None:

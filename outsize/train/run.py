@@ -176,17 +176,17 @@ class Run:
         source = batches(data, schedule.batch_size, schedule.seed, first, schedule.accumulate, group.rank, group.size)
         self._commit_if_due(first)  # a keeper may have held it when the process was killed before its commit
         before = self._counted = self._counts()
-        if first and not metrics.has_evaluation(first - 1):  # killed between that step's commit and its evaluation
-            self._evaluate_if_due(metrics, first - 1, schedule, evaluation)
-        for step in takewhile(lambda step: not stopping(), range(first, schedule.steps)):
-            last = step + 1 == schedule.steps
+        if first and not metrics.has_evaluation(first):  # killed between that step's commit and its evaluation
+            self._evaluate_if_due(metrics, first, schedule, evaluation)
+        for step in takewhile(lambda step: not stopping(), range(first + 1, schedule.steps + 1)):
+            last = step == schedule.steps
             line = self._step(step, next(source), scheduler, again=not last)
             metrics.append(line)
             if not self.job.plan.hold:
-                self._complete(step + 1)
+                self._complete(step)
             self.progress.step(line)
             self._evaluate_if_due(metrics, step, schedule, evaluation)
-            due = schedule.sample_every and ((step + 1) % schedule.sample_every == 0 or last)
+            due = schedule.sample_every and (step % schedule.sample_every == 0 or last)
             if schedule.sample_prompt and due and not stopping():
                 self.progress.message(f"sample: {self._sample(schedule)}")
         self.finish()
@@ -253,7 +253,7 @@ class Run:
         self, metrics: Metrics, step: int, schedule: Schedule, evaluation: PackedDataset | None
     ) -> None:
         every = schedule.eval_every
-        if evaluation is None or not every or ((step + 1) % every and step + 1 != schedule.steps):
+        if evaluation is None or not every or (step % every and step != schedule.steps):
             return
         looked_at = takewhile(lambda batch: not self.stopping(), in_order(evaluation, schedule.batch_size))
         with self._apart():

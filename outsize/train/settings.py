@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,9 @@ FREE = {
 }  # fmt: skip
 """What may differ when a run is continued; all else must stay as it was."""
 PATHS = ("data", "eval_data", "optimizer_state", "out", "plan")
+REMEMBERED = "planned.json"  # the plan of the last start, and what it was made for
 # What a run that never reached its first commit may leave, whole or killed while it was written.
-BEGUN = {"train.npy", "eval.npy", "state", "companions", "run.json"}
+BEGUN = {"train.npy", "eval.npy", "state", "companions", "run.json", REMEMBERED}
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,21 @@ def continues(settings: TrainSettings) -> bool:
     if (settings.out / "state" / "manifest").exists():
         raise RunError(f"{settings.out} holds a run's state without its run.json. Restore it, or choose another --out.")
     return False
+
+
+def forget_beginning(out: Path) -> None:
+    """Remove what a run that was refused has made, unless a state is there."""
+    with suppress(OSError):
+        (out / "state").rmdir()  # of several workers' empty one
+    if (out / "state").exists():
+        return
+    for name in BEGUN - {"state"}:
+        if (out / name).is_dir():
+            shutil.rmtree(out / name, ignore_errors=True)
+        else:
+            (out / name).unlink(missing_ok=True)
+    with suppress(OSError):
+        out.rmdir()
 
 
 def record(settings: TrainSettings) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +50,18 @@ class StateFolder:
         """Make the folder if missing and take its lock, which dies with the process.
 
         Raises RunError when another process has it, StorageError when the folder cannot be written."""
+        while not self._locked():
+            pass  # somebody has just abandoned the folder, with the file that was opened
+        self.tidy()
+        for partial in self.kept.glob(f"*{PARTIAL}"):
+            partial.unlink(missing_ok=True)  # a step that was to be kept when the run was killed
+        return self
+
+    def _locked(self) -> bool:
+        path = self.directory / "lock"
         try:
             make_durable(self.kept)
-            self._lock = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            self._lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as problem:
             raise StorageError(
                 f"{self.directory} cannot be written: {problem.strerror}. Choose another directory."
@@ -64,10 +73,22 @@ class StateFolder:
             raise RunError(
                 f"{self.directory} is in use by another process. Wait for it, or choose another --out."
             ) from problem
-        self.tidy()
-        for partial in self.kept.glob(f"*{PARTIAL}"):
-            partial.unlink(missing_ok=True)  # a step that was to be kept when the run was killed
-        return self
+        with suppress(FileNotFoundError):
+            if os.path.samestat(path.stat(), os.fstat(self._lock)):
+                return True
+        self.close()
+        return False
+
+    def abandon(self) -> None:
+        """Where no step is committed or kept, leave nothing behind, not even the folder, and let go of the lock."""
+        made = {"blocks", "layout", "lock"}
+        with suppress(OSError):  # a disk that fails leaves more
+            if set(os.listdir(self.directory)) <= {*made, "kept"} and not os.listdir(self.kept):
+                for name in made:
+                    (self.directory / name).unlink(missing_ok=True)
+                self.kept.rmdir()
+                self.directory.rmdir()
+                self.close()
 
     def tidy(self) -> None:
         """Remove what killed processes were writing: exports, wherever they are, and packed steps."""
@@ -143,6 +164,11 @@ class StateFolder:
             return Manifest.read(self.kept / name, self.layout())
         except RunError as problem:
             raise RunError(f"{problem} Removing that file gives up the kept step, and nothing else.") from problem
+
+    def bytes_on_disk(self) -> int:
+        """Of the blocks' file, and of steps that are kept packed."""
+        packed = (path.stat().st_size for path in self.packed.glob("step-*/*"))
+        return self.blocks.stat().st_size + sum(packed)
 
     # -- writing ------------------------------------------------------------------------------------------------------
 

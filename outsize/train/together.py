@@ -179,6 +179,14 @@ def open_step(folder: StateFolder, step: int | None = None) -> Iterator[Checkpoi
         yield found
 
 
+def folders_of_run(state: Path) -> list[StateFolder]:
+    """Of each worker that has committed the newest step, in their order. Raises RunError when one of them is missing."""
+    committed = newest(Group(), state)
+    if committed is None and any(state.glob("worker-*-of-*")):
+        raise RunError(f"{state} has no step yet that all workers have committed.")
+    return [StateFolder(folder) for folder in folders_of(state, 1 if committed is None else committed.workers)]
+
+
 def bring_back(state: Path, committed: Committed, bind: Callable[[Read], Job]) -> Job:
     """A job of this worker as the others, of another number, have left it; `bind` makes it with weights that are read."""
     with open_together(state, committed) as before:
