@@ -10,6 +10,7 @@ import sys
 from outsize.errors import RunError
 
 RESTARTS = 3  # after a worker was killed
+SIGNALLED = 128  # exit codes from here on are those of signals, which the launcher sends to the others
 
 
 def is_worker() -> bool:
@@ -55,7 +56,7 @@ def _killed(failed: Exception, left: int) -> str:
     # Signals are negative; SIGTERM is the launcher's own, to the others when one has failed.
     rank = next((rank for rank, code in codes.items() if code < 0 and code != -signal.SIGTERM), None)
     if rank is None:
-        sys.exit(max(*codes.values(), 1))
+        sys.exit(max([code for code in codes.values() if 0 < code < SIGNALLED], default=1))
     said = f"Worker {rank} was ended by {signal.Signals(-codes[rank]).name}."
     if not left:
         raise RunError(f"{said} The same command continues at the last step that all have committed.") from failed

@@ -56,8 +56,13 @@ class Watch:
         self._closing.set()
         with suppress(RuntimeError):
             self._meeting.set(_failed(self.rank), str(problem))
-            if self.rank == 0:
-                time.sleep(2 * LOOK_EVERY)  # the meeting point ends with this process: let them look
+            end = time.monotonic() + 2 * LOOK_EVERY
+            while self.rank == 0 and not self._all_know() and time.monotonic() < end:
+                time.sleep(0.02)  # the meeting point ends with this process: let them look
+
+    def _all_know(self) -> bool:
+        """The others stop too: because of this worker, or for a reason of their own, which may be the same."""
+        return all(self._meeting.check([_stops(peer)]) or self._meeting.check([_failed(peer)]) for peer in self._others)
 
     def _failure(self) -> str | None:
         """What another worker has said before it stopped."""
@@ -92,6 +97,8 @@ class Watch:
                         "same command continues at the last step that all have committed."
                     )
             if said is not None and not self._closing.is_set():
+                with suppress(RuntimeError):
+                    self._meeting.set(_stops(self.rank), "")
                 print(f"outsize: {said}", file=sys.stderr, flush=True)
                 os._exit(STOPPED)
 
