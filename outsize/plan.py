@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from textwrap import fill
 from types import NoneType, UnionType
@@ -12,6 +13,8 @@ from outsize.errors import OptionError
 from outsize.sizes import format_size
 
 WIDTH = 80  # columns that a plan prints itself on
+SPARE = 0.02  # of the budget: as much as predictions are off, and a plan made elsewhere may find less
+LATITUDE = 0.05  # of its prediction, by which a peak may be off
 
 
 @dataclass(frozen=True)
@@ -159,6 +162,16 @@ class Plan:
         for name, count in (("commit_every", self.commit_every), ("accumulate", self.accumulate), *self.table_rows):
             if count < 1:
                 raise OptionError(f"A plan's {name} cannot be {count}; it is at least 1.")
+
+    @property
+    def ceiling_bytes(self) -> int:
+        """Where the process is to give back what the C library keeps: `headroom_bytes` below the predicted peak; where the
+        budget has room, below a twentieth more, so that a prediction somewhat too low costs no time."""
+        if self.predicted is None:
+            return sys.maxsize
+        most = self.predicted.host_peak_bytes
+        room = int((1 - SPARE) * (self.memory_bytes or 0))
+        return max(most, min(int((1 + LATITUDE) * most), room)) - self.headroom_bytes
 
     @property
     def exactness(self) -> str:

@@ -63,6 +63,15 @@ def spoilt(change: Callable[[dict], object]) -> str:
     return str(refused.value)
 
 
+@pytest.mark.parametrize(("budget", "ceiling"), [(None, 900), (1000, 900), (1030, 909), (5000, 950)])
+def test_the_process_gives_back_below_its_prediction_or_a_twentieth_above_where_there_is_room(
+    budget: int | None, ceiling: int
+) -> None:
+    predicted = Predicted(1000, 0, 0, 0, 0)
+    plan = Plan("fp32", 0, headroom_bytes=100, memory_bytes=budget, predicted=predicted)
+    assert plan.ceiling_bytes == ceiling
+
+
 def test_what_is_wrong_in_a_plan_is_named() -> None:
     assert "my.json has no key 'arena'" in spoilt(lambda values: values.update(arena=1))
     assert "my.json lacks 'precision'" in spoilt(lambda values: values.pop("precision"))

@@ -9,7 +9,6 @@ saved tensor that lies in a leased weight is always replaced by a `Ticket` and l
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -84,7 +83,7 @@ class Attachment:
     ) -> None:
         self.model, self.store, self.weights, self.device = model, store, weights, device
         self.lanes = Lanes()
-        self.ceiling = Ceiling(plan.predicted.host_peak_bytes - plan.headroom_bytes if plan.predicted else sys.maxsize)
+        self.ceiling = Ceiling(plan.ceiling_bytes)
         self.take_gradient: GradientTaker | None = None
         self.before_use: BeforeUse | None = None
         self._at: dict[int, AttachedUnit] = {}

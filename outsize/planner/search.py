@@ -14,7 +14,7 @@ from functools import cached_property
 
 from outsize.errors import BudgetError
 from outsize.memory.tier import PAGE, pages
-from outsize.plan import KEEP, MOVE, NEAR, RECOMPUTE, Activations, Plan, Predicted, Request
+from outsize.plan import KEEP, MOVE, NEAR, RECOMPUTE, SPARE, Activations, Plan, Predicted, Request
 from outsize.planner.clock import Ways
 from outsize.planner.forecast import Forecast, forecast, with_snapshots
 from outsize.planner.keeper import keeper_bytes, twin_bytes
@@ -31,7 +31,6 @@ SAID = {
     Activations("products"): "all but products recomputed",
     Activations("products", "disk"): "products moved to disk and the rest recomputed",
 }
-SPARE = 0.02  # of the memory allowed: as much as predictions are off, and a plan made elsewhere may find less
 TENSORS = "tensors of a step"
 SNAPSHOT_SHARE = 8  # of what a step moves, snapshots of state in memory may add one part in so many
 LONGEST_WITHOUT = 50  # steps between snapshots, at most
