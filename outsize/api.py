@@ -81,7 +81,7 @@ def attach(
         folder.abandon()
         folder.close()  # with another budget it may be tried again
         raise
-    recycle_up_to(plan.recycle_bytes)
+    recycle_up_to(0)  # of weights that come in, none leaves a hole for others to spread over
     store = open_store(plan, folder)
 
     def read(name: str, start: int, stop: int) -> torch.Tensor:
@@ -91,7 +91,9 @@ def attach(
     def forget(name: str) -> None:
         del sources[name]  # so that the module's own copy goes as soon as the store has it
 
-    return bind(model, units, plan, rule, store, read, CPU, progress=forget)
+    job = bind(model, units, plan, rule, store, read, CPU, progress=forget)
+    recycle_up_to(plan.recycle_bytes)
+    return job
 
 
 def plan(model: str, *, memory: str | int, **asked: Any) -> Plan:

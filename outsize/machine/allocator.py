@@ -13,7 +13,7 @@ from outsize.machine.describe import resident_bytes
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # malloc.h
 LARGEST_RECYCLED = 32 << 20  # bytes; glibc refuses a higher mmap threshold
 NEVER = (1 << 31) - 1  # bytes; the largest threshold there is
-KERNELS = 64  # that oneDNN keeps
+COMPILED_KERNELS = 64  # that oneDNN keeps
 
 
 def use_one_heap() -> None:
@@ -40,7 +40,7 @@ def give_back() -> None:
 def compile_few_kernels() -> None:
     """Have oneDNN keep as many compiled kernels as a step uses, not a thousand: it compiles anew for every number of rows,
     and each takes some 130 KiB, or more, for as long as it is kept. To be called before the first product of the process."""
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KERNELS))
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(COMPILED_KERNELS))
 
 
 class Ceiling:
