@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
+from statistics import median
 from time import perf_counter
 from typing import Any, Protocol
 
@@ -16,10 +17,12 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
 
+from outsize.machine.allocator import LARGEST_RECYCLED, recycle_up_to
 from outsize.machine.machine import Machine
 from outsize.memory.host import allocate_slab
 
 LARGEST_DONE = 256 << 20  # bytes that an operation may touch to be done for its price
+SAMPLES = 3  # of an operation
 COLD = 64 << 20  # bytes, more than a processor's caches hold
 UPDATED = 28  # bytes of an element: its weight, low bits and two moments, each read and written, and its gradient
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -73,7 +76,7 @@ class RatedPrices:
 
 @dataclass(frozen=True)
 class MeasuredPrices:
-    """Prices of the machine that this runs on: each operation is done twice, on tensors of the same shapes and dtypes.
+    """Prices of the machine that this runs on: each operation is done a few times, on tensors of the same shapes and dtypes.
 
     Memory held meanwhile is what one operation takes in and gives out; one that needs too much of it is only rated."""
 
@@ -98,12 +101,7 @@ class MeasuredPrices:
     def update(self, elements: int, like: Any, make: Callable[[], Callable[[], None]]) -> float:
         if like not in self._updates:
             with _disable_current_modes():
-                step = make()
-                step()  # makes the optimizer's state
-                _cool()
-                started = perf_counter()
-                step()
-                self._updates[like] = perf_counter() - started
+                self._updates[like] = usual_seconds(make(), _cool)  # the first step makes the optimizer's state
         return self._updates[like]
 
 
@@ -138,21 +136,30 @@ def seconds_of_passing() -> float:
 
 
 def _measure(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | None:
-    """Seconds of an operation that has been done before; None for one that real numbers of no meaning cannot pass."""
+    """Seconds of an operation that has been done before; None for one that real numbers of no meaning cannot pass. Its
+    result comes from recycled memory, as in a step: fresh pages would take as long as many an operation."""
+    product = operations_of(function) is not None
     with _disable_current_modes():
-        seconds = None
+        recycle_up_to(LARGEST_RECYCLED)
         try:
-            for again in (False, True):
-                real_args, real_kwargs = tree_map_only(torch.Tensor, _numbers, (args, kwargs))
-                if again and operations_of(function) is not None:
-                    _cool()  # a weight comes from memory, not from a cache
-                started = perf_counter()
-                function(*real_args, **real_kwargs)
-                seconds = perf_counter() - started
-                del real_args, real_kwargs  # or the next ones would lie beside them
+            real_args, real_kwargs = tree_map_only(torch.Tensor, _numbers, (args, kwargs))
+            # The weight of a product comes from memory, not from a cache.
+            return usual_seconds(partial(function, *real_args, **real_kwargs), _cool if product else lambda: None)
         except (RuntimeError, IndexError, TypeError, ValueError):
             return None
-    return seconds
+        finally:
+            recycle_up_to(0)
+
+
+def usual_seconds(function: Callable[[], Any], before: Callable[[], None]) -> float:
+    """Of what has been done once: the median of a few samples, so that one interruption does not count."""
+    seconds = []
+    for _ in range(1 + SAMPLES):
+        before()
+        started = perf_counter()
+        function()
+        seconds.append(perf_counter() - started)
+    return median(seconds[1:])
 
 
 def _cool() -> None:
