@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, partial
+from resource import RUSAGE_SELF, getrusage
 from statistics import median
 from time import perf_counter
 from typing import Any, Protocol
@@ -22,7 +23,7 @@ from outsize.machine.machine import Machine
 from outsize.memory.host import allocate_slab
 
 LARGEST_DONE = 256 << 20  # bytes that an operation may touch to be done for its price
-SAMPLES = 3  # of an operation
+SAMPLES, ATTEMPTS = 3, 8  # of an operation: samples that count, and those that may be taken for them
 COLD = 64 << 20  # bytes, more than a processor's caches hold
 UPDATED = 28  # bytes of an element: its weight, low bits and two moments, each read and written, and its gradient
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -136,30 +137,38 @@ def seconds_of_passing() -> float:
 
 
 def _measure(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | None:
-    """Seconds of an operation that has been done before; None for one that real numbers of no meaning cannot pass. Its
-    result comes from recycled memory, as in a step: fresh pages would take as long as many an operation."""
+    """Seconds of an operation; None for one that real numbers of no meaning cannot pass."""
     product = operations_of(function) is not None
     with _disable_current_modes():
-        recycle_up_to(LARGEST_RECYCLED)
         try:
             real_args, real_kwargs = tree_map_only(torch.Tensor, _numbers, (args, kwargs))
             # The weight of a product comes from memory, not from a cache.
             return usual_seconds(partial(function, *real_args, **real_kwargs), _cool if product else lambda: None)
         except (RuntimeError, IndexError, TypeError, ValueError):
             return None
-        finally:
-            recycle_up_to(0)
 
 
 def usual_seconds(function: Callable[[], Any], before: Callable[[], None]) -> float:
-    """Of what has been done once: the median of a few samples, so that one interruption does not count."""
-    seconds = []
-    for _ in range(1 + SAMPLES):
-        before()
-        started = perf_counter()
+    """Of what has been done once: the median of a few samples, so that one interruption does not count, of those to which
+    the operating system gave the fewest fresh pages. Results come from recycled memory, as in a step: fresh pages would take
+    as long as many an operation, and it takes the heap some rounds to have room that is used again."""
+    samples: list[tuple[int, float]] = []
+    recycle_up_to(LARGEST_RECYCLED)
+    try:
         function()
-        seconds.append(perf_counter() - started)
-    return median(seconds[1:])
+        while len(samples) < ATTEMPTS and sum(not faults for faults, _ in samples) < SAMPLES:
+            before()
+            faults, started = _faults(), perf_counter()
+            function()
+            seconds = perf_counter() - started
+            samples.append((_faults() - faults, seconds))
+    finally:
+        recycle_up_to(0)
+    return median(seconds for _, seconds in sorted(samples)[:SAMPLES])
+
+
+def _faults() -> int:
+    return getrusage(RUSAGE_SELF).ru_minflt
 
 
 def _cool() -> None:
