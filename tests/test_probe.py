@@ -17,6 +17,7 @@ from outsize.machine.describe import describe
 from outsize.machine.file import read_machine
 from outsize.machine.find import DESCRIBED, machine_file, this_machine
 from outsize.machine.machine import Machine
+from outsize.machine.probe import ASSUMED_DISK
 
 
 def environment(file: Path) -> dict[str, str]:
@@ -127,7 +128,17 @@ def test_without_a_probe_this_machine_is_estimated(tmp_path: Path, monkeypatch: 
     assert machine_file() == tmp_path / "outsize" / "machine.toml"
     machine: Machine = this_machine(tmp_path)
     assert machine.origin.startswith("estimated") and "outsize probe" in machine.origin
-    assert machine.compute.matmul_rate("bf16", 512) > 0 and machine.link("disk", "host").bytes_per_second == 1e9
+    assert (
+        machine.compute.matmul_rate("bf16", 512) > 0 and machine.link("disk", "host").bytes_per_second != ASSUMED_DISK
+    )
+    assert not any(path.is_file() and path.stat().st_size > 1 << 20 for path in tmp_path.rglob("*"))
+
+
+def test_a_disk_that_cannot_be_written_is_assumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OUTSIZE_MACHINE", raising=False)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    machine = this_machine(Path("/proc"))
+    assert "its disk assumed" in machine.origin and machine.link("disk", "host").bytes_per_second == ASSUMED_DISK
 
 
 def test_a_file_that_was_asked_for_must_be_there_and_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,7 +56,7 @@ def this_machine(directory: Path) -> Machine:
     resources = describe(directory)
     path = machine_file()
     if not path.exists() and "OUTSIZE_MACHINE" not in os.environ:
-        return estimate(resources)
+        return estimate(resources, directory)
     machine = read_machine(path)
     now = capacities(resources)
     if {capacity.tier for capacity in now} != set(machine.tiers):

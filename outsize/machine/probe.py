@@ -8,16 +8,20 @@ from datetime import date
 from pathlib import Path
 from statistics import median
 
+from outsize.errors import StorageError
 from outsize.machine.describe import Resources, describe
 from outsize.machine.machine import Capacity, Limit, Link, Machine, Processor, Spread
-from outsize.machine.probe_compute import Stopwatch, count_devices, make_processor, probe_links, time_processor
-from outsize.machine.probe_disk import DiskProbe, probe_disk
+from outsize.machine.probe_compute import ROWS, Stopwatch, count_devices, make_processor, probe_links, time_processor
+from outsize.machine.probe_disk import ESTIMATE, FULL, QUICK, DiskProbe, probe_disk
 
 Report = Callable[[str], None]
 SECONDS, QUICK_SECONDS = 0.6, 0.02  # for each figure, all passes together
 PASSES = 3
 ASSUMED_DISK, ASSUMED_LATENCY = 1e9, 1e-4  # bytes/s and seconds, of a disk that nobody measured
 ESTIMATE_ROOM = 64 << 20  # bytes; an estimate is made inside a run, whose memory is the user's budget
+FEW_ROWS = ROWS[
+    :-1
+]  # those of an estimate: products of the most rows take longest, and differ little from those before
 CUDA_LATENCY = 1e-5  # seconds; starting a copy, assumed
 
 
@@ -30,24 +34,36 @@ def probe(directory: Path, quick: bool = False, report: Report = lambda _: None)
         StorageError: the directory cannot be written, or has too little space.
     """
     resources = describe(directory)
-    disk = probe_disk(directory, resources.file_system, quick, report)
+    disk = probe_disk(directory, resources.file_system, QUICK if quick else FULL, report)
     origin = f"probed {'quickly ' if quick else ''}on {date.today()}"
     seconds, passes = (QUICK_SECONDS, 1) if quick else (SECONDS, PASSES)
     return _machine(resources, _Compute(resources, seconds, passes, report), disk, origin)
 
 
-def estimate(resources: Resources) -> Machine:
-    """Measure what takes a second or two and some 150 MiB, and assume a disk of 1 GB/s."""
-    compute = _Compute(resources, QUICK_SECONDS, 1, lambda _: None, ESTIMATE_ROOM)
-    return _machine(resources, compute, None, "estimated in a second, its disk assumed; `outsize probe` measures it")
+def estimate(resources: Resources, directory: Path) -> Machine:
+    """Measure what takes two seconds, some 150 MiB of memory, and for that long 256 MiB of the disk of `directory`; a disk
+    that cannot be written is assumed."""
+    origin = "estimated in two seconds{}; `outsize probe` measures it"
+    compute = _Compute(resources, QUICK_SECONDS, 1, lambda _: None, ESTIMATE_ROOM, FEW_ROWS)
+    try:
+        disk = probe_disk(directory, resources.file_system, ESTIMATE, lambda _: None)
+    except StorageError:
+        return _machine(resources, compute, None, origin.format(", its disk assumed"))
+    return _machine(resources, compute, disk, origin.format(""))
 
 
 class _Compute:
     """The processors of this machine and the links between them, measured `passes` times one after the other, so that a
-    passing disturbance is not all in one figure; in an eighth of each memory, or in `room` bytes."""
+    passing disturbance is not all in one figure; in an eighth of each memory, or in `room` bytes; products of `rows`."""
 
     def __init__(
-        self, resources: Resources, seconds: float, passes: int, report: Report, room: int | None = None
+        self,
+        resources: Resources,
+        seconds: float,
+        passes: int,
+        report: Report,
+        room: int | None = None,
+        rows: tuple[int, ...] = ROWS,
     ) -> None:
         self.processors: list[Processor] = []
         self.links: list[Link] = []
@@ -55,13 +71,13 @@ class _Compute:
         self.spreads: list[Spread] = []
         host_room = room or resources.memory_available_bytes // 8
         host = Stopwatch("cpu", seconds / passes)
-        seen = _combined([time_processor(host, "host", host_room, report) for _ in range(passes)])
+        seen = _combined([time_processor(host, "host", host_room, report, rows) for _ in range(passes)])
         self.processors.append(make_processor("host", _processor_name(), 1, resources.cores, seen))
         self.spreads += seen
         if resources.device is not None:
             device = Stopwatch("cuda", seconds / passes)
             device_room = room or resources.device.memory_bytes // 8
-            seen = _combined([time_processor(device, "device", device_room, report) for _ in range(passes)])
+            seen = _combined([time_processor(device, "device", device_room, report, rows) for _ in range(passes)])
             self.processors.append(make_processor("device", resources.device.name, count_devices(), 1, seen))
             report("links between host and device")
             self._link(probe_links(device, host_room))

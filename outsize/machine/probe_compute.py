@@ -48,15 +48,17 @@ class Stopwatch:
         return perf_counter() - started
 
 
-def time_processor(watch: Stopwatch, tier: str, room: int, report: Callable[[str], None]) -> list[Spread]:
-    """Time `watch.device`, using some `room` bytes of its memory; `report` hears what comes next.
+def time_processor(
+    watch: Stopwatch, tier: str, room: int, report: Callable[[str], None], rows: tuple[int, ...] = ROWS
+) -> list[Spread]:
+    """Time `watch.device`, using some `room` bytes of its memory, products of so many `rows`; `report` hears what comes next.
 
     On a GPU untested: none was at hand."""
     seen: list[Spread] = []
     with torch.no_grad():
         for dtype in _dtypes(watch.device):
             report(f"{tier}: products in {dtype}")
-            seen += _products(watch, tier, dtype, 2048 if watch.device == "cpu" else 8192, room)
+            seen += _products(watch, tier, dtype, 2048 if watch.device == "cpu" else 8192, room, rows)
         report(f"{tier}: memory, optimizer, small operations")
         seen += [_elementwise(watch, tier, size) for size in TOUCHED if size <= max(room, TOUCHED[0])]
         seen += [_copy(watch, tier, min(COPIED, room)), _read(watch, tier, min(COPIED, room))]
@@ -128,12 +130,14 @@ def probe_links(watch: Stopwatch, room: int) -> list[Spread]:
     return found
 
 
-def _products(watch: Stopwatch, tier: str, dtype: str, width: int, room: int) -> Iterator[Spread]:
+def _products(
+    watch: Stopwatch, tier: str, dtype: str, width: int, room: int, several: tuple[int, ...]
+) -> Iterator[Spread]:
     """Products with square weights of `width`, each weight fetched from memory anew, as a layer's are."""
-    first = torch.randn(width, width, device=watch.device).to(DTYPES[dtype])
+    first = torch.full((width, width), 0.25, dtype=DTYPES[dtype], device=watch.device)
     weights = [first, *(first.clone() for _ in range(max(1, min(COLD, room) // first.nbytes - 1)))]
-    for rows in ROWS:
-        data = torch.randn(rows, width, device=watch.device).to(DTYPES[dtype])
+    for rows in several:
+        data = torch.full((rows, width), 0.25, dtype=DTYPES[dtype], device=watch.device)
         turn = cycle(weights)
         work = 2.0 * rows * width * width
         figure = _product(tier, dtype, rows)

@@ -11,8 +11,9 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -21,11 +22,27 @@ from outsize.errors import StorageError
 from outsize.machine.machine import Spread
 from outsize.sizes import format_size
 
-PIECE = 16 << 20  # bytes, as in memory/transfer.py
 PAGE = 4096
 READERS, WRITERS = 2, 1  # threads, as in memory/transfer.py
 SMALL_TRANSFERS = 200
 F_NOCACHE = 48  # fcntl.h of macOS
+
+
+@dataclass(frozen=True)
+class DiskEffort:
+    """How much is measured: for so many `seconds` in each of so many `rounds`, on a file of `size` bytes or as much as is
+    written in `fill_seconds`, in pieces of `piece` bytes."""
+
+    seconds: float
+    rounds: int
+    size: int
+    piece: int = 16 << 20  # as in memory/transfer.py
+    fill_seconds: float = inf
+
+
+FULL = DiskEffort(1.0, 8, 4 << 30)
+QUICK = DiskEffort(0.05, 3, 64 << 20, 1 << 20)
+ESTIMATE = DiskEffort(0.08, 3, 256 << 20, fill_seconds=1.0)
 
 
 @dataclass(frozen=True)
@@ -44,8 +61,8 @@ class DiskProbe:
         return [self.read, self.write, self.mixed, self.read_latency, self.write_latency]
 
 
-def probe_disk(directory: Path, file_system: str, quick: bool, report: Callable[[str], None]) -> DiskProbe:
-    """Measure with a file of 4 GiB (64 MiB when quick, and never more than a quarter of what is free).
+def probe_disk(directory: Path, file_system: str, effort: DiskEffort, report: Callable[[str], None]) -> DiskProbe:
+    """Measure with a file as large as `effort` says, and never more than a quarter of what is free.
 
     The file has no name, so nothing is left of it however the probe ends. It is written in full before anything is
     timed: space that was reserved and never written reads faster than any disk.
@@ -53,17 +70,16 @@ def probe_disk(directory: Path, file_system: str, quick: bool, report: Callable[
     Raises:
         StorageError: the directory cannot be written, or has too little space.
     """
-    seconds, rounds, piece = (0.05, 3, PIECE // 16) if quick else (1.0, 8, PIECE)
-    size = _file_size(directory, (64 << 20) if quick else (4 << 30), piece)
+    size = _file_size(directory, effort.size, effort.piece)
     with _scratch(directory) as (file, direct):
-        disk = _Disk(file, direct, size, piece)
+        disk = _Disk(file, direct, size, effort.piece)
         report(f"disk: writing {format_size(size)} to {directory}")
-        disk.fill()
+        disk.fill(effort.fill_seconds)
         seen: dict[tuple[str, ...], list[float]] = {("write",): [], ("read",): [], ("read", "write"): []}
-        for number in range(rounds):  # in turns, so that a passing disturbance is not all in one figure
-            report(f"disk: round {number + 1} of {rounds}")
+        for number in range(effort.rounds):  # in turns, so that a passing disturbance is not all in one figure
+            report(f"disk: round {number + 1} of {effort.rounds}")
             for directions, rates in seen.items():
-                rates.append(disk.move(directions, seconds))
+                rates.append(disk.move(directions, effort.seconds))
         report("disk: small transfers")
         small_reads, small_writes = disk.small("read", SMALL_TRANSFERS), disk.small("write", SMALL_TRANSFERS)
     return DiskProbe(
@@ -72,7 +88,7 @@ def probe_disk(directory: Path, file_system: str, quick: bool, report: Callable[
         Spread.of("disk, both ways at once", "B/s", seen["read", "write"]),
         Spread.of("disk, a small read", "s", small_reads),
         Spread.of("disk, a small write", "s", small_writes),
-        _notes(directory, file_system, direct, size, seen["write",]),
+        _notes(directory, file_system, direct, disk.size, seen["write",]),
     )
 
 
@@ -85,10 +101,14 @@ class _Disk:
         self.lock = threading.Lock()
         self.noise = os.urandom(piece)  # a disk that compresses must find nothing to compress
 
-    def fill(self) -> None:
-        buffer = self._buffer()
+    def fill(self, seconds: float) -> None:
+        """Write all of the file, or as much as can be in so many seconds: what was never written reads too fast."""
+        buffer, started = self._buffer(), perf_counter()
         for position in range(0, self.size, self.piece):
             self._transfer("write", buffer, position)
+            if perf_counter() - started > seconds and position >= 3 * self.piece:
+                self.size = position + self.piece
+                break
         os.fsync(self.file)
 
     def move(self, directions: tuple[str, ...], seconds: float) -> float:
@@ -149,8 +169,11 @@ class _Disk:
             os.posix_fadvise(self.file, position, len(buffer), os.POSIX_FADV_DONTNEED)
 
     def _buffer(self) -> memoryview:
-        """Memory that begins on a page, as direct transfers need it."""
-        memory = mmap.mmap(-1, self.piece)
+        """Memory as the store's slabs are: private, on whole pages as direct transfers need it, and huge ones where the
+        kernel has them. In small pages the same disk moves a third (docs/log.md)."""
+        memory = mmap.mmap(-1, self.piece, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with suppress(AttributeError, OSError):
+            memory.madvise(mmap.MADV_HUGEPAGE)
         memory.write(self.noise)
         return memoryview(memory)
 
