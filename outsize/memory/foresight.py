@@ -115,8 +115,9 @@ class Foresight:
 
     def rebuild(self, residents: list[Resident]) -> None:
         """Forget what was foreseen and start from what really is near."""
+        used = {name: place for place, name in enumerate(self.layout.by_name)}
         self.layout = Layout(self._capacity)
-        for resident in residents:
+        for resident in sorted(residents, key=lambda resident: used.get(resident.name, -1)):
             self.layout.add(resident)
         self.ahead.clear()
         self.stuck = False

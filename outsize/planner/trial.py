@@ -13,7 +13,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from outsize.model.units import Unit
-from outsize.planner.rehearsal import Batch, LiveBytes, fake_copy, shortened
+from outsize.planner.live import LiveBytes
+from outsize.planner.rehearsal import Batch, fake_copy, shortened
 from outsize.planner.script import Live
 
 
