@@ -6,8 +6,6 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 
 from outsize.machine.describe import resident_bytes
@@ -29,16 +27,6 @@ def recycle_up_to(nbytes: int) -> None:
     a layer's tensors come again in the next."""
     _set(M_MMAP_THRESHOLD, min(max(nbytes, 1 << 20), LARGEST_RECYCLED))
     _set(M_TRIM_THRESHOLD, NEVER)
-
-
-@contextmanager
-def recycling(nbytes: int) -> Iterator[None]:
-    """Within, as in the steps of a run that recycles up to `nbytes`; afterwards as before them: nothing large stays."""
-    recycle_up_to(nbytes)
-    try:
-        yield
-    finally:
-        recycle_up_to(0)
 
 
 def give_back() -> None:
