@@ -21,7 +21,7 @@ from outsize.planner.check import check_plan
 from outsize.planner.prices import MeasuredPrices, RatedPrices
 from outsize.planner.rehearsal import rehearse
 from outsize.planner.search import TENSORS, Placement, Search
-from outsize.planner.training import Place, Task, plan_training, sample_batches, searches
+from outsize.planner.training import Place, Planning, Task, plan_training, sample_batches
 from outsize.train.optimizers import uniform_rule
 from outsize.training import read_plan
 
@@ -203,7 +203,7 @@ def test_planning_draws_from_nobodys_random_numbers() -> None:
 def test_the_search_finds_what_trying_everything_finds() -> None:
     """One layer's weights and states, near or not, in every combination that fits beside the arena it leaves."""
     request = replace(REQUEST, activations="recompute")
-    search = next(searches(task(request, layers=2), place()))
+    search = Planning(task(request, layers=2), place()).search(KEEP)
     search.needs = replace(search.needs, baseline=400 << 20)  # else the room depends on what other tests have left
     search.request = replace(request, memory_bytes=search.needs.least + 4 * search.job.everything // 5)
     best = search.best().forecast.seconds

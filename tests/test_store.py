@@ -14,9 +14,9 @@ from outsize.errors import BudgetError, DamageError, StorageError
 from outsize.memory.block import make_block
 from outsize.memory.disk import DiskTier
 from outsize.memory.entry import Residency
-from outsize.memory.foresight import Policy, evict_farthest, evict_oldest
 from outsize.memory.homes import Committed
 from outsize.memory.host import HostTier, allocate_slab
+from outsize.memory.layout import Policy, evict_farthest, evict_oldest
 from outsize.memory.store import Store
 from outsize.memory.tier import PAGE, Extent
 from outsize.memory.transfer import Transfers

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 
 from outsize.memory.entry import Entry, Residency
-from outsize.memory.foresight import Foresight, Placement, Policy, Resident
+from outsize.memory.foresight import Foresight, Placement
+from outsize.memory.layout import Policy, Resident, Spans
 from outsize.memory.ledger import Ledger
 
 
@@ -28,6 +29,7 @@ class Arena:
     ) -> None:
         self.memory, self.tier = memory, tier
         self.residents: dict[str, Entry] = {}
+        self._spans: Spans[Entry] = Spans(memory.numel())
         self.foresight = Foresight(memory.numel(), lambda name: entries[name].block.nbytes, policy)
         self._entries, self._ledger, self._fetch = entries, ledger, fetch
         self._pending: Placement | None = None
@@ -48,6 +50,7 @@ class Arena:
 
     def vacate(self, entry: Entry) -> None:
         """The block is not near any more."""
+        self._spans.remove(entry.offset)
         entry.offset, entry.storage = -1, None
         entry.residency = Residency.FAR if entry.written else Residency.EMPTY
         del self.residents[entry.block.name]
@@ -73,12 +76,9 @@ class Arena:
         """What lies where the placement goes, and the block's own older bytes, if they are elsewhere in the arena.
 
         Looked up once: until the placement is carried out, blocks leave the arena and none comes."""
-        end = placement.offset + placement.nbytes
-        return [
-            entry
-            for name, entry in self.residents.items()
-            if (entry.offset < end and entry.offset + entry.block.nbytes > placement.offset) or name == placement.name
-        ]
+        there = self._spans.between(placement.offset, placement.offset + placement.nbytes)
+        older = self.residents.get(placement.name)
+        return there if older is None or any(entry is older for entry in there) else [*there, older]
 
     def _make_way(self, placement: Placement) -> bool:
         """Evict what is in the way; False while any of it is still needed."""
@@ -97,6 +97,7 @@ class Arena:
         entry.offset = placement.offset
         entry.storage = self.memory[placement.offset : placement.offset + placement.nbytes]
         self.residents[placement.name] = entry
+        self._spans.add(entry.offset, placement.nbytes, entry)
         self._ledger.hold(self.tier, entry.block.bytes_by_kind)
         if placement.fresh or not entry.written:
             entry.residency = Residency.RESERVED

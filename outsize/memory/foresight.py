@@ -9,12 +9,13 @@ time, whatever the disk does; only *when* a decision can be carried out depends 
 
 from __future__ import annotations
 
-import sys
-from bisect import bisect_left, bisect_right, insort
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
+
+from outsize.memory.layout import Layout, Policy, Resident, evict_oldest
 
 
 class Touch(Enum):
@@ -27,79 +28,6 @@ class Touch(Enum):
 
 
 Event = tuple[Touch, str]
-
-
-@dataclass(order=True)
-class Resident:
-    """A block's place in the near arena, in the virtual run."""
-
-    offset: int
-    nbytes: int = field(compare=False)
-    name: str = field(compare=False)
-    pins: int = field(compare=False, default=0)
-    last_use: int = field(compare=False, default=0)
-
-    @property
-    def end(self) -> int:
-        return self.offset + self.nbytes
-
-
-Policy = Callable[[Resident, Callable[[str], int]], float]
-"""How much a resident is worth keeping: (resident, what tells how far a block's next use is) -> value; the lowest goes."""
-
-
-def evict_oldest(resident: Resident, next_use: Callable[[str], int]) -> float:
-    """Least recently used. In a trace that runs forward and then backward it keeps just what the turn needs, and the
-    space it frees was used longest ago, so that reading ahead never waits for a write that has just begun."""
-    return resident.last_use
-
-
-def evict_farthest(resident: Resident, next_use: Callable[[str], int]) -> float:
-    """Needed last (Belady 1966): the fewest bytes read, but what is freed was often touched a moment ago and may still
-    be on its way out, so little can be read ahead of need."""
-    return -next_use(resident.name)
-
-
-DEAREST = sys.float_info.max  # what a resident may be worth; a pinned one is worth more
-
-
-class Layout:
-    """The near arena as the virtual run sees it: residents by offset, no two overlapping."""
-
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
-        self.by_offset: list[Resident] = []
-        self.by_name: dict[str, Resident] = {}
-
-    def add(self, resident: Resident) -> None:
-        insort(self.by_offset, resident)
-        self.by_name[resident.name] = resident
-
-    def remove(self, name: str) -> None:
-        del self.by_offset[bisect_left(self.by_offset, self.by_name.pop(name))]
-
-    def place(self, nbytes: int, worth: Callable[[Resident], float]) -> tuple[int, list[str]] | None:
-        """The window of `nbytes` whose most valuable victim is worth least: (offset, victims), or None if pins leave none.
-
-        Among equals the window that wastes least is chosen, then the lowest."""
-        edges = [0, *(resident.end for resident in self.by_offset)]
-        worths = [float("inf") if resident.pins else worth(resident) for resident in self.by_offset]
-        offsets = [*(resident.offset for resident in self.by_offset), self.capacity]
-        best, found, limit = (float("inf"), 0, 0), None, DEAREST
-        for first, start in enumerate(edges):
-            last, price, end = first, float("-inf"), start + nbytes
-            if end > self.capacity:
-                break
-            while offsets[last] < end and price <= limit:
-                price = max(price, worths[last])
-                last += 1
-            key = (price, offsets[last] - end, start)
-            if price <= limit and key < best:
-                best, found, limit = key, (start, first, last), price
-        if found is None:
-            return None
-        start, first, last = found
-        return start, [resident.name for resident in self.by_offset[first:last]]
 
 
 @dataclass(frozen=True)
@@ -124,6 +52,7 @@ class Foresight:
     """Walks the trace of the current phase ahead of the real run and hands out placements in trace order."""
 
     def __init__(self, capacity: int, size_of: Callable[[str], int], policy: Policy = evict_oldest) -> None:
+        self._capacity = capacity
         self.layout = Layout(capacity)
         self.ahead: Counter[str] = Counter()  # takes the virtual run has seen and the real one has not, by block
         self.stuck = False  # the next block finds no room, because everything is pinned
@@ -137,7 +66,6 @@ class Foresight:
         self._again = False  # the same phase follows this one, so the virtual run may go round
         self._real = 0
         self._virtual = 0
-        self._clock = 0
 
     # -- the real run tells what it does ------------------------------------------------------------------------
 
@@ -187,8 +115,9 @@ class Foresight:
 
     def rebuild(self, residents: list[Resident]) -> None:
         """Forget what was foreseen and start from what really is near."""
-        self.layout = Layout(self.layout.capacity)
-        for resident in residents:
+        used = {name: place for place, name in enumerate(self.layout.by_name)}
+        self.layout = Layout(self._capacity)
+        for resident in sorted(residents, key=lambda resident: used.get(resident.name, -1)):
             self.layout.add(resident)
         self.ahead.clear()
         self.stuck = False
@@ -213,7 +142,6 @@ class Foresight:
             if self.stuck:
                 return None
             self._virtual += 1
-            self._clock += 1
             if placement is not None:
                 return placement
 
@@ -229,27 +157,27 @@ class Foresight:
         if touch in (Touch.GIVE, Touch.DROP):
             assert resident is not None, f"{name} is given back but was never taken"
             resident.pins -= 1
-            resident.last_use = self._clock
+            self.layout.used(name)
             if touch is Touch.DROP and resident.pins == 0:
                 self.layout.remove(name)
             return None
         if resident is not None:
             resident.pins += 1
-            resident.last_use = self._clock
+            self.layout.used(name)
             self.ahead[name] += 1
             return None
         return self._place(name, fresh=touch is Touch.FRESH)
 
     def _place(self, name: str, fresh: bool) -> Placement | None:
         nbytes = self._size_of(name)
-        found = self.layout.place(nbytes, lambda resident: self._policy(resident, self._next_use))
+        found = self.layout.place(nbytes, self._policy(self.layout.by_name.values(), self._next_use))
         if found is None:
             self.stuck = True
             return None
         offset, victims = found
         for victim in victims:
             self.layout.remove(victim)
-        self.layout.add(Resident(offset, nbytes, name, pins=1, last_use=self._clock))
+        self.layout.add(Resident(offset, nbytes, name, pins=1))
         self.ahead[name] += 1
         return Placement(name, offset, nbytes, fresh)
 

@@ -14,13 +14,15 @@ class Ledger:
         self.held: Counter[tuple[str, str]] = Counter()
         self.peak: Counter[str] = Counter()
         self.moved: Counter[tuple[str, str, str]] = Counter()
+        self._sums: Counter[str] = Counter()  # of `held`, by tier
         self.adopted: Counter[str] = Counter()  # by tier: bytes of `held` that a library keeps, in a form of its own
 
     def hold(self, tier: str, bytes_by_kind: Mapping[str, int], sign: int = 1) -> None:
         """Bytes appear in a tier, or leave it (`sign` -1)."""
         for kind, nbytes in bytes_by_kind.items():
             self.held[tier, kind] += sign * nbytes
-        self.peak[tier] = max(self.peak[tier], self.held_in(tier))
+            self._sums[tier] += sign * nbytes
+        self.peak[tier] = max(self.peak[tier], self._sums[tier])
 
     def adopt(self, tier: str, kind: str, nbytes: int) -> None:
         """A library holds so many bytes more, which the store does not."""
@@ -32,7 +34,7 @@ class Ledger:
             self.moved[source, destination, kind] += nbytes
 
     def held_in(self, tier: str) -> int:
-        return sum(nbytes for (where, _), nbytes in self.held.items() if where == tier)
+        return self._sums[tier]
 
     def held_by_store(self, tier: str) -> int:
         return self.held_in(tier) - self.adopted[tier]

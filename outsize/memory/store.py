@@ -21,8 +21,9 @@ from outsize.errors import BudgetError
 from outsize.memory.arena import Arena
 from outsize.memory.block import Block, Part, runs
 from outsize.memory.entry import Entry, Residency
-from outsize.memory.foresight import Policy, Touch, evict_oldest
+from outsize.memory.foresight import Touch
 from outsize.memory.homes import Committed, Homes
+from outsize.memory.layout import Policy, evict_oldest
 from outsize.memory.lease import Lease
 from outsize.memory.ledger import Ledger
 from outsize.memory.shared import Shared

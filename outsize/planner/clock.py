@@ -9,6 +9,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ class Rates:
         return cls(read.bytes_per_second, write.bytes_per_second, both, max(read.latency, write.latency))
 
 
+_end = attrgetter("end")
 Ways = Mapping[str, Rates]
 """From each tier other than the one that computes."""
 
@@ -48,9 +50,9 @@ def ways_of(machine: Machine) -> Ways:
     return {"disk": Rates.between(machine, "disk", "host")}
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Transfer:
-    """A piece on its way: seconds of latency, then bytes, that are still to go."""
+    """A piece on its way: seconds of latency, then bytes, that were still to go when the clock was last settled."""
 
     tier: str
     direction: str
@@ -58,10 +60,8 @@ class Transfer:
     latency: float
     finish: Callable[[], None]
     rate: float = 0.0
-
-    @property
-    def seconds(self) -> float:
-        return self.latency + self.left / self.rate
+    end: float = 0.0
+    """When it will be there, if nothing else comes or goes."""
 
 
 class SimulatedClock(Clock):
@@ -73,9 +73,10 @@ class SimulatedClock(Clock):
         self.spans: list[Span] = []
         self.seconds: dict[str, float] = {}
         self._last: dict[str, int] = {}  # the last span of each lane
-        self._slots = {"read": readers, "write": 1}
+        self._free = {"read": readers, "write": 1}
         self._queues: dict[str, deque[Transfer]] = {"read": deque(), "write": deque()}
         self._moving: list[Transfer] = []
+        self._settled = 0.0
 
     def now(self) -> float:
         return self.time
@@ -87,7 +88,7 @@ class SimulatedClock(Clock):
         """Let time pass until a transfer ends."""
         assert self._moving, "the step waits for a transfer, and none is under way"
         started = self.time
-        self._run_to(self.time + min(transfer.seconds for transfer in self._moving))
+        self._run_to(min(transfer.end for transfer in self._moving))
         self._note("waiting", started)
 
     def spend(self, lane: str, seconds: float) -> None:
@@ -101,47 +102,50 @@ class SimulatedClock(Clock):
     ) -> None:
         latency = self.ways[tier].latency if latency is None else latency
         self._queues[direction].append(Transfer(tier, direction, float(nbytes), latency, finish))
-        self._start()
+        if self._free[direction]:
+            self.settle()
+            self._start(direction)
 
-    def _start(self) -> None:
-        for direction, queue in self._queues.items():
-            busy = sum(transfer.direction == direction for transfer in self._moving)
-            while queue and busy < self._slots[direction]:
-                self._moving.append(queue.popleft())
-                busy += 1
-        self._share()
-
-    def _share(self) -> None:
-        """What moves on one way in one direction shares its bandwidth; both directions together keep to theirs."""
-        for transfer in self._moving:
-            way = self.ways[transfer.tier]
-            beside = [other.direction for other in self._moving if other.tier == transfer.tier]
-            share = beside.count(transfer.direction)
-            scale = min(1.0, way.both / (way.read + way.write)) if len(beside) > share else 1.0
-            transfer.rate = (way.read if transfer.direction == "read" else way.write) * scale / share
-
-    def _run_to(self, end: float) -> None:
-        while self._moving:
-            first = min(self._moving, key=lambda transfer: transfer.seconds)
-            if self.time + first.seconds > end:
-                break
-            self._progress(first.seconds)
-            self._moving.remove(first)
-            self._start()
-            first.finish()
-        self._progress(max(end - self.time, 0.0))
-
-    def _progress(self, seconds: float) -> None:
-        if not self._moving:
-            self.time += seconds
+    def settle(self) -> None:
+        """Reckon how far what moves has come, and note it."""
+        seconds = self.time - self._settled
+        self._settled = self.time
+        if seconds <= 0.0:
             return
         for transfer in self._moving:
             late = min(transfer.latency, seconds)
             transfer.latency -= late
             transfer.left = max(transfer.left - (seconds - late) * transfer.rate, 0.0)
         for direction in {transfer.direction for transfer in self._moving}:
-            self._append((direction, self.time, self.time + seconds))
-        self.time += seconds
+            self._append((direction, self.time - seconds, self.time))
+
+    def _start(self, direction: str) -> None:
+        """Begin what can be. What moves on one way in one direction shares its bandwidth; both directions together keep to
+        theirs. The clock is settled."""
+        queue = self._queues[direction]
+        while queue and self._free[direction]:
+            self._moving.append(queue.popleft())
+            self._free[direction] -= 1
+        for transfer in self._moving:
+            way = self.ways[transfer.tier]
+            beside = [other.direction for other in self._moving if other.tier == transfer.tier]
+            share = beside.count(transfer.direction)
+            scale = min(1.0, way.both / (way.read + way.write)) if len(beside) > share else 1.0
+            transfer.rate = (way.read if transfer.direction == "read" else way.write) * scale / share
+            transfer.end = self.time + transfer.latency + transfer.left / transfer.rate
+
+    def _run_to(self, end: float) -> None:
+        while self._moving:
+            first = min(self._moving, key=_end)
+            if first.end > end:
+                break
+            self.time = first.end
+            self.settle()
+            self._moving.remove(first)
+            self._free[first.direction] += 1
+            self._start(first.direction)
+            first.finish()
+        self.time = max(end, self.time)
 
     def _note(self, lane: str, started: float) -> None:
         if self.time > started:
@@ -163,6 +167,7 @@ class SimulatedClock(Clock):
         self.spans.append(span)
 
     def forget_spans(self) -> None:
+        self.settle()
         self.spans.clear()
         self._last.clear()
 

@@ -103,12 +103,13 @@ class _Player:
     def step(self, events: Iterable[Event], again: bool) -> PlayedStep:
         """`again`: another follows at once."""
         store, clock = self.store, self.clock
-        moved, waited, spent = Counter(store.ledger.moved), dict(store.waiting_seconds), dict(clock.seconds)
         clock.forget_spans()
+        moved, waited, spent = Counter(store.ledger.moved), dict(store.waiting_seconds), dict(clock.seconds)
         self.accesses.clear()
         self.live.clear()
         self._live, self._again, started = 0, again, clock.time
         self.run(events)
+        clock.settle()
         return PlayedStep(
             moved=store.ledger.moved - moved,
             seconds=clock.time - started,

@@ -26,7 +26,7 @@ def priced_updater(prices: Prices) -> type[Updater]:
             chunk: Chunk,
             weight: torch.Tensor,
             gradient: torch.Tensor | None,
-            held: dict[str, torch.Tensor],
+            state_of: Callable[[], dict[str, torch.Tensor]],
             groups: list[dict[str, Any]],
             scale: float | None,
             method: str,
@@ -34,7 +34,7 @@ def priced_updater(prices: Prices) -> type[Updater]:
             chunk.stepped = True
             group = groups[self.kinds.index(chunk.kind)]
             like = (chunk.kind.cls, weight.numel(), None if gradient is None else gradient.dtype, scale is None)
-            make = partial(_real_step, self, chunk, weight, gradient, held, group, scale, method)
+            make = partial(_real_step, self, chunk, weight, gradient, state_of, group, scale, method)
             spent: Any = self.store
             spent.spent("update", prices.update(chunk.stop - chunk.start, like, make))
 
@@ -46,7 +46,7 @@ def _real_step(
     chunk: Chunk,
     weight: torch.Tensor,
     gradient: torch.Tensor | None,
-    held: dict[str, torch.Tensor],
+    state_of: Callable[[], dict[str, torch.Tensor]],
     group: dict[str, Any],
     scale: float | None,
     method: str,
@@ -60,6 +60,6 @@ def _real_step(
     apart = Updater(updater.store, updater.precision, updater.rule)
     apart.kinds.append(kind)
     bare = replace(chunk, kind=kind, stepped=False, scalars={}, group={})
-    near = {name: real(tensor) for name, tensor in held.items()}
+    near = {name: real(tensor) for name, tensor in state_of().items()}
     given = None if gradient is None else real(gradient)
-    return partial(apart._step, bare, real(weight), given, near, [group], scale, method)
+    return partial(apart._step, bare, real(weight), given, lambda: near, [group], scale, method)

@@ -7,9 +7,8 @@ price, and each storage is counted while it lives."""
 from __future__ import annotations
 
 import copy
-import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -19,7 +18,6 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves
 
 from outsize.distributed.group import Group
 from outsize.distributed.shard import ShardedStore
@@ -28,9 +26,11 @@ from outsize.memory.tier import pages
 from outsize.model.units import find_units
 from outsize.plan import KEEP, NEAR, Plan
 from outsize.planner.clock import Rates, SimulatedClock, SimulatedTransfers
+from outsize.planner.live import LiveBytes
 from outsize.planner.priced_update import priced_updater
 from outsize.planner.prices import Prices, is_view
-from outsize.planner.script import ENDLESS, Event, HomeOf, Live, Mark, Scribe, Script
+from outsize.planner.repeated import Repeated
+from outsize.planner.script import ENDLESS, Event, HomeOf, Mark, Scribe, Script
 from outsize.planner.spread import spread
 from outsize.train.job import Job, bind
 from outsize.train.optimizers import OptimizerRule
@@ -52,43 +52,6 @@ class Fakes(FakeTensorMode):
 def _holds(values: Any, kind: type) -> bool:
     """One of the values, or of the values in them, is such a tensor."""
     return any(isinstance(v, kind) or (isinstance(v, list | tuple) and _holds(v, kind)) for v in values)
-
-
-class LiveBytes:
-    """Tells `script` of all storages that operations create and let go; what is ignored is somebody else's."""
-
-    def __init__(self, tell: Callable[[Live], None]) -> None:
-        self._tell = tell
-        self._ignored: dict[int, Any] = {}
-        self._count = 0
-        self._live: dict[int, Any] = {}
-
-    def ignore(self, tensors: Iterable[torch.Tensor]) -> None:
-        for storage in [tensor.untyped_storage() for tensor in tensors]:
-            self._watch(self._ignored, storage, lambda: None)
-
-    def see(self, result: Any) -> None:
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, FakeTensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in self._ignored and storage._cdata not in self._live and storage.nbytes():
-                    self._come(storage)
-
-    def _come(self, storage: torch.UntypedStorage) -> None:
-        self._count += 1
-        key, nbytes = (self._count, -1), storage.nbytes()
-        self._watch(self._live, storage, lambda: self._tell(Live(key, -nbytes)))
-        self._tell(Live(key, nbytes))
-
-    def _watch(self, among: dict[int, Any], storage: torch.UntypedStorage, then: Callable[[], None]) -> None:
-        """Until it dies, which its Python object does no sooner."""
-        cdata = storage._cdata
-
-        def go(_: Any) -> None:
-            del among[cdata]
-            then()
-
-        among[cdata] = weakref.ref(storage, go)
 
 
 class Priced(TorchDispatchMode):
@@ -159,7 +122,7 @@ class Rehearsal:
         self.mode, self.prices = Fakes(allow_non_fake_inputs=True), prices
         self.group = Group(0, plan.workers)
         self.scribe = self._store()
-        self.live = LiveBytes(self.scribe.events.append)
+        self.live = LiveBytes(self.scribe.tell)
         self.priced = Priced(self.scribe, prices, self.live)
         self.job = self._bind(model, plan, rule, source_dtype, block_class)
 
@@ -192,6 +155,7 @@ class Rehearsal:
             job = bind(twin, units, plan, rule, self.scribe, read, CPU, make_updater=updater, group=self.group)
         self.live.ignore([*twin.parameters(), *twin.buffers()])
         job.attachment.lanes.around = self.modes
+        job.repeat = Repeated(self.scribe, self.live, self.mode)
         job.on_complete = lambda step: self.scribe.events.append(Mark.COMPLETE)
         return job
 

@@ -162,6 +162,9 @@ class Scribe(Store):
         self.events.append(Rows(name, part, tuple(rows)))
         super().read_rows(name, part, rows, out)
 
+    def tell(self, event: Event) -> None:
+        self.events.append(event)
+
     def spent(self, lane: str, seconds: float, floating_operations: float = 0.0) -> None:
         last = self.events[-1] if self.events else None
         spend = Spend(lane, seconds, floating_operations)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import cache
 
 from outsize.planner.script import Create, Event, Key, Live, Rows, Touched
 
@@ -57,25 +58,32 @@ def _matched(events: list[Event]) -> Iterator[Event]:
 
 def _by_unit(events: Iterable[Event], names: list[str]) -> list[tuple[int | None, list[Event]]]:
     """Cut at each event that names a block of another unit than the one before."""
+
+    @cache
+    def unit_of(name: str) -> int | None:
+        return next((index for index, unit in enumerate(names) if f":{unit}." in name), None)
+
     parts: list[tuple[int | None, list[Event]]] = [(None, [])]
     for event in events:
         name = event.block.name if isinstance(event, Create) else getattr(event, "name", None)
-        if name is not None:
-            unit = next((index for index, unit in enumerate(names) if f":{unit}." in name), None)
-            if unit != parts[-1][0]:
-                parts.append((unit, []))
+        if name is not None and (unit := unit_of(name)) != parts[-1][0]:
+            parts.append((unit, []))
         parts[-1][1].append(event)
     return parts
 
 
 def _renamed(events: list[Event], old: str, new: str, place: int) -> list[Event]:
+    @cache
+    def name(said: str) -> str:
+        return said.replace(f":{old}.", f":{new}.")
+
     def rename(event: Event) -> Event:
         if isinstance(event, Create):
-            return replace(event, block=replace(event.block, name=event.block.name.replace(f":{old}.", f":{new}.")))
+            return replace(event, block=replace(event.block, name=name(event.block.name)))
         if isinstance(event, Live):
-            return replace(event, key=(event.key[0], place))
-        if isinstance(event, Touched | Rows):
-            return replace(event, name=event.name.replace(f":{old}.", f":{new}."))
-        return event
+            return Live((event.key[0], place), event.nbytes)
+        if isinstance(event, Touched):
+            return Touched(event.what, name(event.name))
+        return replace(event, name=name(event.name)) if isinstance(event, Rows) else event
 
     return [rename(event) for event in events]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import inf
@@ -24,6 +23,7 @@ from outsize.planner.prices import MeasuredPrices, Prices, RatedPrices, seconds_
 from outsize.planner.rehearsal import Batch, rehearse
 from outsize.planner.search import Choice, JobSizes, Search
 from outsize.planner.sizes_of import SMALL, sizes_of, split_weights
+from outsize.planner.trial import kept_bytes
 from outsize.sizes import format_size
 from outsize.train.job import always_near, users_of
 from outsize.train.optimizers import OptimizerRule
@@ -46,6 +46,10 @@ class Task:
     micro_batches: list[Batch] = field(default_factory=list)
     source_dtype: torch.dtype = torch.bfloat16
     block_class: str | None = None
+
+    @cached_property
+    def batches(self) -> list[Batch]:
+        return self.micro_batches or sample_batches(self.model, self.request)
 
     @cached_property
     def job(self) -> JobSizes:
@@ -88,50 +92,65 @@ class Planning:
 
     def __init__(self, task: Task, place: Place) -> None:
         self._task, self._place = task, place
-        self._known: list[Search] = []
-        self._coming = searches(task, place)
+        self._searches: dict[Activations, Search] = {}
 
     def within(self, memory_bytes: int) -> Plan:
         """As `plan_training`."""
         if 2 * self._task.job.all_bytes > self._place.disk_free_bytes:
             raise BudgetError(_disk_too_small(2 * self._task.job.all_bytes, self._place.disk_free_bytes))
         found: list[tuple[Choice, Search]] = []
-        tried: list[Search] = []
         fastest = inf
-        for search in self._each():
-            mine = search.within(memory_bytes)
-            tried.append(mine.loosened() if mine.room < mine.needs.good_arena else mine)
-            if tried[-1].least <= memory_bytes and search.rehearsed.work < fastest:
-                found.append((tried[-1].best(), tried[-1]))
+        possible = [how for how in self._considered if self._held(how) <= memory_bytes]
+        for how in possible:
+            search = self.search(how).within(memory_bytes)
+            if search.least > memory_bytes or search.rehearsed.work >= fastest:
+                continue
+            if search.room < search.needs.good_arena:
+                search = search.loosened()
+            if search.least <= memory_bytes:
+                found.append((search.best(), search))
                 fastest = min(fastest, found[-1][0].forecast.seconds)
                 if found[-1][0].forecast.hides_all:
                     break  # what comes computes more
         if not found:
-            raise _no_memory(min(tried, key=lambda search: search.least))
+            tried = [self.search(how).within(memory_bytes) for how in possible or self._considered[-1:]]
+            raise _no_memory(min(tried, key=lambda search: search.least).loosened())
         choice, search = min(found, key=lambda pair: pair[0].forecast.seconds)
         plan = search.finished(choice)
         check_disk(plan, self._place.disk_free_bytes)
         return plan
 
-    def _each(self) -> Iterator[Search]:
-        yield from self._known
-        for search in self._coming:
-            self._known.append(search)
-            yield search
+    @cached_property
+    def _considered(self) -> list[Activations]:
+        """Ways in which activations may wait, the least compute first."""
+        request = self._task.request
+        choices = {"keep": KEEP, "recompute": RECOMPUTE, "move": MOVE}
+        if request.activations not in ("auto", *choices):
+            raise OptionError(f"activations {request.activations!r} is unknown; there are auto, {', '.join(choices)}.")
+        return [KEEP, RECOMPUTE] if request.activations == "auto" else [choices[request.activations]]
 
+    def _held(self, how: Activations) -> int:
+        """Bytes without which no budget does, told without a rehearsal."""
+        return self._place.baseline_bytes + (self._kept if how == KEEP else 0)
 
-def searches(task: Task, place: Place) -> Iterator[Search]:
-    """One for each way in which activations may wait, ready to search, the least compute first; not all of them need
-    fit."""
-    names = [unit.name for unit in task.units if unit.repeated]
-    for how in _considered(task.request):
-        yield search_of(task, place, task.job, task.job.plan(task.request, tuple((n, how) for n in names)))
+    @cached_property
+    def _kept(self) -> int:
+        task = self._task
+        return task.request.accumulate * kept_bytes(task.model, task.units, task.batches[0])
+
+    def search(self, how: Activations) -> Search:
+        """Ready to search; it need not fit."""
+        if how not in self._searches:
+            task = self._task
+            names = [unit.name for unit in task.units if unit.repeated]
+            plan = task.job.plan(task.request, tuple((name, how) for name in names))
+            self._searches[how] = search_of(task, self._place, task.job, plan)
+        return self._searches[how]
 
 
 def search_of(task: Task, place: Place, job: JobSizes, bare: Plan) -> Search:
     """Rehearse a plan that places nothing yet, and find what it needs. What rehearsing leaves in memory counts."""
-    batches = task.micro_batches or sample_batches(task.model, task.request)
-    found = rehearse(task.model, bare, task.rule, place.prices, batches, task.source_dtype, task.block_class)
+    found = rehearse(task.model, bare, task.rule, place.prices, task.batches, task.source_dtype, task.block_class)
     give_back()
     needs = find_needs(task.units, job.sizes, job.rows, job.always, place.baseline_now, found, bare)
     return Search(bare, job, needs, task.request, ways_of(place.machine), found)
@@ -149,13 +168,6 @@ def _disk_too_small(nbytes: int, free: int) -> str:
         f"The state needs {format_size(nbytes)} of disk (two extents of every block, so that no step overwrites the last "
         f"committed one), and {format_size(free)} are free. Free space, or choose another --out."
     )
-
-
-def _considered(request: Request) -> list[Activations]:
-    choices = {"keep": KEEP, "recompute": RECOMPUTE, "move": MOVE}
-    if request.activations not in ("auto", *choices):
-        raise OptionError(f"activations {request.activations!r} is unknown; there are auto, {', '.join(choices)}.")
-    return [KEEP, RECOMPUTE] if request.activations == "auto" else [choices[request.activations]]
 
 
 def sizes_of_job(task: Task, rows: dict[str, int], blocked: bool, hold: bool) -> JobSizes:

@@ -21,7 +21,7 @@ from outsize.model.vocabulary import Table
 from outsize.model.weights import WEIGHT, RowBlock, Weight, create_blocks, fill_blocks, leave_meta, make_weight
 from outsize.plan import Plan
 from outsize.train.gradients import Gradients
-from outsize.train.loss import Head, HeadBlock, blocked_cross_entropy, next_tokens
+from outsize.train.loss import Head, HeadBlock, Repeat, blocked_cross_entropy, each_time, next_tokens
 from outsize.train.optimizers import OptimizerRule
 from outsize.train.precision import find_precision
 from outsize.train.update import Updater, shares_for
@@ -98,6 +98,7 @@ class Job:
         self.step_number = 0
         self.random_state = torch.get_rng_state()
         self.on_complete: Callable[[int], None] | None = None
+        self.repeat: Repeat = each_time
         self._own_loop: Any = None
 
     # -- a step of ours ---------------------------------------------------------------------------------------------
@@ -214,7 +215,7 @@ class Job:
             if last and tied:
                 self.gradients.pause_block(by_rows[rows])
 
-        return Head(list(by_rows), weight, take if lanes and table.weight.trainable else None)
+        return Head(list(by_rows), weight, take if lanes and table.weight.trainable else None, self.repeat)
 
     def evaluate(self, batches: Iterator[dict[str, torch.Tensor]]) -> float:
         """Mean loss over batches, without a gradient, streamed as in training."""

@@ -7,9 +7,11 @@ The order of summation differs from the module's own head: `rounding`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 
@@ -17,6 +19,13 @@ TOKENS = 512  # rows of hidden states whose logits against one block exist at on
 
 HeadBlock = tuple[int, int]
 """Rows [start, stop) of the head's weight."""
+
+Repeat = Callable[[Hashable, Callable[[], Any]], Any]
+"""(key, work) -> what `work()` gives. Work with one key is done on tensors of the same shapes: a rehearsal does it once."""
+
+
+def each_time(key: Hashable, work: Callable[[], Any]) -> Any:
+    return work()
 
 
 @dataclass(frozen=True)
@@ -27,6 +36,7 @@ class Head:
     blocks: Sequence[HeadBlock]
     weight: Callable[[HeadBlock], AbstractContextManager[torch.Tensor]]
     take: Callable[[HeadBlock, int, torch.Tensor], None] | None
+    repeat: Repeat = each_time
 
 
 @dataclass
@@ -64,7 +74,7 @@ def blocked_cross_entropy(
     for block in head.blocks:
         with head.weight(block) as weight:
             for lane in lanes:
-                _sum_block(lane, weight, block)
+                head.repeat(("sum", *_shape(lane, block)), partial(_sum_block, lane, weight, block))
     losses = [(lane.log_sum - lane.chosen).sum() for lane in lanes]
     loss = torch.stack(losses).sum() / count
     if not gradient or not torch.isfinite(loss):
@@ -73,7 +83,8 @@ def blocked_cross_entropy(
     for block in reversed(head.blocks):  # the last block is still near
         with head.weight(block) as weight:
             for index, lane in enumerate(lanes):
-                found = _gradient_block(lane, weight, block, 1.0 / count, sums[index], head.take is not None)
+                work = partial(_gradient_block, lane, weight, block, 1.0 / count, sums[index], head.take is not None)
+                found = head.repeat(("gradient", *_shape(lane, block)), work)
                 if head.take is not None:
                     head.take(block, index, found)
     return loss, [total.to(lane.hidden.dtype) for total, lane in zip(sums, lanes, strict=True)]
@@ -82,6 +93,10 @@ def blocked_cross_entropy(
 def _lane(hidden: torch.Tensor, targets: torch.Tensor) -> Lane:
     log_sum = torch.full(targets.shape, -torch.inf, dtype=torch.float32, device=hidden.device)
     return Lane(hidden.detach(), targets, log_sum, torch.zeros_like(log_sum))
+
+
+def _shape(lane: Lane, block: HeadBlock) -> tuple[int, int]:
+    return lane.targets.numel(), block[1] - block[0]
 
 
 def _token_spans(count: int) -> Iterator[slice]:

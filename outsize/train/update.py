@@ -235,23 +235,24 @@ class Updater:
         method: str,
     ) -> None:
         if not self._parts(chunk):
-            self._step(chunk, weight, gradient, {}, groups, scale, method)
+            self._step(chunk, weight, gradient, dict, groups, scale, method)
             return
         with self.store.lease(chunk.state) as lease:
             lease.change()
-            self._step(chunk, weight, gradient, lease.tensors, groups, scale, method)
+            self._step(chunk, weight, gradient, lambda: lease.tensors, groups, scale, method)
 
     def _step(
         self,
         chunk: Chunk,
         weight: torch.Tensor,
         gradient: torch.Tensor | None,
-        held: dict[str, torch.Tensor],
+        state_of: Callable[[], dict[str, torch.Tensor]],
         groups: list[dict[str, Any]],
         scale: float | None,
         method: str,
     ) -> None:
         """A piece after the other, where the arithmetic allows it: what was joined is still in the cache when it is split."""
+        held = state_of()
         size = PIECE if is_elementwise(chunk.kind.cls) else max(weight.numel(), 1)
         scalars, group = chunk.scalars, chunk.group
         for start in range(0, weight.numel(), size):
