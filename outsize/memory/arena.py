@@ -59,7 +59,7 @@ class Arena:
     def rebuild(self) -> None:
         """The trace did not foretell what happens: start foreseeing from what is really near."""
         self._pending = None
-        for entry in [e for e in self.residents.values() if e.residency is Residency.RESERVED]:
+        for entry in [e for e in self.residents.values() if e.residency is Residency.RESERVED and not e.pins]:
             self.vacate(entry)
         residents = [
             Resident(entry.offset, entry.block.nbytes, name, entry.pins) for name, entry in self.residents.items()
