@@ -1,10 +1,12 @@
-"""One, two and four workers on this machine: bytes on the wire, memory, disk, time; and two with a slow link in between.
+"""One, two and four workers on this machine, and with a slow link between them: bytes on the wire, memory, disk, and time
+beside the plan's.
 
-python bench/workers.py --page docs/workers.md      some 8 minutes; the slow link needs root, and iproute2
-python bench/workers.py --only 2 slow               some of the rows
+python bench/workers.py --page docs/workers.md                                  all that is not yet in --results
+python bench/workers.py --only 4-nodes-2 --results build/bench/workers.json     some rows, to go on with another time
 
-The workers share this machine's processor and disk, so that times say what exchanging costs and not what workers gain.
-Each has one thread. Over the slow link each is in a network namespace of its own, and what it sends is limited by `tc`."""
+The workers share this machine's processor and disk, so that times say what exchanging costs and not what workers gain. Each
+has one thread. A slow link needs root, and iproute2: each node is a network namespace of its own, and what it sends is
+limited by `tc`. A row takes a minute or two."""
 
 from __future__ import annotations
 
@@ -27,11 +29,13 @@ from streamed import prepare
 SHAPE = stack(4)  # 55 M parameters
 STEPS, SKIPPED = 6, 2
 LINK = 250  # Mbit/s
+SPLIT_FROM = 65536  # elements; smaller weights stay whole on every worker, and so do tables
 OPTIONS = "--memory 3GiB --sequence-length 128 --accumulate 4 --commit-every 2 --activations recompute --json"
 BEGIN, END = "<!-- begin: written by bench/workers.py -->", "<!-- end -->"
 HEAD = (
-    "| workers | link | `--zero` | s/step | of it exchanging | MiB received, a step | by the formula | peak MiB | disk MiB |",
-    "|---:|---|---:|---:|---:|---:|---:|---:|---:|",
+    "| workers | nodes | told | `--zero` | s/step | planned | exchanging | planned | MiB from the node, a step | "
+    "MiB from others | formula, both | peak MiB | disk MiB |",
+    "|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
 )
 Prefixes = list[list[str]]
 """For each worker, what stands before its command."""
@@ -39,34 +43,50 @@ Prefixes = list[list[str]]
 
 @dataclass(frozen=True)
 class Row:
+    """So many workers, equally many on each of `nodes`, of which each sends no more than LINK; they are `told` to be on so
+    many."""
+
     workers: int
-    zero: int
-    slow: bool = False
+    zero: int = 3
+    nodes: int = 1
+    told: int = 1
 
     @property
     def name(self) -> str:
-        return "slow" if self.slow else str(self.workers)
+        nodes = f"-nodes-{self.nodes}" if self.nodes > 1 else ""
+        told = "-flat" if self.told > self.nodes else ""
+        return f"{self.workers}{nodes}{told}" + ("-zero-2" if self.zero == 2 else "")
 
 
-ROWS = (Row(1, 3), Row(2, 2), Row(2, 3), Row(4, 3), Row(2, 2, slow=True), Row(2, 3, slow=True))
+ROWS = (
+    Row(1),
+    Row(2, zero=2),
+    Row(2),
+    Row(4),
+    Row(2, zero=2, nodes=2, told=2),
+    Row(2, nodes=2, told=2),
+    Row(4, nodes=2, told=4),
+    Row(4, nodes=2, told=2),
+)
 
 
 @contextmanager
-def slow_link(workers: int) -> Iterator[Prefixes]:
-    """A namespace for each worker, all on one bridge."""
-    names = [f"outsize{rank}" for rank in range(workers)]
+def slow_link(row: Row) -> Iterator[Prefixes]:
+    """A namespace for each node, all on one bridge."""
+    names = [f"outsize{node}" for node in range(row.nodes)]
     _ip("link add outsize-br type bridge")
     try:
         _ip("link set outsize-br up")
-        for rank, name in enumerate(names):
+        for node, name in enumerate(names):
             _ip(f"netns add {name}")
-            _ip(f"link add osz{rank} type veth peer name eth0 netns {name}")
-            _ip(f"link set osz{rank} master outsize-br up")
-            for line in (f"addr add 10.77.0.{rank + 1}/24 dev eth0", "link set eth0 up", "link set lo up"):
+            _ip(f"link add osz{node} type veth peer name eth0 netns {name}")
+            _ip(f"link set osz{node} master outsize-br up")
+            for line in (f"addr add 10.77.0.{node + 1}/24 dev eth0", "link set eth0 up", "link set lo up"):
                 _ip(f"-n {name} {line}")
             limit = f"tc qdisc add dev eth0 root tbf rate {LINK}mbit burst 256kb latency 100ms"
             subprocess.run(["ip", "netns", "exec", name, *limit.split()], check=True)
-        yield [["ip", "netns", "exec", name, "env", "GLOO_SOCKET_IFNAME=eth0"] for name in names]
+        each = row.workers // row.nodes
+        yield [["ip", "netns", "exec", name, "env", "GLOO_SOCKET_IFNAME=eth0"] for name in names for _ in range(each)]
     finally:
         for name in names:
             subprocess.run(["ip", "netns", "delete", name], check=False, stderr=subprocess.DEVNULL)
@@ -85,20 +105,21 @@ def measure(row: Row, place: Path) -> dict[str, Any]:
     command = [sys.executable, "-m", "outsize", "train", "--model", f"{place}/model", "--data", f"{place}/text.txt"]
     command += ["--out", str(out / "run"), "--steps", str(STEPS), "--zero", str(row.zero), *OPTIONS.split()]
     try:
-        with slow_link(row.workers) if row.slow else nullcontext([[]] * row.workers) as prefixes:
-            _run(command, out, prefixes, "10.77.0.1" if row.slow else "127.0.0.1")
-        return _found(out / "run", row.workers)
+        with slow_link(row) if row.nodes > 1 else nullcontext([[]] * row.workers) as prefixes:
+            _run(command, out, prefixes, row)
+        return _found(out / "run", row)
     finally:
         shutil.rmtree(out)
 
 
-def _run(command: list[str], folder: Path, prefixes: Prefixes, address: str) -> None:
+def _run(command: list[str], folder: Path, prefixes: Prefixes, row: Row) -> None:
     """Start the workers as a launcher would."""
-    size = len(prefixes)
-    common = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": address, "MASTER_PORT": 29517}
+    here = row.workers // row.told
+    address = "10.77.0.1" if row.nodes > 1 else "127.0.0.1"
+    common = {"WORLD_SIZE": row.workers, "LOCAL_WORLD_SIZE": here, "MASTER_ADDR": address, "MASTER_PORT": 29517}
     running = []
     for rank, prefix in enumerate(prefixes):
-        own = {**common, "RANK": rank, "LOCAL_RANK": rank} if size > 1 else {}
+        own = {**common, "RANK": rank, "LOCAL_RANK": rank % here} if row.workers > 1 else {}
         environment = {**os.environ, "OMP_NUM_THREADS": "1", **{name: str(value) for name, value in own.items()}}
         with open(folder / f"log-{rank}", "w") as log:
             running.append(subprocess.Popen([*prefix, *command], env=environment, stdout=log, stderr=log))
@@ -107,66 +128,84 @@ def _run(command: list[str], folder: Path, prefixes: Prefixes, address: str) -> 
             sys.exit(f"worker {rank} failed: {(folder / f'log-{rank}').read_text()[-2000:]}")
 
 
-def _found(run: Path, workers: int) -> dict[str, Any]:
+def _found(run: Path, row: Row) -> dict[str, Any]:
     own = [
         run / "metrics.jsonl",
-        *(run / f"state/worker-{rank}-of-{workers}/metrics.jsonl" for rank in range(1, workers)),
+        *(run / f"state/worker-{rank}-of-{row.workers}/metrics.jsonl" for rank in range(1, row.workers)),
     ]
     lines = [[json.loads(line) for line in path.read_text().splitlines()] for path in own]
-    names = ("seconds", "wire_wait_seconds", "wire_bytes", "host_peak_bytes")
+    names = ("seconds", "wire_wait_seconds", "host_peak_bytes")
     medians = [
         {name: statistics.median(line.get(name, 0) for line in each[SKIPPED:]) for name in names} for each in lines
     ]
     found: dict[str, Any] = {name: max(each[name] for each in medians) for name in names}
+    report = json.loads((run / "report.json").read_text())
+    found["planned"] = {name: report["planned"][name] or 0 for name in ("seconds_per_step", "wire_wait_seconds")}
+    found["moved"] = {
+        tier: sum(report["moved"].get(f"from {tier}", {}).get(kind, 0) for kind in ("weight", "gradient"))
+        for tier in ("peer", "remote")
+    }
     found["loss"] = lines[0][-1]["loss"]
+    found["wire"] = report["facts"].get("wire", "")
     found["disk_bytes"] = [path.stat().st_size for path in sorted((run / "state").rglob("blocks"))]
     return found
 
 
-def formula(row: Row, place: Path) -> int:
-    """Bytes that a worker receives in a step: weights of up to 65,536 elements and tables are gathered once; of the rest at
-    level 3 for forward and backward. Each worker adds up its micro-batches in fp32 when it has several."""
+def formula(row: Row, place: Path) -> tuple[int, int]:
+    """Bytes that the first worker receives in a step from its node, and from others. Of N nodes with H workers each: within
+    the node (H-1)/H of the bytes, between nodes (N-1)/N of one H-th. Split weights are gathered for forward and backward,
+    within the node if it has a copy; all others once, after their update, and the parts of copies too. Workers with several
+    micro-batches add them up in fp32, an embedding its rows, and so does the node before its sum goes on."""
     from safetensors import safe_open
 
     with safe_open(place / "model" / "model.safetensors", "pt") as file:
         shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - it is no mapping
-    others = (row.workers - 1) / row.workers
-    total = 0.0
+    each, copies = row.workers // row.told, row.told > 1 and row.workers > row.told
+    near, far = (each - 1) / each, (row.told - 1) / row.told / each
+    within = between = 0.0
     for name, shape in shapes.items():
         elements = shape[0] * (shape[1] if len(shape) > 1 else 1)
-        split = row.zero == 3 and elements > 65536 and "embed" not in name and "lm_head" not in name
-        total += others * elements * (2 * (2 if split else 1) + (4 if row.workers < 4 else 2))
-    return int(total)
+        first = 4 if row.workers < 4 or "embed" in name else 2
+        split = row.zero == 3 and elements > SPLIT_FROM and "embed" not in name and "lm_head" not in name
+        within += near * elements * (2 * (2 if split else 1) + first)
+        between += far * elements * (2 * (2 if split and not copies else 1) + (4 if each > 1 else first))
+    return int(within), int(between)
 
 
 def line(row: Row, found: dict[str, Any], place: Path) -> str:
     disks = ", ".join(f"{nbytes / 2**20:,.0f}" for nbytes in found["disk_bytes"])
-    received = f"{found['wire_bytes'] / 2**20:,.2f} | {formula(row, place) / 2**20:,.2f}" if row.workers > 1 else "|"
-    link = f"{LINK} Mbit/s" if row.slow else "loopback" if row.workers > 1 else ""
-    return (
-        f"| {row.workers} | {link} | {row.zero if row.workers > 1 else ''} | {found['seconds']:.2f} | "
-        f"{found['wire_wait_seconds']:.2f} | {received} | {found['host_peak_bytes'] / 2**20:,.0f} | {disks} |"
-    )
+    planned, moved = found["planned"], found["moved"]
+    mib = [f"{nbytes / 2**20:,.2f}" for nbytes in (moved["peer"], moved["remote"], *formula(row, place))]
+    cells = [
+        row.workers, row.nodes, row.told, row.zero if row.workers > 1 else "",
+        f"{found['seconds']:.2f}", f"{planned['seconds_per_step']:.2f}",
+        f"{found['wire_wait_seconds']:.2f}", f"{planned['wire_wait_seconds']:.2f}",
+        mib[0], mib[1], f"{mib[2]}, {mib[3]}", f"{found['host_peak_bytes'] / 2**20:,.0f}", disks,
+    ]  # fmt: skip
+    return f"| {' | '.join(map(str, cells))} |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default=SHAPE.name)
-    parser.add_argument("--only", nargs="+", choices=sorted({row.name for row in ROWS}))
+    parser.add_argument("--only", nargs="+", choices=[row.name for row in ROWS])
     parser.add_argument("--folder", type=Path, default=Path("build/bench"))
-    parser.add_argument("--page", type=Path, help="where to put the table, between its markers")
+    parser.add_argument("--results", type=Path, help="where measured rows are kept, not to be measured again")
+    parser.add_argument("--page", type=Path, help="where to put the table of all rows, between its markers")
     given = parser.parse_args()
     place = given.folder.resolve() / given.shape.replace(" ", "-")
     place.mkdir(parents=True, exist_ok=True)
     prepare(str(place), given.shape)
-    lines = list(HEAD)
-    print(*lines, sep="\n", flush=True)
-    for row in [row for row in ROWS if given.only is None or row.name in given.only]:
-        lines.append(line(row, measure(row, place), place))
-        print(lines[-1], flush=True)
+    results = given.results or place / "workers.json"
+    known = json.loads(results.read_text()) if results.exists() else {}
+    for row in ROWS:
+        if row.name not in known and (given.only is None or row.name in given.only):
+            known[row.name] = measure(row, place)
+            results.write_text(json.dumps(known, indent=1))
+    table = "\n".join([*HEAD, *(line(row, known[row.name], place) for row in ROWS if row.name in known)])
+    print(table)
     if given.page:
         before, rest = given.page.read_text().split(BEGIN)
-        table = "\n".join(lines)
         given.page.write_text(f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}")
 
 

@@ -19,7 +19,8 @@ from outsize.machine.machine import Machine
 from outsize.model.companions import COMPANIONS
 from outsize.model.load import open_model
 from outsize.model.units import find_units
-from outsize.plan import Plan, Request
+from outsize.plan import Plan, Request, in_proportion
+from outsize.planner.cluster import places, wire_of
 from outsize.planner.training import Place, Planning, Task, plan_training
 from outsize.sizes import parse_size
 from outsize.train.export import Exported, export_checkpoint
@@ -111,16 +112,19 @@ def planning(
     optimizer: str = "adamw",
     optimizer_options: dict[str, Any] | None = None,
     block_class: str | None = None,
+    workers: int | None = None,
     **request: Any,
 ) -> Callable[[str | int], Plan]:
     """Plans of one job within one memory after another; all else is measured once, so that memory alone makes them differ.
 
     For the `task` train, `request` takes the fields of `outsize.plan.Request` (sequence_length, batch_size, accumulate,
-    precision, moments, clip, loss, activations, commit_every, keeper); for `serve`, context, concurrency and step_tokens.
+    precision, moments, clip, loss, activations, commit_every, keeper, zero), and its batch is what all `workers` do together
+    (None: one for each device of a cluster, or for each of its nodes); for `serve`, context, concurrency and step_tokens.
     `machine` is the name or file of one described, None this one, whose disk is that of `directory`. `model` may be a
     folder that holds nothing but config.json. Raises OptionError or ModelError; the plans raise BudgetError."""
     known = {
-        "train": {field.name for field in fields(Request)} - {"memory_bytes", "hold"},
+        "train": {field.name for field in fields(Request)}
+        - {"memory_bytes", "hold", "workers", "nodes", "weight_copies", "sequences"},
         "serve": {"context", "concurrency", "step_tokens"},
     }.get(task)
     if known is None:
@@ -132,7 +136,10 @@ def planning(
         from outsize.serving import plan_service
 
         return plan_service(model, machine=there, **request)
+    nodes = there.nodes.count
+    workers = workers or (nodes * places(there) if nodes > 1 else 1)
     asked = Request(0, **request)
+    asked = asked.divided(in_proportion(asked.batch_size * asked.accumulate, [1] * workers), nodes)
     source = open_model(model)
     tokenizer = source.tokenizer()  # a run will hold it
     make = source.build if source.files.has_weights else source.outline
@@ -141,7 +148,9 @@ def planning(
         parameter.requires_grad_(True)
     rule = rule_of(optimizer, optimizer_options or {})
     units = find_units(module, block_class)
-    here = Place(there, process_memory().resident_bytes, there.capacity("disk"))
+    each = workers // nodes
+    crowd, disk = max(1.0, each / places(there)), there.capacity("disk") // each
+    here = Place(there, process_memory().resident_bytes, disk, wire_of(there, each), crowd)
     found = Planning(Task(module, units, rule, asked, [], source.stored_dtype, block_class), here)
     return partial(_within, found, tokenizer)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from collections.abc import Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
+from itertools import accumulate
 from textwrap import fill
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -14,6 +16,13 @@ from outsize.sizes import format_size
 
 WIDTH = 80  # columns that a plan prints itself on
 SPARE = 0.02  # of the budget: as much as predictions are off, and a plan made elsewhere may find less
+CAUSES = {
+    "compute_seconds": "compute",
+    "update_seconds": "update",
+    "wire_wait_seconds": "exchanging with other workers",
+    "read_wait_seconds": "waiting for reads",
+    "write_wait_seconds": "waiting for writes",
+}
 LATITUDE = 0.05  # of its prediction, by which a peak may be off
 
 
@@ -23,8 +32,8 @@ class Predicted:
 
     `bytes_read`, `bytes_written` and `moved` (source, destination, kind, bytes) are means of steps in the middle of a run,
     commits included, evaluation and samples not. `memory` is (cause, bytes), which add up to the peak. `timeline` is
-    what one step does when: (compute, update, waiting, read or write, begin, end); `tensors` is (time, bytes of its tensors
-    from then on). None: not predicted."""
+    what one step does when: (compute, update, wire, waiting, read or write, begin, end); `tensors` is (time, bytes of its
+    tensors from then on). `wire_bytes` come from other workers. None: not predicted."""
 
     host_peak_bytes: int
     device_peak_bytes: int
@@ -37,6 +46,8 @@ class Predicted:
     update_seconds: float | None = None
     read_wait_seconds: float | None = None
     write_wait_seconds: float | None = None
+    wire_wait_seconds: float | None = None
+    wire_bytes: int = 0
     floating_operations: float | None = None
     moved: tuple[tuple[str, str, str, int], ...] = ()
     memory: tuple[tuple[str, int], ...] = ()
@@ -125,7 +136,9 @@ class Plan:
     process holds `headroom_bytes` less than `predicted`: so much may come until it is looked again. `blocked_loss`:
     the head and its loss are computed over blocks of the vocabulary. `shared_bytes`: all blocks together, when they
     stay near in memory that outlives the process, each with a twin; 0: they do not. Of several `workers` each has its
-    share of every optimizer state; from the level `zero` 2 on also of gradients that wait, and of `split_weights`.
+    share of every optimizer state; from the level `zero` 2 on also of gradients that wait, and of `split_weights`. Of
+    these all together have `weight_copies`: one, or one on each of several `nodes`. Each takes so many of a step's
+    `sequences`; of none it is left to the number of workers.
     `packed`: weights near, in groups that are multiplied at once, which are held as the processor's matrix products
     read them. `serving`: what a plan for serving says beside, and `served` what that means for requests."""
 
@@ -147,8 +160,11 @@ class Plan:
     headroom_bytes: int = 0
     shared_bytes: int = 0
     workers: int = 1
+    nodes: int = 1
     zero: int = 3
     split_weights: frozenset[str] = frozenset()
+    weight_copies: int = 1
+    sequences: tuple[int, ...] = ()
     packed: tuple[tuple[str, ...], ...] = ()
     memory_bytes: int | None = None
     predicted: Predicted | None = None
@@ -218,13 +234,14 @@ def _outcome(plan: Plan, predicted: Predicted) -> list[tuple[str, str]]:
     rows += [("disk", f"{format_size(predicted.disk_bytes)}, the state; it is also the checkpoint")]
     if predicted.seconds_per_step is not None:
         rows += [("a step takes", f"{predicted.seconds_per_step:.2f} s, {predicted.tokens_per_second:,.0f} tokens/s")]
-        causes = ("compute_seconds", "update_seconds", "read_wait_seconds", "write_wait_seconds")
-        named = ("compute", "update", "waiting for reads", "waiting for writes")
         rows += [
-            ("", f"{getattr(predicted, key) or 0.0:.2f} s {name}") for key, name in zip(causes, named, strict=True)
+            ("", f"{getattr(predicted, key) or 0.0:.2f} s {name}")
+            for key, name in CAUSES.items()
+            if plan.workers > 1 or key != "wire_wait_seconds"
         ]
     read, written = format_size(predicted.bytes_read), format_size(predicted.bytes_written)
-    rows += [("a step moves", f"{read} read from disk, {written} written to it")]
+    others = f", {format_size(predicted.wire_bytes)} from other workers" if plan.workers > 1 else ""
+    rows += [("a step moves", f"{read} read from disk, {written} written to it{others}")]
     rows += [("", f"{format_size(n)} {kind} {source} to {target}") for source, target, kind, n in predicted.moved]
     return [*rows, ("numbers", plan.exactness)]
 
@@ -303,9 +320,11 @@ class ServeRequest:
 @dataclass(frozen=True)
 class Request:
     """What a user asks of a training job; "auto" leaves a choice to the planner. Bytes; sizes per micro-batch. With several
-    `workers` it is what each does; `zero` is what they divide: optimizer state (1), gradients too (2), weights too (3).
+    `workers`, equally many on each of `nodes`, it is what each does; `zero` is what they divide: optimizer state (1),
+    gradients too (2), weights too (3).
 
-    `keeper`: memory that outlives the process is to hold the last step."""
+    `keeper`: memory that outlives the process is to hold the last step. `weight_copies`: how many there are already, as a
+    plan has it, and `sequences`, too."""
 
     memory_bytes: int
     sequence_length: int = 512
@@ -320,8 +339,45 @@ class Request:
     commit_every: int | None = None
     keeper: bool = False
     workers: int = 1
+    nodes: int = 1
     zero: int = 3
+
+    weight_copies: int | None = None
+    sequences: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.zero not in (1, 2, 3):
             raise OptionError(f"ZeRO has no level {self.zero}; there are 1, 2 and 3.")
+        if self.workers % self.nodes:
+            raise OptionError(f"{self.workers} workers cannot be equally many on each of {self.nodes} nodes.")
+
+    def divided(self, sequences: tuple[int, ...], nodes: int) -> Request:
+        """What the worker with most to do does of the step that this one asks of all together, of which each is to do so
+        many `sequences`."""
+        batch_size = min(self.batch_size, max(sequences))
+        accumulate = -(-max(sequences) // batch_size)
+        return replace(
+            self,
+            workers=len(sequences),
+            nodes=nodes,
+            sequences=sequences,
+            batch_size=batch_size,
+            accumulate=accumulate,
+        )
+
+
+def in_proportion(count: int, speeds: Sequence[float]) -> tuple[int, ...]:
+    """So many sequences, divided among workers of these speeds, one for each at least.
+
+    Raises OptionError when there are fewer."""
+    if count < len(speeds):
+        raise OptionError(
+            f"A step of {count} sequences leaves nothing to do for some of {len(speeds)} workers. Give a larger "
+            "--batch-size or --accumulate, or fewer workers."
+        )
+    ends = [round(count * end / sum(speeds)) for end in accumulate(speeds)]
+    found = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+    while 0 in found:
+        found[found.index(max(found))] -= 1
+        found[found.index(0)] += 1
+    return tuple(found)

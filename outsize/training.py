@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
@@ -12,6 +13,8 @@ import torch
 from torch import nn
 
 from outsize.distributed.group import Group, find_group
+from outsize.distributed.measure import measure_speeds, measure_wire
+from outsize.distributed.wire import NO_WIRE
 from outsize.errors import DamageError, OptionError, OutsizeError
 from outsize.machine.allocator import give_back, recycle_up_to
 from outsize.machine.describe import describe, process_memory
@@ -21,7 +24,7 @@ from outsize.model.companions import COMPANIONS, keep_companions
 from outsize.model.fingerprint import fingerprint_model, fingerprint_tokenizer, fingerprint_weights
 from outsize.model.load import ModelSource, open_model
 from outsize.model.units import Unit, describe_units, find_units
-from outsize.plan import Plan, Request
+from outsize.plan import Plan, Request, in_proportion
 from outsize.planner.check import check_plan
 from outsize.planner.remembered import circumstances, recall, remember
 from outsize.planner.training import Place, Task, check_disk, plan_training
@@ -114,6 +117,7 @@ class _Training:
         self.memory = settings.memory or int(min(group.each(_free_memory() // group.here))[0])
         self.speaks = group.rank == 0  # and writes what there is one of
         self.folder = settings.out if self.speaks else state.directory
+        self.wire, self.speeds = NO_WIRE, [1.0]
         self.progress = Progress(self.memory, settings.json) if self.speaks else Silent()
         torch.manual_seed(settings.seed + group.rank)
 
@@ -188,7 +192,12 @@ class _Training:
 
     def _planned(self, model: nn.Module, units: list[Unit], data: PackedDataset) -> Plan:
         settings, group = self.settings, self.group
-        request = _request(settings, self.memory, group)
+        self.wire, self.speeds = measure_wire(group), measure_speeds(group)
+        committed = self.state.read()
+        begun = {} if committed is None else committed.facts
+        sequences = group.first(lambda: tuple(begun.get("sequences", ())) or self._sequences())
+        copies = None if committed is None else begun.get("weight_copies", 1)
+        request = _request(settings, self.memory, group, copies).divided(sequences, group.nodes)
         sample = data.batch(list(range(min(data.count, request.batch_size))))
         batches = [sample] * request.accumulate
         task = Task(model, units, self.rule, request, batches, self.source.stored_dtype, settings.block_class)
@@ -198,6 +207,17 @@ class _Training:
             _show(plan)
         return plan
 
+    def _sequences(self) -> tuple[int, ...]:
+        """How many of a step's sequences each worker takes: as a plan says, or in proportion to their speeds."""
+        settings, count = self.settings, self.settings.batch_size * self.settings.accumulate
+        told = () if settings.plan is None else read_plan(settings.plan).sequences
+        if told and (len(told) != self.group.size or sum(told) != count or 0 in told):
+            raise OptionError(
+                f"The plan's sequences {list(told)} are not those of a step of {count} for {self.group.size} workers. Make a "
+                "plan for this command, or leave them out."
+            )
+        return told or in_proportion(count, self.speeds)
+
     def _made(self, task: Task, baseline: int, disk_free: int) -> Plan:
         """A plan that was given, that of the last start, or a new one."""
         settings, path = self.settings, self.settings.out / REMEMBERED
@@ -206,7 +226,10 @@ class _Training:
         if known is not None:
             check_disk(known, disk_free)
             return known
-        place = Place(this_machine(settings.out), baseline, disk_free)
+        threads = torch.get_num_threads() * self.group.here
+        crowd = max(1.0, threads / len(os.sched_getaffinity(0)))
+        crowd *= self.speeds[0] / max(self.speeds)  # this one's prices, and the fastest one's work
+        place = Place(this_machine(settings.out), baseline, disk_free, self.wire, crowd)
         if settings.plan is not None:
             return check_plan(read_plan(settings.plan), task, place)
         plan = plan_training(task, place)
@@ -281,24 +304,17 @@ def _free_memory() -> int:
     return machine.memory_available_bytes + process_memory().resident_bytes
 
 
-def _request(settings: TrainSettings, memory: int, group: Group) -> Request:
-    sequences = settings.batch_size * settings.accumulate
-    if sequences < group.size:
-        raise OptionError(
-            f"A step of {sequences} sequences leaves nothing to do for some of {group.size} workers. Give a larger "
-            "--batch-size or --accumulate, or fewer workers."
-        )
+def _request(settings: TrainSettings, memory: int, group: Group, copies: int | None) -> Request:
+    """`copies`: how many of split weights there are already."""
     if settings.keeper and group.size > 1:
         raise OptionError(
             f"--keeper holds what one worker has, and there are {group.size}. Leave it out, or --workers."
         )
-    share = -(-sequences // group.size)  # of the worker with the most
-    batch_size = min(settings.batch_size, share)
     return Request(
         memory,
         settings.sequence_length,
-        batch_size,
-        -(-share // batch_size),
+        settings.batch_size,
+        settings.accumulate,
         settings.precision,
         settings.moments,
         settings.clip,
@@ -306,8 +322,8 @@ def _request(settings: TrainSettings, memory: int, group: Group) -> Request:
         activations=settings.activations,
         commit_every=settings.commit_every,
         keeper=settings.keeper,
-        workers=group.size,
         zero=settings.zero,
+        weight_copies=copies,
     )
 
 

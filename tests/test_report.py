@@ -192,9 +192,14 @@ def test_the_ledger_as_the_report_has_it():
     assert held_by_tier(held) == {"disk": {"moment": 7, "weight": 5}, "host": {"weight": 2}}
     moved = Counter(
         {("disk", "host", "weight"): 40, ("disk", "device", "weight"): 20, ("host", "disk", "moment"): 10}
-        | {("host", "device", "weight"): 99}
+        | {("host", "device", "weight"): 99, ("remote", "host", "weight"): 70, ("host", "peer", "number"): 80}
     )
-    assert moved_a_step(moved, 10) == {"read": {"weight": 6}, "written": {"moment": 1}}
+    assert moved_a_step(moved, 10) == {
+        "read": {"weight": 6},
+        "written": {"moment": 1},
+        "from remote": {"weight": 7},
+        "to peer": {"number": 8},
+    }
 
 
 def a_report(directory: Path, **changes) -> dict:

@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from exactness import make_model
+from worker_child import batches_of, optimizer, plan_of
 from workers import Case, Crew, Found, crew
 
+from outsize.distributed.arrangement import PEER, REMOTE, WIRE
+from outsize.distributed.wire import Link
+from outsize.machine.find import find_machine
 from outsize.memory.block import ALIGNMENT
 from outsize.memory.tier import PAGE
+from outsize.model.units import find_units
+from outsize.planner.clock import ways_of
+from outsize.planner.play import play
+from outsize.planner.prices import RatedPrices
+from outsize.planner.rehearsal import homes, rehearse
+from outsize.planner.script import Exchanged
+from outsize.train.job import always_near
+
+LAPTOP = find_machine("laptop")
+LATENCY = 1e-3
+WIRED = {PEER: Link(1e9, LATENCY), REMOTE: Link(1e7, LATENCY)}
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +55,7 @@ def assert_same(found: Found, expected: Found, rounds: bool = False) -> None:
         Case(workers=2, sequences=2, precision="mixed", table_rows=40, family="qwen3"),
         Case(workers=2, sequences=2, optimizer="muon", placement="near"),
         Case(workers=3, sequences=3, family="handwritten", optimizer="sgd"),
+        Case(workers=2, nodes=2, sequences=2),
     ],
     ids=str,
 )
@@ -64,6 +81,7 @@ def test_zero_1_2_and_3_and_a_second_run_give_the_same_bits(gang: Crew, tmp_path
         Case(workers=4, tied=True, table_rows=40),
         Case(workers=3, sequences=5, batch=2, clip=0.5),
         Case(batch=2, tied=True),
+        Case(workers=4, nodes=2, copies=2),
     ],
     ids=str,
 )
@@ -80,10 +98,10 @@ def test_other_micro_batches_and_tied_tables_differ_by_the_order_of_sums_alone(
         torch.testing.assert_close(many.weights[name], weight, rtol=2 * terms * eps, atol=2 * terms * eps)
 
 
-def moved(found: Found, rank: int, kind: str) -> tuple[int, int]:
+def moved(found: Found, rank: int, kind: str, tier: str = "peer") -> tuple[int, int]:
     """Bytes sent and received over the wire."""
     counts = found.ledgers[rank]["moved"]
-    return counts.get(("host", "peer", kind), 0), counts.get(("peer", "host", kind), 0)
+    return counts.get(("host", tier, kind), 0), counts.get((tier, "host", kind), 0)
 
 
 @pytest.mark.parametrize(("workers", "zero"), [(2, 1), (2, 3), (4, 2), (4, 3)])
@@ -98,6 +116,68 @@ def test_bytes_on_the_wire_are_those_of_the_zero_paper(gang: Crew, tmp_path: Pat
         assert moved(found, rank, "gradient") == (whole * (workers - 1) // workers * case.steps,) * 2
         numbers = 2 * 8 + 8  # tokens learnt and read, and the loss
         assert moved(found, rank, "number") == (numbers * (workers - 1) * case.steps,) * 2
+
+
+ON_NODES = Case(workers=4, nodes=2, hidden=256, steps=2, sequences=4, precision="mixed", split=0)
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+def test_only_added_gradients_and_updated_weights_cross_the_slow_link(gang: Crew, tmp_path: Path, copies: int) -> None:
+    """Where each node has a copy of the weights, a lease gathers within the node. With N nodes of H workers each receives
+    from other nodes (N-1)/N of a part of 1/H: of the gradients, added up in fp32 by then, and of the weights, after their
+    update; where no node has a copy, of the weights at each lease instead."""
+    case, half = replace(ON_NODES, copies=copies), 2
+    found = gang.run(case, tmp_path / "run")
+    whole = sum(weight.nbytes for weight in found.weights.values())
+    leased = 2 * whole - found.weights["model.embed_tokens.weight"].nbytes  # which is not read again in backward
+    for rank in range(case.workers):
+        assert moved(found, rank, "weight") == (case.steps * leased // half,) * 2
+        assert moved(found, rank, "gradient") == (case.steps * whole // half,) * 2
+        assert moved(found, rank, "weight", "remote") == (case.steps * (leased if copies == 1 else whole) // 4,) * 2
+        assert moved(found, rank, "gradient", "remote") == (case.steps * 2 * whole // 4,) * 2
+    held = {kind: nbytes for (tier, kind), nbytes in found.ledgers[0]["held"].items() if tier == "disk"}
+    rounding = 2 * (PAGE + 3 * ALIGNMENT) * len(found.weights)
+    assert 2 * whole * copies // 4 <= held["weight"] <= 2 * whole * copies // 4 + rounding
+
+
+def test_copies_of_weights_on_each_node_do_not_show_in_the_numbers(gang: Crew, tmp_path: Path) -> None:
+    found = gang.run(replace(ON_NODES, copies=2), tmp_path / "copies")
+    assert_same(gang.run(replace(ON_NODES, copies=1), tmp_path / "shares"), found)
+    assert_same(gang.run(replace(ON_NODES, zero=2), tmp_path / "whole"), found)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        ON_NODES,
+        replace(ON_NODES, copies=2),
+        Case(workers=2, zero=1, clip=0.5, precision="mixed"),
+        Case(workers=3, sequences=5, batch=2, table_rows=40),
+        Case(workers=4, nodes=2, zero=2, optimizer="muon"),
+        Case(workers=3, sequences=4, precision="mixed"),
+    ],
+    ids=str,
+)
+def test_what_is_planned_for_the_wire_is_what_crosses_it(gang: Crew, tmp_path: Path, case: Case) -> None:
+    found = gang.run(case, tmp_path / "run")
+    model = make_model(case.family, case.tied, hidden=case.hidden)
+    plan = plan_of(model, case)
+    batches = list(batches_of(case, rank=0))
+    rehearsed = rehearse(
+        model, plan, optimizer(case.optimizer), RatedPrices(LAPTOP), batches[0], torch.float32, None, WIRED
+    )
+    home_of = homes(plan, always_near(find_units(model)))
+    played = play(rehearsed.whole, plan.arena_bytes, home_of, ways_of(LAPTOP), case.steps)
+    alike = {way: case.steps * nbytes for way, nbytes in on_wire(played.steps[-1].moved).items()}
+    assert alike == on_wire(found.ledgers[0]["moved"])
+    step, script = played.steps[-1], rehearsed.whole.steps[-1]
+    exchanges = [event for event in script if isinstance(event, Exchanged)]
+    assert step.lanes["wire"] == pytest.approx(sum(WIRED[e.tier].seconds(e.sent, e.received) for e in exchanges))
+    assert step.seconds >= (1 - 1e-9) * sum(step.lanes[lane] for lane in ("compute", "update", "wire"))
+
+
+def on_wire(moved: Mapping[tuple[str, str, str], int]) -> dict[tuple[str, str, str], int]:
+    return {key: nbytes for key, nbytes in moved.items() if nbytes and {*WIRE} & {*key}}
 
 
 @pytest.mark.parametrize("workers", [2, 4])

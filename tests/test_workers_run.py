@@ -24,6 +24,8 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 from workers import Crew, crew
 
+from outsize.errors import OptionError
+from outsize.plan import in_proportion
 from outsize.train.state import StateFolder
 
 STEPS = 8
@@ -136,6 +138,26 @@ def test_a_run_goes_on_with_other_numbers_of_workers(
     ]
 
 
+def test_workers_take_unequal_parts_of_a_step_as_the_plan_says(
+    gang: Crew, settings: dict[str, Any], alone: Path, pair: Path, tmp_path: Path
+) -> None:
+    """Only the order of sums is another. The run begins with 3 and 1 sequences, and goes on so without the plan."""
+    plan = json.loads((pair / "planned.json").read_text())["plan"]
+    assert plan["sequences"] == [2, 2]
+    (tmp_path / "plan.json").write_text(json.dumps(plan | {"sequences": [3, 1], "accumulate": 3, "commit_every": 1}))
+    given = {**settings, "out": str(tmp_path / "run"), "plan": str(tmp_path / "plan.json")}
+    kill = {"rank": 1, "line": 3, "signal": "SIGKILL"}
+    gang.attempt("run", 2, tmp_path, {"settings": given, "kill": kill})
+    assert_close(tmp_path / "run", alone, len(losses_of(tmp_path / "run")))
+    assert_close(run(gang, settings, 2, tmp_path), alone, STEPS)
+    assert json.loads((tmp_path / "run" / "planned.json").read_text())["plan"]["sequences"] == [3, 1]
+
+
+def assert_close(run: Path, expected: Path, steps: int) -> None:
+    assert steps >= 3
+    assert losses_of(run)[:steps] == pytest.approx(losses_of(expected)[:steps], rel=1e-4)
+
+
 def test_a_step_of_several_workers_is_exported_as_one(pair: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "outsize", "checkpoint", "export", pair, "--to", tmp_path / "made", "--optimizer"]
     subprocess.run(command, check=True, timeout=120)
@@ -207,6 +229,14 @@ def test_a_lost_folder_is_refused_by_name(gang: Crew, settings: dict[str, Any], 
     assert gang.attempt("run", 2, tmp_path, told) == [1, 1]
     for text in said(tmp_path, 2):
         assert f"The state of worker 1 of 2 is missing, and the others are at step {STEPS}" in text
+
+
+def test_sequences_are_divided_in_proportion_to_speed_and_none_goes_empty() -> None:
+    assert in_proportion(4, [1.0] * 4) == (1, 1, 1, 1)
+    assert in_proportion(8, [3.0, 1.0]) == (6, 2)
+    assert in_proportion(4, [100.0, 1.0, 1.0]) == (2, 1, 1)
+    with pytest.raises(OptionError, match="leaves nothing to do for some of 3 workers"):
+        in_proportion(2, [1.0] * 3)
 
 
 @pytest.mark.parametrize("seed", [0])

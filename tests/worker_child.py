@@ -67,9 +67,10 @@ def _fork(rank: int, told: dict[str, Any]) -> int:
     os.dup2(log, 1)
     os.dup2(log, 2)
     if size > 1:
-        os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size))
+        here = size // told["told"].get("nodes", 1)
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank % here), LOCAL_WORLD_SIZE=str(here))
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(told["port"]))
-    signal.alarm(200)  # a worker that waits for ever must not hold up the others' tests
+    signal.alarm(500)  # a worker that waits for ever must not hold up the others' tests
     code = 0
     try:
         DO[told["do"]](folder, told["told"])
@@ -101,7 +102,13 @@ def plan_of(model: nn.Module, case: Case) -> Plan:
     large = {name for name, p in model.named_parameters() if p.numel() > case.split and name not in whole}
     split = frozenset(large) if case.zero == 3 else frozenset()
     return replace(
-        plan, workers=case.workers, zero=case.zero, split_weights=split, arena_bytes=2 * plan.arena_bytes + (1 << 20)
+        plan,
+        workers=case.workers,
+        nodes=case.nodes,
+        zero=case.zero,
+        split_weights=split,
+        weight_copies=case.copies,
+        arena_bytes=2 * plan.arena_bytes + (1 << 20),
     )
 
 
@@ -113,15 +120,7 @@ def _train(folder: Path, told: dict[str, Any]) -> None:
     job = bind_job(model, optimizer(case.optimizer), plan_of(model, case), own, group)
     losses, norms = [], []
     start = dict(group.ledger.moved)
-    for sequences in make_batches(case.steps, case.sequences, sequences=1):
-        mine = range(len(sequences) * group.rank // group.size, len(sequences) * (group.rank + 1) // group.size)
-        micro_batches = [
-            {
-                key: torch.cat([sequences[index][key] for index in mine[first : first + case.batch]])
-                for key in sequences[0]
-            }
-            for first in range(0, len(mine), case.batch)
-        ]
+    for micro_batches in batches_of(case, group.rank):
         result = job.train_step(micro_batches)
         losses.append(result.loss)
         norms.append(result.norm)
@@ -137,6 +136,19 @@ def _train(folder: Path, told: dict[str, Any]) -> None:
     group.close()
 
 
+def batches_of(case: Case, rank: int) -> Iterator[list[dict[str, torch.Tensor]]]:
+    """The micro-batches of a worker, step by step."""
+    for sequences in make_batches(case.steps, case.sequences, sequences=1):
+        mine = range(len(sequences) * rank // case.workers, len(sequences) * (rank + 1) // case.workers)
+        yield [
+            {
+                key: torch.cat([sequences[index][key] for index in mine[first : first + case.batch]])
+                for key in sequences[0]
+            }
+            for first in range(0, len(mine), case.batch)
+        ]
+
+
 def weights_of(job: Job) -> dict[str, torch.Tensor]:
     return {name: job.read(name, 0, weight.shape[0] if weight.shape else 1) for name, weight in job.weights.items()}
 
@@ -144,7 +156,7 @@ def weights_of(job: Job) -> dict[str, torch.Tensor]:
 def shares_of(job: Job) -> dict[str, list[list[int]]]:
     """Own elements, of how many, and whether they are all that is at home; of each block."""
     return {
-        block.name: [len(block.shares.own), block.shares.spans[-1].stop, block.split]
+        block.name: [len(block.shares.own), block.shares.numel, block.split]
         for weight in job.weights.values()
         for block in weight.blocks
     }
@@ -160,7 +172,8 @@ def _run(folder: Path, told: dict[str, Any]) -> None:
     if told.get("disk"):
         training.plan_training = _on_disk(training.plan_training)
     given = told["settings"] | told.get("own", {}).get(os.environ.get("RANK", "0"), {})
-    training.train(TrainSettings(**given | {"data": Path(given["data"]), "out": Path(given["out"])}))
+    paths = {name: Path(given[name]) for name in ("data", "out", "plan") if name in given}
+    training.train(TrainSettings(**given | paths))
 
 
 def _on_disk(planned: Callable[..., Plan]) -> Callable[..., Plan]:

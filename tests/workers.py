@@ -22,7 +22,7 @@ CHILD = Path(__file__).with_name("worker_child.py")
 class Case:
     """A job that `workers` train for `steps` steps over `sequences` sequences a step, in micro-batches of `batch`.
 
-    `split`: of ZeRO 3, weights of more elements than this."""
+    `split`: of ZeRO 3, weights of more elements than this, of which there are so many `copies`."""
 
     workers: int = 2
     zero: int = 3
@@ -39,6 +39,8 @@ class Case:
     hidden: int = 64
     split: int = 256
     activations: str = "recompute"
+    nodes: int = 1
+    copies: int = 1
 
 
 @dataclass

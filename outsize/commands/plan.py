@@ -42,6 +42,13 @@ def plan(
     ] = "auto",
     commit_every: Annotated[int | None, typer.Option(min=1, help="Steps between commits.")] = None,
     keeper: Annotated[bool, typer.Option(help="Let a process hold the last step in memory.")] = False,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Who do a step together. Otherwise one for each node of a cluster, or for each device."
+        ),
+    ] = None,
+    zero: Annotated[int, typer.Option(min=1, max=3, help="As in `outsize train`.")] = 3,
     block_class: Annotated[str | None, typer.Option(help="Class of the repeated block, if it is not found.")] = None,
     context: Annotated[int | None, typer.Option(min=2, help="serve: tokens of prompt and answer together.")] = None,
     concurrency: Annotated[int, typer.Option(min=1, help="serve: requests computed at once, at most.")] = 32,
@@ -83,6 +90,8 @@ def plan(
         "activations": activations,
         "commit_every": commit_every,
         "keeper": keeper,
+        "workers": workers,
+        "zero": zero,
     }
     if task == "serve":
         asked = {"context": context, "concurrency": concurrency, "step_tokens": step_tokens}
@@ -172,7 +181,8 @@ def _columns(plan: Plan) -> list[str]:
             f"{served.first_token_seconds:.2f} s ({served.prompt})",
             format_size(predicted.bytes_read),
         ]
-    waiting = (predicted.read_wait_seconds or 0.0) + (predicted.write_wait_seconds or 0.0)
+    waits = (predicted.read_wait_seconds, predicted.write_wait_seconds, predicted.wire_wait_seconds)
+    waiting = sum(seconds or 0.0 for seconds in waits)
     return [
         format_size(predicted.host_peak_bytes),
         f"{predicted.seconds_per_step:.2f}",

@@ -3,11 +3,11 @@ may be of any size, nothing is sent twice, and sums are taken in the order of th
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import distributed
 from torch.distributed import P2POp
-
-from outsize.distributed.shares import Shares
 
 
 class Unreachable(RuntimeError):
@@ -18,30 +18,8 @@ class Unreachable(RuntimeError):
         self.peer = peer
 
 
-def gather(whole: torch.Tensor, shares: Shares) -> None:
-    """Fill `whole` (1-D) with the shares of the other workers, who get this one's.
-
-    Received are the others' shares; sent is the own one to each of them."""
-    parts = [whole[span.start : span.stop] for span in shares.spans]
-    _exchange({peer: parts[shares.rank] for peer in _others(shares)}, {peer: parts[peer] for peer in _others(shares)})
-
-
-def scatter(parts: torch.Tensor, shares: Shares, received: torch.Tensor) -> None:
-    """Send each other worker its share of `parts` (1-D); their versions of the own share come into `received`
-    `[workers - 1, own share]`, in the order of the workers."""
-    peers = _others(shares)
-    _exchange(
-        {peer: parts[shares.spans[peer].start : shares.spans[peer].stop] for peer in peers},
-        {peer: received[index] for index, peer in enumerate(peers)},
-    )
-
-
-def _others(shares: Shares) -> list[int]:
-    return [peer for peer in range(len(shares.spans)) if peer != shares.rank]
-
-
-def _exchange(outgoing: dict[int, torch.Tensor], incoming: dict[int, torch.Tensor]) -> None:
-    """Bytes, whatever they mean. Raises Unreachable."""
+def exchange(outgoing: Mapping[int, torch.Tensor], incoming: Mapping[int, torch.Tensor]) -> None:
+    """Send to workers, and receive from them: bytes, whatever they mean. Raises Unreachable."""
     operations = [P2POp(distributed.isend, _bytes(data), peer) for peer, data in outgoing.items() if data.numel()]
     operations += [P2POp(distributed.irecv, _bytes(data), peer) for peer, data in incoming.items() if data.numel()]
     if not operations:

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from outsize.distributed.group import PEER, Group
+from outsize.distributed.arrangement import PEER
+from outsize.distributed.group import Group
 from outsize.distributed.shares import Shares
 from outsize.memory.block import Block
 from outsize.memory.null import NullTier
@@ -18,10 +19,11 @@ ENDLESS = 1 << 60
 
 @dataclass(frozen=True)
 class Split:
-    """The block that holds this worker's share at home, and whose the others are."""
+    """The block that holds at home what this worker has of the whole at a stage of `shares`."""
 
     shard: str
     shares: Shares
+    stage: int
 
 
 class Gathered(Lease):
@@ -40,11 +42,12 @@ class ShardedStore(Store):
         self._group = group
         self._splits: dict[str, Split] = {}
 
-    def split(self, whole: Block, shard: Block, shares: Shares, home: str) -> None:
-        """Create `whole`, of which this worker has `shard` at `home`. Both have a single part. Raises as `create`."""
+    def split(self, whole: Block, shard: Block, shares: Shares, stage: int, home: str) -> None:
+        """Create `whole`, of which this worker has `shard`, its elements at `stage`, at `home`. Both have a single part.
+        Raises as `create`."""
         self.create(shard, home)
         self.create(whole, PEER, durable=False)
-        self._splits[whole.name] = Split(shard.name, shares)
+        self._splits[whole.name] = Split(shard.name, shares, stage)
 
     def lease(self, name: str, fresh: bool = False) -> Lease:
         split = self._splits.get(name)
@@ -53,8 +56,9 @@ class ShardedStore(Store):
         whole = super().lease(name, fresh=True)
         elements = _elements(whole)
         with super().lease(split.shard) as own:
-            elements[split.shares.own.start : split.shares.own.stop].copy_(_elements(own))
-        self._group.gather(elements, split.shares)
+            kept = split.shares.at(split.stage)
+            elements[kept.start : kept.stop].copy_(_elements(own))
+        self._group.gather(elements, split.shares, split.stage)
         return Gathered(self, self.entries[name])
 
 

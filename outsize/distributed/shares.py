@@ -2,41 +2,71 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+from outsize.distributed.arrangement import ALONE, Arrangement
 
 ALIGNED = 64  # elements; pieces that begin at a multiple of it are updated with the bits of the whole (is_elementwise)
 
 
 @dataclass(frozen=True)
 class Shares:
-    """Elements of a flat tensor by worker, one after the other without gaps. Any of them may be empty."""
+    """Elements of a flat tensor by worker. `stages[0]` are the shares, no element in two of them, any of them empty;
+    `stages[n]` is what each worker has when it has exchanged over the n slowest kinds of link: in the end all."""
 
-    spans: tuple[range, ...]
+    stages: tuple[tuple[range, ...], ...]
     rank: int
+
+    @classmethod
+    def of(cls, spans: Iterable[range], arrangement: Arrangement) -> Shares:
+        """Each worker is given one of the `spans`."""
+        stages = [tuple(spans)]
+        for level in reversed(range(len(arrangement.levels))):
+            last, ranks = stages[-1], range(arrangement.size)
+            stages.append(tuple(_together(last[peer] for peer in arrangement.circle(level, rank)) for rank in ranks))
+        return cls(tuple(stages), arrangement.rank)
 
     @property
     def own(self) -> range:
-        return self.spans[self.rank]
+        return self.stages[0][self.rank]
+
+    @property
+    def numel(self) -> int:
+        """Of the tensor."""
+        return len(self.stages[-1][self.rank])
+
+    def at(self, stage: int) -> range:
+        """What this worker has after so many exchanges."""
+        return self.stages[stage][self.rank]
 
     @property
     def all_own(self) -> bool:
         """This worker has everything: it is alone, or nobody else has a part of this tensor."""
-        return len(self.own) == self.spans[-1].stop
+        return len(self.own) == self.numel
 
     @property
     def divided(self) -> bool:
         """Several workers have a part."""
-        return sum(len(span) > 0 for span in self.spans) > 1
+        return sum(len(span) > 0 for span in self.stages[0]) > 1
 
 
-def sole_share(numel: int, owner: int, rank: int, workers: int) -> Shares:
+def sole_share(numel: int, owner: int, arrangement: Arrangement = ALONE) -> Shares:
     """Everything is `owner`'s."""
-    ends = [0] * owner + [numel] * (workers - owner)
-    return Shares(tuple(range(a, b) for a, b in zip([0, *ends], ends, strict=False)), rank)
+    spans = (range(numel) if rank == owner else range(0) for rank in range(arrangement.size))
+    return Shares.of(spans, arrangement)
 
 
-def even_shares(numel: int, rank: int = 0, workers: int = 1) -> Shares:
+def even_shares(numel: int, arrangement: Arrangement = ALONE) -> Shares:
     """Runs of equal length but for the last ones, which may be shorter or empty."""
+    workers = arrangement.size
     length = -(-numel // (ALIGNED * workers)) * ALIGNED
-    starts = [min(numel, length * worker) for worker in range(workers + 1)]
-    return Shares(tuple(range(a, b) for a, b in zip(starts, starts[1:], strict=False)), rank)
+    starts = [min(numel, length * slot) for slot in range(workers + 1)]
+    slots = [arrangement.slot(rank) for rank in range(workers)]
+    return Shares.of((range(starts[slot], starts[slot + 1]) for slot in slots), arrangement)
+
+
+def _together(parts: Iterable[range]) -> range:
+    """Of runs side by side."""
+    some = [part for part in parts if part]
+    return range(min(part.start for part in some), max(part.stop for part in some)) if some else range(0)

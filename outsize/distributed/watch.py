@@ -77,7 +77,8 @@ class Watch:
         self._thread.join()
 
     def _look(self) -> None:
-        counts: dict[int, tuple[bytes, float]] = dict.fromkeys(self._others, (b"", time.monotonic()))
+        # Counts, and the look that saw each first: who is stopped does not look.
+        counts: dict[int, tuple[bytes, int]] = dict.fromkeys(self._others, (b"", 0))
         number = 0
         while not self._closing.wait(LOOK_EVERY):
             number += 1
@@ -86,12 +87,12 @@ class Watch:
                 for peer in self._others:
                     count = self._meeting.get(_alive(peer)) if self._meeting.check([_alive(peer)]) else b""
                     if count != counts[peer][0]:
-                        counts[peer] = (count, time.monotonic())
+                        counts[peer] = (count, number)
                 said = self._failure()
             except RuntimeError:
                 return  # the meeting point has closed: whatever goes wrong now, exchanges will tell
             for peer, (_, since) in counts.items():
-                if time.monotonic() - since > self._patience:
+                if (number - since) * LOOK_EVERY > self._patience:
                     said = (
                         f"Worker {peer} has not moved for {self._patience:g} seconds, and worker {self.rank} stops. The "
                         "same command continues at the last step that all have committed."

@@ -12,7 +12,7 @@ from torch import nn
 from outsize.distributed.shard import ShardedStore
 from outsize.distributed.shares import Shares, even_shares
 from outsize.memory.block import make_block
-from outsize.memory.store import Lease, Store
+from outsize.memory.store import Store
 
 WEIGHT = "weight"  # the one part of a weight's block
 
@@ -21,22 +21,28 @@ WEIGHT = "weight"  # the one part of a weight's block
 class RowBlock:
     """Rows [start, stop) of a parameter, which a lease of block `name` brings near. A parameter in one block has all its
     rows here. Of its elements this worker updates its share. The block `home` has its bytes at home: `name` itself, or,
-    of a weight that is split over the workers, a block with the share alone."""
+    of a weight that is split over the workers, a block with what this one has at `stage` of its shares."""
 
     name: str
     start: int
     stop: int
     shares: Shares
     home: str
+    stage: int
 
     @property
     def split(self) -> bool:
         return self.home != self.name
 
-    def own(self, lease: Lease) -> torch.Tensor:
-        """This worker's elements (1-D) in a lease of `home`."""
-        elements, own = lease.tensors[WEIGHT].view(-1), self.shares.own
-        return elements if self.split else elements[own.start : own.stop]
+    @property
+    def kept(self) -> range:
+        """Elements that `home` has."""
+        return self.shares.at(self.stage)
+
+    @property
+    def own_at_home(self) -> slice:
+        """Where this worker's share is in `home`."""
+        return slice(self.shares.own.start - self.kept.start, self.shares.own.stop - self.kept.start)
 
 
 @dataclass(eq=False)
@@ -74,11 +80,11 @@ def make_weight(
     home: str,
     rows_per_block: int | None = None,
     shares_of: Callable[[int], Shares] = even_shares,
-    split: bool = False,
+    stage: int | None = None,
 ) -> Weight:
     """Describe where a parameter will live. `rows_per_block` cuts its first dimension; None keeps it in one block.
-    `shares_of` tells who of several workers updates which of so many elements; `split`: a worker has only its share at
-    home."""
+    `shares_of` tells who of several workers updates which of so many elements, `stage` what of it each has at home: at that
+    stage of its shares; None: all."""
     shape = tuple(parameter.shape)
     rows = shape[0] if shape else 1
     step = rows_per_block or rows
@@ -88,8 +94,9 @@ def make_weight(
         stop = min(start + step, rows)
         whole = f"{WEIGHT}:{name}" + (f":{start}" if step < rows else "")
         shares = shares_of((stop - start) * prod(shape[1:]))
-        at_home = f"{whole}@{shares.own.start}" if split and shares.divided else whole
-        return RowBlock(whole, start, stop, shares, at_home)
+        last = len(shares.stages) - 1
+        kept = stage if stage is not None and shares.divided else last
+        return RowBlock(whole, start, stop, shares, whole if kept == last else f"{whole}@{shares.at(kept).start}", kept)
 
     return Weight(name, parameter, shape, dtype, home, tuple(map(block, starts)), parameter.requires_grad)
 
@@ -100,8 +107,8 @@ def create_blocks(store: Store, weight: Weight, durable: bool = True) -> None:
         whole = make_block(block.name, [(WEIGHT, "weight", weight.dtype, weight.block_shape(block))])
         if block.split:
             assert isinstance(store, ShardedStore)
-            shard = make_block(block.home, [(WEIGHT, "weight", weight.dtype, (len(block.shares.own),))])
-            store.split(whole, shard, block.shares, weight.home)
+            shard = make_block(block.home, [(WEIGHT, "weight", weight.dtype, (len(block.kept),))])
+            store.split(whole, shard, block.shares, block.stage, weight.home)
         else:
             store.create(whole, weight.home, durable)
 
@@ -113,7 +120,7 @@ def fill_blocks(store: Store, weight: Weight, read: Callable[[int, int], torch.T
     for block in weight.blocks:
         source = read(block.start, block.stop).reshape(-1)
         if block.split:
-            source = source[block.shares.own.start : block.shares.own.stop]
+            source = source[block.kept.start : block.kept.stop]
         with store.lease(block.home, fresh=True) as lease:
             put(block, source, lease.tensors[WEIGHT].view(-1))
 

@@ -29,7 +29,7 @@ def check_plan(plan: Plan, task: Task, place: Place) -> Plan:
         raise OptionError(
             "The plan's blocked_loss and table_rows contradict each other: blocks need all tables, and only they need any."
         )
-    job = sizes_of_job(task, dict(plan.table_rows), plan.blocked_loss, plan.hold)
+    job = sizes_of_job(task, dict(plan.table_rows), plan.blocked_loss, plan.hold, plan.weight_copies)
     job = replace(job, always=always_near(task.units))  # small weights, too, are where the plan says
     if request.keeper and not plan.shared_bytes:
         raise OptionError("The plan has no keeper (shared_bytes is 0). Make it with --keeper, or leave --keeper out.")
@@ -89,7 +89,10 @@ def _compare_with_request(plan: Plan, request: Request) -> None:
         ("precision", request.precision),
         ("moments", request.moments),
         ("workers", request.workers),
+        ("nodes", request.nodes),
         ("zero", request.zero),
+        ("sequences", request.sequences if plan.sequences else ()),
+        ("weight_copies", request.weight_copies or plan.weight_copies),
         ("accumulate", request.accumulate),
         ("clip", request.clip),
         ("hold", hold),

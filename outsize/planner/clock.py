@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from typing import Any
 
@@ -45,9 +45,10 @@ Ways = Mapping[str, Rates]
 """From each tier other than the one that computes."""
 
 
-def ways_of(machine: Machine) -> Ways:
-    """How bytes get to where the machine computes, and back."""
-    return {"disk": Rates.between(machine, "disk", "host")}
+def ways_of(machine: Machine, workers: int = 1) -> Ways:
+    """How bytes get to where the machine computes, and back, when so many workers share it."""
+    disk = Rates.between(machine, "disk", "host")
+    return {"disk": replace(disk, read=disk.read / workers, write=disk.write / workers, both=disk.both / workers)}
 
 
 @dataclass(eq=False, slots=True)
@@ -92,7 +93,7 @@ class SimulatedClock(Clock):
         self._note("waiting", started)
 
     def spend(self, lane: str, seconds: float) -> None:
-        """`lane` (compute or update) works for so long; transfers go on meanwhile."""
+        """`lane` (compute, update or wire) works for so long; transfers go on meanwhile."""
         started = self.time
         self._run_to(self.time + seconds)
         self._note(lane, started)

@@ -34,8 +34,8 @@ class Forecast:
 
     @property
     def work(self) -> float:
-        """Seconds of compute and update, which no placement makes shorter."""
-        return self.lanes.get("compute", 0.0) + self.lanes.get("update", 0.0)
+        """Seconds of compute, update and exchange, which no placement makes shorter."""
+        return sum(self.lanes.get(lane, 0.0) for lane in ("compute", "update", "wire"))
 
     @property
     def hides_all(self) -> bool:

@@ -141,8 +141,8 @@ def _updating(sizes: dict[str, WeightSize], plan: Plan) -> int:
 
 
 def _exchanged(sizes: dict[str, WeightSize], plan: Plan) -> int:
-    """What comes of a gradient from other workers, and the sum."""
-    return 2 * max(size.largest_gradient for size in sizes.values()) if plan.workers > 1 else 0
+    """What comes of a gradient from other workers; the sum is among the step's tensors."""
+    return max(size.largest_gradient for size in sizes.values()) if plan.workers > 1 else 0
 
 
 def _largest_matrix(sizes: dict[str, WeightSize], rows: dict[str, int]) -> int:

@@ -22,6 +22,7 @@ Timeline = Sequence[tuple[str, float, float]]
 LANES = {
     "compute": COLOURS["weight"],
     "update": COLOURS["moment"],
+    "wire": COLOURS["kv"],
     "waiting": COLOURS["gradient"],
     "read": COLOURS["master"],
     "write": COLOURS["activation"],

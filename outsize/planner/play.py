@@ -12,7 +12,20 @@ from outsize.memory.null import NullTier
 from outsize.memory.store import Lease, Store
 from outsize.memory.tier import Tier
 from outsize.planner.clock import SimulatedClock, SimulatedTransfers, Ways
-from outsize.planner.script import ENDLESS, Begin, Create, Event, HomeOf, Live, Mark, Rows, Script, Spend, Touched
+from outsize.planner.script import (
+    ENDLESS,
+    Begin,
+    Create,
+    Event,
+    Exchanged,
+    HomeOf,
+    Live,
+    Mark,
+    Rows,
+    Script,
+    Spend,
+    Touched,
+)
 
 
 class Nothing:
@@ -43,7 +56,7 @@ class PlayedStep:
     seconds: float
     spans: tuple[Span, ...] = field(repr=False)
     lanes: dict[str, float]
-    """Seconds of compute, update and waiting, and how long the disk read and wrote."""
+    """Seconds of compute, update, wire and waiting, and how long the disk read and wrote."""
     waiting: dict[str, float]
     """Seconds in which compute waited, for reads and for writes."""
     accesses: tuple[tuple[str, str], ...] = field(repr=False)
@@ -94,6 +107,7 @@ class _Player:
             Touched: self._touch,
             Rows: self._rows,
             Spend: self._spend,
+            Exchanged: self._exchange,
             Begin: self._begin,
             Mark: self._mark,
         }
@@ -135,6 +149,11 @@ class _Player:
 
     def _spend(self, event: Spend) -> None:
         self._lane, self._due = event.lane, event.seconds
+
+    def _exchange(self, event: Exchanged) -> None:
+        self.store.ledger.move(self.store.near, event.tier, {event.kind: event.sent})
+        self.store.ledger.move(event.tier, self.store.near, {event.kind: event.received})
+        self.clock.spend("wire", event.seconds)
 
     def _pass_time(self) -> None:
         if self._due:

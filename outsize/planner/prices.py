@@ -106,6 +106,21 @@ class MeasuredPrices:
         return self._updates[like]
 
 
+@dataclass(frozen=True)
+class CrowdedPrices:
+    """Prices where `crowd` times as many want to compute as there are places."""
+
+    prices: Prices
+    crowd: float
+
+    def of(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Price:
+        price = self.prices.of(function, args, kwargs, result)
+        return Price(self.crowd * price.seconds, price.floating_operations)
+
+    def update(self, elements: int, like: Any, make: Callable[[], Callable[[], None]]) -> float:
+        return self.crowd * self.prices.update(elements, like, make)
+
+
 class _Counting(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()

@@ -19,8 +19,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from outsize.distributed.group import Group
+from outsize.distributed.arrangement import Arrangement
+from outsize.distributed.group import Group, Imagined
 from outsize.distributed.shard import ShardedStore
+from outsize.distributed.wire import NO_WIRE, Wire
 from outsize.memory.null import NullTier
 from outsize.memory.tier import pages
 from outsize.model.units import find_units
@@ -30,7 +32,7 @@ from outsize.planner.live import LiveBytes
 from outsize.planner.priced_update import priced_updater
 from outsize.planner.prices import Prices, is_view
 from outsize.planner.repeated import Repeated
-from outsize.planner.script import ENDLESS, Event, HomeOf, Mark, Scribe, Script
+from outsize.planner.script import ENDLESS, Event, Exchanged, HomeOf, Mark, Scribe, Script
 from outsize.planner.spread import spread
 from outsize.train.job import Job, bind
 from outsize.train.optimizers import OptimizerRule
@@ -118,13 +120,19 @@ class Rehearsal:
         prices: Prices,
         source_dtype: torch.dtype,
         block_class: str | None = None,
+        wire: Wire = NO_WIRE,
     ) -> None:
         self.mode, self.prices = Fakes(allow_non_fake_inputs=True), prices
-        self.group = Group(0, plan.workers)
+        self.group = self._group(Arrangement.of(0, plan.workers, plan.nodes), wire)
         self.scribe = self._store()
         self.live = LiveBytes(self.scribe.tell)
         self.priced = Priced(self.scribe, prices, self.live)
         self.job = self._bind(model, plan, rule, source_dtype, block_class)
+
+    def _group(self, arrangement: Arrangement, wire: Wire) -> Group:
+        if arrangement.size == 1:
+            return Group()
+        return Imagined(arrangement, wire, lambda *told: self.scribe.events.append(Exchanged(*told)), self._allocate)
 
     def _store(self) -> Scribe:
         clock = SimulatedClock({"disk": Rates(1.0, 1.0, 1.0, 0.0)})
@@ -201,7 +209,7 @@ class Rehearsed:
 
     @cached_property
     def work(self) -> float:
-        """Seconds of compute and update in a step of all units."""
+        """Seconds of compute, update and exchange in a step of all units."""
         four = self.script.work
         if not self.units:
             return four
@@ -220,13 +228,14 @@ def rehearse(
     micro_batches: list[Batch],
     source_dtype: torch.dtype = torch.bfloat16,
     block_class: str | None = None,
+    wire: Wire = NO_WIRE,
 ) -> Rehearsed:
     """What the steps of `plan` ask of the store: where blocks live is left open, all else is as the plan says.
 
     Of units of one shape four are rehearsed and stand for all, where the module lets the others be left out. Random numbers
     that are drawn for prices are taken from nobody: a job's own must not depend on how it was planned."""
     with torch.random.fork_rng(devices=[]):
-        return _rehearse(model, plan, rule, prices, micro_batches, source_dtype, block_class)
+        return _rehearse(model, plan, rule, prices, micro_batches, source_dtype, block_class, wire)
 
 
 def _rehearse(
@@ -237,11 +246,12 @@ def _rehearse(
     micro_batches: list[Batch],
     source_dtype: torch.dtype,
     block_class: str | None,
+    wire: Wire,
 ) -> Rehearsed:
     units = tuple(unit.name for unit in find_units(model, block_class) if unit.repeated)
 
     def run(model: nn.Module, plan: Plan = plan) -> Script:
-        return Rehearsal(model, plan, rule, prices, source_dtype, block_class).run(micro_batches)
+        return Rehearsal(model, plan, rule, prices, source_dtype, block_class, wire).run(micro_batches)
 
     if len(units) < FEWEST or not _alike(model, units, plan):
         return Rehearsed(run(model), ())

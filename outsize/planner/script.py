@@ -61,6 +61,17 @@ class Spend:
 
 
 @dataclass(frozen=True)
+class Exchanged:
+    """Bytes of a kind went to other workers and came from them, over the links to `tier`, and the step waited so long."""
+
+    tier: str
+    kind: str
+    sent: int
+    received: int
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Live:
     """A tensor's storage of so many bytes came (positive) or went (negative); `key` tells storages apart."""
 
@@ -82,7 +93,7 @@ class Mark(Enum):
     COMPLETE = "complete"
 
 
-Event = Create | Touched | Rows | Spend | Live | Begin | Mark
+Event = Create | Touched | Rows | Spend | Exchanged | Live | Begin | Mark
 
 
 @dataclass(frozen=True)
@@ -102,8 +113,8 @@ class Script:
 
     @cached_property
     def work(self) -> float:
-        """Seconds of compute and update of one step, which no placement makes shorter."""
-        return sum(event.seconds for event in self.steps[-1] if isinstance(event, Spend))
+        """Seconds of compute, update and exchange of one step, which no placement makes shorter."""
+        return sum(event.seconds for event in self.steps[-1] if isinstance(event, Spend | Exchanged))
 
     @cached_property
     def floating_operations(self) -> float:

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from outsize.distributed.arrangement import PEER, WIRE
+from outsize.distributed.wire import NO_WIRE, Wire
 from outsize.errors import BudgetError
 from outsize.memory.tier import PAGE, pages
 from outsize.plan import KEEP, MOVE, NEAR, RECOMPUTE, SPARE, Activations, Plan, Predicted, Request
@@ -46,6 +48,7 @@ class JobSizes:
     always: set[str]
     hold: bool
     split: frozenset[str] = frozenset()
+    copies: int = 1
 
     @cached_property
     def everything(self) -> int:
@@ -71,8 +74,11 @@ class JobSizes:
             clip=request.clip,
             moments=request.moments,
             workers=request.workers,
+            nodes=request.nodes,
             zero=request.zero,
             split_weights=self.split,
+            weight_copies=self.copies,
+            sequences=request.sequences,
             memory_bytes=request.memory_bytes,
         )
 
@@ -98,16 +104,23 @@ class Choice:
 
 class Search:
     def __init__(
-        self, bare: Plan, job: JobSizes, needs: Needs, request: Request, ways: Ways, rehearsed: Rehearsed
+        self,
+        bare: Plan,
+        job: JobSizes,
+        needs: Needs,
+        request: Request,
+        ways: Ways,
+        rehearsed: Rehearsed,
+        wire: Wire = NO_WIRE,
     ) -> None:
         self.bare, self.job, self.needs, self.request = bare, job, needs, request
-        self.ways, self.rehearsed = ways, rehearsed
+        self.ways, self.rehearsed, self.wire = ways, rehearsed, wire
         self.tried: list[Choice] = []
 
     def within(self, memory_bytes: int) -> Search:
         """The same for another budget."""
         bare, request = replace(self.bare, memory_bytes=memory_bytes), replace(self.request, memory_bytes=memory_bytes)
-        return Search(bare, self.job, self.needs, request, self.ways, self.rehearsed)
+        return Search(bare, self.job, self.needs, request, self.ways, self.rehearsed, self.wire)
 
     def loosened(self) -> Search:
         """With the least arena as large as a step needs in which everything streams: between leases of several sizes, which
@@ -276,7 +289,8 @@ class Search:
 
     def _predicted(self, choice: Choice) -> Predicted:
         found, memory = choice.forecast, self._memory(choice.placement)
-        tokens = self.request.batch_size * self.request.sequence_length * self.request.accumulate
+        request = self.request
+        tokens = (sum(request.sequences) or request.batch_size * request.accumulate) * request.sequence_length
         read = sum(nbytes for (source, _, _), nbytes in found.moved.items() if source == "disk")
         written = sum(nbytes for (_, target, _), nbytes in found.moved.items() if target == "disk")
         disk = self.disk_bytes(choice.placement, found)
@@ -292,6 +306,8 @@ class Search:
             update_seconds=found.lanes.get("update", 0.0),
             read_wait_seconds=found.waiting["read"],
             write_wait_seconds=found.waiting["write"],
+            wire_wait_seconds=found.lanes.get("wire", 0.0),
+            wire_bytes=sum(nbytes for (source, _, _), nbytes in found.moved.items() if source in WIRE),
             floating_operations=found.floating_operations,
             moved=tuple((*ways, nbytes) for ways, nbytes in sorted(found.moved.items())),
             memory=memory,
@@ -306,6 +322,7 @@ class Search:
         why = "no other placement was worth playing"
         if len(self.tried) > 1:
             why = f"the fastest of {len(self.tried)} placements played; the slowest takes {slowest.forecast.seconds:.2f} s"
+        named = "compute and update" if self.request.workers == 1 else "compute, update and exchange"
         return (
             f"baseline: {format_size(needs.baseline)} are held by Python and its libraries already",
             f"near: {format_size(self.near_bytes(placement))} stay in memory, {placement.filled} first: {why}",
@@ -316,9 +333,27 @@ class Search:
             f"update: second pass, gradients wait in {placement.gradient_home}"
             if self.job.hold
             else "update: in backward, no gradient waits",
-            f"time: {choice.forecast.seconds:.2f} s a step, {work:.2f} s of them compute and update, which no placement "
+            f"time: {choice.forecast.seconds:.2f} s a step, {work:.2f} s of them {named}, which no placement "
             f"makes shorter: at most {max(choice.forecast.seconds / max(work, 1e-9) - 1, 0):.0%} above the best there can be",
             f"commit: {self._say_commit(choice)}",
+            *self._say_workers(),
+        )
+
+    def _say_workers(self) -> tuple[str, ...]:
+        request, plan = self.request, self.bare
+        if request.workers == 1:
+            return ()
+        divided = ", ".join(("optimizer state", "gradients", "weights")[: request.zero])
+        copies = f"; of the weights each of {plan.weight_copies} nodes has a copy" if plan.weight_copies > 1 else ""
+        links = (
+            f"{format_size(int(link.bytes_per_second))}/s and {1e6 * link.latency:.0f} us to workers of "
+            + ("the same node" if tier == PEER else "other nodes")
+            for tier, link in self.wire.items()
+        )
+        return (
+            f"workers: {request.workers} on {request.nodes} nodes, who divide {divided}{copies}; of a step's sequences they "
+            f"take {', '.join(map(str, request.sequences)) or 'equally many'}",
+            f"wire: {'; '.join(links) or 'taken for infinitely fast'}",
         )
 
     def _say_commit(self, choice: Choice) -> str:

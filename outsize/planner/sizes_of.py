@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from outsize.distributed.group import Group
+from outsize.distributed.arrangement import Arrangement
+from outsize.distributed.group import Imagined
 from outsize.distributed.shard import ShardedStore
 from outsize.memory.null import NullTier
 from outsize.memory.store import Store
@@ -64,13 +65,14 @@ def sizes_of(
     request: Request,
     table_rows: dict[str, int],
     split: Collection[str] = (),
+    copies: int = 1,
 ) -> dict[str, WeightSize]:
     """Sizes by weight, from the very blocks that a run would create, on tiers that hold nothing.
 
     Raises OptionError when the optimizer refuses a weight."""
     endless = 1 << 60
     transfers = Transfers(readers=0)
-    group = Group(0, request.workers)
+    group = Imagined(Arrangement.of(0, request.workers, request.nodes))
     store = ShardedStore(
         group,
         {"host": NullTier("host", endless), "disk": NullTier("disk", endless)},
@@ -84,7 +86,8 @@ def sizes_of(
     for name, parameter in model.named_parameters():
         dtype = kind.compute if parameter.requires_grad else parameter.dtype
         shares = shares_for(rule, name, parameter, group)
-        weight = make_weight(name, parameter, dtype, "disk", table_rows.get(name), shares, name in split)
+        stage = group.arrangement.copies.index(copies) if name in split else None
+        weight = make_weight(name, parameter, dtype, "disk", table_rows.get(name), shares, stage)
         create_blocks(store, weight)
         if weight.trainable:
             updater.add(weight, "disk")

@@ -9,6 +9,8 @@ from math import inf
 import torch
 from torch import nn
 
+from outsize.distributed.arrangement import Arrangement
+from outsize.distributed.wire import Wire
 from outsize.errors import BudgetError, OptionError
 from outsize.machine.allocator import give_back
 from outsize.machine.describe import process_memory
@@ -19,7 +21,7 @@ from outsize.plan import KEEP, MOVE, RECOMPUTE, Activations, Plan, Request
 from outsize.planner.clock import ways_of
 from outsize.planner.keeper import no_room
 from outsize.planner.needs import find_needs
-from outsize.planner.prices import MeasuredPrices, Prices, RatedPrices, seconds_of_passing
+from outsize.planner.prices import CrowdedPrices, MeasuredPrices, Prices, RatedPrices, seconds_of_passing
 from outsize.planner.rehearsal import Batch, rehearse
 from outsize.planner.search import Choice, JobSizes, Search
 from outsize.planner.sizes_of import SMALL, sizes_of, split_weights
@@ -52,19 +54,36 @@ class Task:
         return self.micro_batches or sample_batches(self.model, self.request)
 
     @cached_property
-    def job(self) -> JobSizes:
+    def jobs(self) -> list[JobSizes]:
+        """By how many copies of split weights there are: the most, and so the fewest bytes on slow links, first."""
         blocked, tables = _loss_choice(self.model, self.request)
         rows = {name: table_rows(parameter) for name, parameter in tables.items()}
-        return sizes_of_job(self, rows, blocked, self.request.hold or self.request.clip is not None)
+        hold = self.request.hold or self.request.clip is not None
+        return [sizes_of_job(self, rows, blocked, hold, copies) for copies in self._copies()]
+
+    def _copies(self) -> list[int]:
+        request = self.request
+        if request.weight_copies is not None:
+            return [request.weight_copies]
+        possible = Arrangement.of(0, request.workers, request.nodes).copies[:-1]
+        return possible[::-1] if request.zero == 3 and possible else [1]
+
+    @property
+    def job(self) -> JobSizes:
+        """The smallest."""
+        return self.jobs[-1]
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where it will run: the machine, what the process holds there already, and what the disk has free."""
+    """Where it will run: the machine, what the process holds there already, and what the disk has free. Of several workers
+    on a machine `crowd` times as many compute as have a processor to themselves."""
 
     machine: Machine
     baseline_bytes: int
     disk_free_bytes: int
+    wire: Wire = field(default_factory=dict)
+    crowd: float = 1.0
     _resident: int = field(default_factory=lambda: process_memory().resident_bytes, repr=False)
 
     @property
@@ -76,7 +95,8 @@ class Place:
     def prices(self) -> Prices:
         """Of a machine that is here: measured."""
         rated = RatedPrices(self.machine)
-        return rated if self.machine.origin == "described" else MeasuredPrices(rated, seconds_of_passing())
+        found = rated if self.machine.origin == "described" else MeasuredPrices(rated, seconds_of_passing())
+        return found if self.crowd == 1.0 else CrowdedPrices(found, self.crowd)
 
 
 def plan_training(task: Task, place: Place) -> Plan:
@@ -92,7 +112,7 @@ class Planning:
 
     def __init__(self, task: Task, place: Place) -> None:
         self._task, self._place = task, place
-        self._searches: dict[Activations, Search] = {}
+        self._searches: dict[tuple[Activations, int], Search] = {}
 
     def within(self, memory_bytes: int) -> Plan:
         """As `plan_training`."""
@@ -100,9 +120,10 @@ class Planning:
             raise BudgetError(_disk_too_small(2 * self._task.job.all_bytes, self._place.disk_free_bytes))
         found: list[tuple[Choice, Search]] = []
         fastest = inf
-        possible = [how for how in self._considered if self._held(how) <= memory_bytes]
-        for how in possible:
-            search = self.search(how).within(memory_bytes)
+        ways = [(how, job) for job in self._task.jobs for how in self._considered]
+        possible = [(how, job) for how, job in ways if self._held(how) <= memory_bytes]
+        for how, job in possible:
+            search = self.search(how, job).within(memory_bytes)
             if search.least > memory_bytes or search.rehearsed.work >= fastest:
                 continue
             if search.room < search.needs.good_arena:
@@ -111,9 +132,9 @@ class Planning:
                 found.append((search.best(), search))
                 fastest = min(fastest, found[-1][0].forecast.seconds)
                 if found[-1][0].forecast.hides_all:
-                    break  # what comes computes more
+                    break  # what comes computes or exchanges more
         if not found:
-            tried = [self.search(how).within(memory_bytes) for how in possible or self._considered[-1:]]
+            tried = [self.search(how, job).within(memory_bytes) for how, job in possible or ways[-1:]]
             raise _no_memory(min(tried, key=lambda search: search.least).loosened())
         choice, search = min(found, key=lambda pair: pair[0].forecast.seconds)
         plan = search.finished(choice)
@@ -138,22 +159,25 @@ class Planning:
         task = self._task
         return task.request.accumulate * kept_bytes(task.model, task.units, task.batches[0])
 
-    def search(self, how: Activations) -> Search:
-        """Ready to search; it need not fit."""
-        if how not in self._searches:
-            task = self._task
+    def search(self, how: Activations, job: JobSizes | None = None) -> Search:
+        """Ready to search; it need not fit. `job`: one of the task's."""
+        task, job = self._task, job or self._task.job
+        if (how, job.copies) not in self._searches:
             names = [unit.name for unit in task.units if unit.repeated]
-            plan = task.job.plan(task.request, tuple((name, how) for name in names))
-            self._searches[how] = search_of(task, self._place, task.job, plan)
-        return self._searches[how]
+            plan = job.plan(task.request, tuple((name, how) for name in names))
+            self._searches[how, job.copies] = search_of(task, self._place, job, plan)
+        return self._searches[how, job.copies]
 
 
 def search_of(task: Task, place: Place, job: JobSizes, bare: Plan) -> Search:
     """Rehearse a plan that places nothing yet, and find what it needs. What rehearsing leaves in memory counts."""
-    found = rehearse(task.model, bare, task.rule, place.prices, task.batches, task.source_dtype, task.block_class)
+    found = rehearse(
+        task.model, bare, task.rule, place.prices, task.batches, task.source_dtype, task.block_class, place.wire
+    )
     give_back()
     needs = find_needs(task.units, job.sizes, job.rows, job.always, place.baseline_now, found, bare)
-    return Search(bare, job, needs, task.request, ways_of(place.machine), found)
+    ways = ways_of(place.machine, task.request.workers // task.request.nodes)
+    return Search(bare, job, needs, task.request, ways, found, place.wire)
 
 
 def check_disk(plan: Plan, free: int) -> None:
@@ -170,11 +194,11 @@ def _disk_too_small(nbytes: int, free: int) -> str:
     )
 
 
-def sizes_of_job(task: Task, rows: dict[str, int], blocked: bool, hold: bool) -> JobSizes:
+def sizes_of_job(task: Task, rows: dict[str, int], blocked: bool, hold: bool, copies: int) -> JobSizes:
     split = split_weights(task.model, task.units, task.rule, task.request, rows)
-    sizes = sizes_of(task.model, task.rule, task.request, rows, split)
+    sizes = sizes_of(task.model, task.rule, task.request, rows, split, copies)
     small = {name for name, size in sizes.items() if size.weight.numel <= SMALL and name not in rows}
-    return JobSizes(sizes, rows, blocked, small | always_near(task.units), hold, split)
+    return JobSizes(sizes, rows, blocked, small | always_near(task.units), hold, split, copies)
 
 
 def sample_batches(model: nn.Module, request: Request) -> list[Batch]:

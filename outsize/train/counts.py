@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from outsize.distributed.group import PEER
+from outsize.distributed.arrangement import WIRE
 from outsize.train.job import Job
 
 Ways = Counter[tuple[str, str, str]]
@@ -44,7 +44,7 @@ class Counts:
     @property
     def wire_bytes(self) -> int:
         """From other workers."""
-        return sum(nbytes for (source, _, _), nbytes in self.moved.items() if source == PEER)
+        return sum(nbytes for (source, _, _), nbytes in self.moved.items() if source in WIRE)
 
     def __add__(self, other: Counts) -> Counts:
         return self._with(other, 1)

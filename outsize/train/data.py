@@ -183,11 +183,10 @@ def batches(
     seed: int,
     start_step: int = 0,
     accumulate: int = 1,
-    rank: int = 0,
-    workers: int = 1,
+    mine: range | None = None,
 ) -> Iterator[list[Batch]]:
     """For each step from `start_step` on, without end: `accumulate` micro-batches of `batch_size` sequences. Of several
-    workers each gets its run of the step's sequences, in as many micro-batches as that takes.
+    workers each gets its run of the step's sequences, `mine`, in as many micro-batches as that takes.
 
     Every epoch is another permutation, given by (seed, epoch) alone; a step that reaches the end of an epoch
     goes on into the next, so a data set smaller than a batch repeats within it. What a step reads is a pure
@@ -197,12 +196,10 @@ def batches(
     if min(batch_size, accumulate) < 1 or start_step < 0:
         raise OptionError(f"batch size {batch_size}, accumulation {accumulate}, start step {start_step}: too small")
     size = batch_size * accumulate
+    mine = range(size) if mine is None else mine
     for step in count_from(start_step):
-        mine = range(step * size + size * rank // workers, step * size + size * (rank + 1) // workers)
-        yield [
-            dataset.batch([index_at(position, dataset.count, seed) for position in mine[first : first + batch_size]])
-            for first in range(0, len(mine), batch_size)
-        ]
+        order = [index_at(step * size + number, dataset.count, seed) for number in mine]
+        yield [dataset.batch(order[first : first + batch_size]) for first in range(0, len(order), batch_size)]
 
 
 def in_order(dataset: PackedDataset, batch_size: int) -> Iterator[Batch]:

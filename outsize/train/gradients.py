@@ -35,13 +35,21 @@ class Settled:
 
 class Gradients:
     """Takes gradients of `weights`. `hold` keeps them until `settle`; `home` is the tier of those that must wait. With
-    `exchange_late` (ZeRO 1) held gradients wait whole, and workers exchange them in `settle`; otherwise as they come."""
+    `exchange_late` (ZeRO 1) held gradients wait whole, and workers exchange them in `settle`; otherwise as they come. With
+    `added_up` some workers have several micro-batches, if not all."""
 
     def __init__(
-        self, store: Store, attachment: Attachment, updater: Updater, home: str, hold: bool, exchange_late: bool = False
+        self,
+        store: Store,
+        attachment: Attachment,
+        updater: Updater,
+        home: str,
+        hold: bool,
+        exchange_late: bool = False,
+        added_up: bool = False,
     ) -> None:
         self.store, self.attachment, self.updater, self.hold = store, attachment, updater, hold
-        self.group, self._late = updater.group, exchange_late
+        self.group, self._late, self._added_up = updater.group, exchange_late, added_up
         self.groups: list[dict[str, Any]] = []
         self._home = home
         self._arrived: dict[str, int] = {}
@@ -147,6 +155,8 @@ class Gradients:
         total = gradient if lease is None else lease.tensors[GRADIENT]
         assert total is not None, f"nothing came to {block.name}"
         total = total.reshape(-1)
+        if self.group.size > 1 and self._added_up:
+            total = total.float()  # as the others send theirs
         part = total if self.hold and self._late else self.group.reduce(total, block.shares)
         if self.hold:
             self._wait(block, part, lease)

@@ -24,7 +24,7 @@ from outsize.train.gradients import Gradients
 from outsize.train.loss import Head, HeadBlock, Repeat, blocked_cross_entropy, each_time, next_tokens
 from outsize.train.optimizers import OptimizerRule
 from outsize.train.precision import find_precision
-from outsize.train.update import Updater, shares_for
+from outsize.train.update import Updater, shares_for, stage_at_home
 
 Read = Callable[[str, int, int], torch.Tensor]
 """(parameter, first row, past the last) -> those rows, in any float dtype."""
@@ -91,7 +91,9 @@ class Job:
         resident -= tables.keys() | plan.split_weights
         self.attachment = Attachment(model, store, units, weights, resident, plan, device)
         self.tables = [Table(weights[name], store, users_of(model, weights[name].parameter), device) for name in tables]
-        self.gradients = Gradients(store, self.attachment, updater, plan.gradient_home, plan.hold, plan.zero == 1)
+        self.gradients = Gradients(
+            store, self.attachment, updater, plan.gradient_home, plan.hold, plan.zero == 1, plan.accumulate > 1
+        )
         for table in self.tables:
             table.take_rows = self.gradients.take_rows
         self.optimizer = StreamedOptimizer(self)
@@ -373,8 +375,8 @@ def bind(
         home = "host" if name in near else "disk"
         dtype = precision.compute if parameter.requires_grad else parameter.dtype
         shares = shares_for(rule, name, parameter, updater.group)
-        split = name in plan.split_weights
-        weight = weights[name] = make_weight(name, parameter, dtype, home, rows.get(name), shares, split)
+        stage = stage_at_home(plan, name, updater.group)
+        weight = weights[name] = make_weight(name, parameter, dtype, home, rows.get(name), shares, stage)
         create_blocks(store, weight)
         if weight.trainable:
             updater.add(weight, "host" if name in plan.near_states else "disk")

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from outsize.distributed.arrangement import WIRE as LINKED
 from outsize.errors import RunError, StorageError
 from outsize.sizes import format_size
 
@@ -22,16 +23,19 @@ Number = float | int | None
 WARM_UP = 2
 """Steps left out of medians and means: the first ones touch buffers and load libraries for the first time."""
 
-WAITS = ("read_wait_seconds", "write_wait_seconds", "update_seconds")
+WAITS = ("read_wait_seconds", "write_wait_seconds", "update_seconds", "wire_wait_seconds")
 STEP_COLUMNS = (
     *("step", "loss", "seconds", "tokens", "tokens_per_second", "bytes_read", "bytes_written"),
-    *("host_peak_bytes", "device_peak_bytes", *WAITS),
+    *("host_peak_bytes", "device_peak_bytes", "wire_bytes", *WAITS),
 )
+WIRE = ("wire_bytes", "wire_wait_seconds")
+"""What a line has only of several workers."""
 COMPARED = {
     "host_peak_bytes": "peak memory of the process",
     "device_peak_bytes": "peak memory of the device",
     "bytes_read": "read from disk, a step",
     "bytes_written": "written to disk, a step",
+    "wire_bytes": "received from other workers, a step",
     "disk_bytes": "space on disk",
     "seconds_per_step": "seconds a step (median)",
     "tokens_per_second": "tokens a second (median)",
@@ -41,6 +45,7 @@ CAUSES = {
     "read_wait_seconds": "waiting for reads",
     "write_wait_seconds": "waiting for writes",
     "update_seconds": "update",
+    "wire_wait_seconds": "exchanging with other workers",
     "mean_seconds_per_step": "**step**",
 }
 FIGURES = {"planned", "measured", "ratio", "share", "size"}
@@ -81,7 +86,7 @@ class StepLine:
         if self.gradient_norm is None:
             del record["gradient_norm"]
         if not self.wire_bytes:
-            del record["wire_bytes"], record["wire_wait_seconds"]
+            record = {name: value for name, value in record.items() if name not in WIRE}
         return _one_line(record)
 
 
@@ -174,6 +179,7 @@ def measured(lines: Iterable[Mapping[str, Any]]) -> dict[str, Number]:
         "device_peak_bytes": _whole(max(columns["device_peak_bytes"], default=math.nan)),
         "bytes_read": _whole(_median(steady["bytes_read"])),
         "bytes_written": _whole(statistics.fmean(steady["bytes_written"]) if steps else math.nan),
+        "wire_bytes": _whole(_median(steady["wire_bytes"])),
         "seconds_per_step": _median(steady["seconds"]),
         "tokens_per_second": _median(steady["tokens_per_second"]),
         "compute_seconds": mean["seconds"] - sum(mean[name] for name in WAITS),
@@ -200,7 +206,7 @@ def gather(lines: Iterable[Mapping[str, Any]]) -> dict[str, array[float]]:
         if "eval_loss" in line:
             record = {"eval_step": line["step"], "eval_loss": line["eval_loss"]}
         else:
-            record = {name: line[name] for name in STEP_COLUMNS}
+            record = {name: line.get(name, 0) if name in WIRE else line[name] for name in STEP_COLUMNS}
         for name, value in record.items():
             columns[name].append(math.nan if value is None else value)
     return columns
@@ -217,14 +223,18 @@ def held_by_tier(held: Mapping[tuple[str, str], int]) -> dict[str, dict[str, int
 
 def moved_a_step(moved: Mapping[tuple[str, str, str], int], steps: int) -> dict[str, dict[str, int]]:
     """Return what a ledger's `moved` grew by in `steps` steps as report.json has it: bytes a step that were
-    `read` from disk and `written` to it, by kind."""
-    read, written = Counter(), Counter()
+    `read` from disk and `written` to it, by kind, and that came `from` workers and went `to` them."""
+    found: dict[str, Counter[str]] = {"read": Counter(), "written": Counter()}
     for (source, destination, kind), nbytes in sorted(moved.items()):
-        read[kind] += nbytes if source == "disk" else 0
-        written[kind] += nbytes if destination == "disk" else 0
+        direction = {"disk": "read"}.get(source) or {"disk": "written"}.get(destination)
+        direction = (
+            f"from {source}" if source in LINKED else f"to {destination}" if destination in LINKED else direction
+        )
+        if direction is not None and nbytes:
+            found.setdefault(direction, Counter())[kind] += nbytes
     return {
-        direction: {kind: nbytes // max(steps, 1) for kind, nbytes in counts.items() if nbytes}
-        for direction, counts in (("read", read), ("written", written))
+        direction: {kind: nbytes // max(steps, 1) for kind, nbytes in counts.items()}
+        for direction, counts in found.items()
     }
 
 
@@ -292,6 +302,8 @@ def _outcome(found: Mapping[str, Any]) -> str:
 def _compared(planned: Mapping[str, Number], found: Mapping[str, Number]) -> Iterator[tuple[str, ...]]:
     for key, label in COMPARED.items():
         plan, real = planned[key], found[key]
+        if key in WIRE and not plan and not real:
+            continue  # of one worker
         ratio = f"{real / plan:.3f}" if plan and real is not None else "-"
         yield label, _human(key, plan), _human(key, real), ratio
 
@@ -300,6 +312,8 @@ def _by_cause(planned: Mapping[str, Number], found: Mapping[str, Number]) -> Ite
     whole = found.get("mean_seconds_per_step")
     for key, label in CAUSES.items():
         plan, real = planned.get(key), found.get(key)
+        if key in WIRE and not plan and not real:
+            continue
         share = f"{real / whole:.1%}" if whole and real is not None else "-"
         yield label, _human(key, plan), _human(key, real), share
 

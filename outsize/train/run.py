@@ -116,6 +116,8 @@ class Run:
         return {
             "about": self.about,
             "optimizer": self.job.updater.facts(),
+            "weight_copies": self.job.plan.weight_copies,
+            "sequences": self.job.plan.sequences,
             "shapes": {weight.name: weight.shape for weight in self.job.weights.values() if weight.blocks[0].split},
             "random": base64.b64encode(bytes(self.job.random_state.tolist())).decode(),
         }
@@ -172,8 +174,9 @@ class Run:
         self.stopping = stopping
         first = self.job.step_number
         metrics = self.metrics = Metrics(self.metrics_path, first)
-        group = self.job.group
-        source = batches(data, schedule.batch_size, schedule.seed, first, schedule.accumulate, group.rank, group.size)
+        sequences, rank = self.job.plan.sequences, self.job.group.rank
+        mine = range(sum(sequences[:rank]), sum(sequences[: rank + 1])) if sequences else None
+        source = batches(data, schedule.batch_size, schedule.seed, first, schedule.accumulate, mine)
         self._commit_if_due(first)  # a keeper may have held it when the process was killed before its commit
         before = self._counted = self._counts()
         if first and not metrics.has_evaluation(first):  # killed between that step's commit and its evaluation
@@ -247,7 +250,8 @@ class Run:
 
     def timeline(self) -> tuple[Span, ...]:
         """What the last step that another followed did when; nothing if there was none."""
-        return () if self._steady is None else timeline(self.job.store.clock.noted, *self._steady)
+        noted = [*self.job.store.clock.noted, *self.job.group.clock.noted]
+        return () if self._steady is None else timeline(noted, *self._steady)
 
     def _evaluate_if_due(
         self, metrics: Metrics, step: int, schedule: Schedule, evaluation: PackedDataset | None

@@ -8,17 +8,20 @@ from outsize.memory.clock import Span
 
 
 def timeline(noted: Iterable[Span], started: float, ended: float) -> tuple[Span, ...]:
-    """(compute, update, waiting, read or write, begin, end), in seconds since the step began. A step waits, updates or
-    computes; what happens in waiting is waiting."""
+    """(compute, update, wire, waiting, read or write, begin, end), in seconds since the step began. A step waits, exchanges,
+    updates or computes; what happens in waiting, or over the wire, is just that."""
     inside = [
         (what, max(begin, started), min(end, ended)) for what, begin, end in noted if begin < ended and end > started
     ]
-    waiting = [(begin, end) for what, begin, end in inside if what == "waiting"]
+    waiting, exchanging = (
+        [(begin, end) for what, begin, end in inside if what == lane] for lane in ("waiting", "wire")
+    )
     updating = [(begin, end) for what, begin, end in inside if what == "update"]
     found = [(what, begin, end) for what, begin, end in inside if what in ("read", "write")]
     found += [("waiting", begin, end) for begin, end in waiting]
-    found += [("update", begin, end) for begin, end in without(updating, waiting)]
-    found += [("compute", begin, end) for begin, end in without([(started, ended)], waiting + updating)]
+    found += [("wire", begin, end) for begin, end in exchanging]
+    found += [("update", begin, end) for begin, end in without(updating, waiting + exchanging)]
+    found += [("compute", begin, end) for begin, end in without([(started, ended)], waiting + exchanging + updating)]
     return tuple((what, begin - started, end - started) for what, begin, end in sorted(found, key=lambda span: span[1]))
 
 

@@ -17,10 +17,12 @@ from torch.optim import Optimizer
 
 from outsize.distributed.group import Group
 from outsize.distributed.shares import Shares
+from outsize.errors import OptionError
 from outsize.memory.block import make_block
 from outsize.memory.codec import join_master, split_master, stochastic_round
 from outsize.memory.store import Lease, Store
 from outsize.model.weights import WEIGHT, RowBlock, Weight
+from outsize.plan import Plan
 from outsize.train.optimizers import OptimizerRule, StateLayout, is_elementwise, state_layout
 from outsize.train.precision import Precision
 
@@ -62,6 +64,19 @@ def shares_for(rule: OptimizerRule, name: str, parameter: torch.Tensor, group: G
         return group.shares
     cls, _ = rule(name, parameter)
     return group.shares if is_elementwise(cls) else group.undivided
+
+
+def stage_at_home(plan: Plan, name: str, group: Group) -> int | None:
+    """At which stage of its shares a worker has a weight at home; None: it has all of it.
+
+    Raises OptionError when the workers cannot have as many copies of it as the plan says."""
+    if name not in plan.split_weights:
+        return None
+    possible = group.arrangement.copies[:-1]
+    if plan.weight_copies not in possible:
+        known = " or ".join(map(str, possible))
+        raise OptionError(f"The plan's weight_copies cannot be {plan.weight_copies} with these workers; it is {known}.")
+    return possible.index(plan.weight_copies)
 
 
 def find_kind(kinds: list[Kind], cls: type[Optimizer], options: dict[str, Any]) -> Kind:
@@ -153,7 +168,7 @@ class Updater:
         if self.precision.master != "split" or block.name not in self.chunks:
             target.copy_(source)
             return
-        own, first = block.shares.own, block.shares.own.start if block.split else 0
+        own, first = block.shares.own, block.kept.start
         for others in (target[: own.start - first], target[own.stop - first :]):
             if others.numel():
                 start = others.storage_offset() - target.storage_offset()
@@ -192,19 +207,19 @@ class Updater:
         self, block: RowBlock, gradient: torch.Tensor, weight: Lease, groups: list[dict[str, Any]], scale: float | None
     ) -> None:
         """Apply `gradient` (1-D, of the own share, any float dtype, times `scale`) to the share's state and to `weight`, a
-        lease of `block.home`. A weight that is whole on every worker is so again afterwards.
+        lease of `block.home`. What of it others have updated comes from them.
 
         `groups` are the hyper-parameters of each kind now."""
         waited, started = sum(self.store.waiting_seconds.values()), self.store.clock.now()
         weight.change()
-        own = block.own(weight)
+        elements = weight.tensors[WEIGHT].view(-1)
+        own = elements[block.own_at_home]
         for chunk in self.chunks[block.name]:
             span = slice(chunk.start - block.shares.own.start, chunk.stop - block.shares.own.start)
             self._visit(chunk, own[span], gradient[span], groups, scale, "step")
         waited = sum(self.store.waiting_seconds.values()) - waited
         self.seconds += self.store.clock.note("update", started) - waited
-        if not block.split:
-            self.group.gather(weight.tensors[WEIGHT].view(-1), block.shares)
+        self.group.gather(elements, block.shares, last=block.stage)
 
     def visit_all(self, method: str, groups: list[dict[str, Any]]) -> None:
         """Call the optimizer's own `method` ("train" or "eval", as schedulefree has them) on every chunk."""
@@ -212,13 +227,14 @@ class Updater:
             weight.blocks for kind in self.kinds if hasattr(kind.optimizer, method) for weight in kind.weights
         ]:
             for block in blocks:
-                with self.store.lease(block.name) as lease:
+                with self.store.lease(block.home) as lease:
                     lease.change()
+                    elements = lease.tensors[WEIGHT].view(-1)
                     for chunk in self.chunks[block.name]:
                         if chunk.stepped:
-                            span = lease.tensors[WEIGHT].view(-1)[chunk.start : chunk.stop]
+                            span = elements[chunk.start - block.kept.start : chunk.stop - block.kept.start]
                             self._visit(chunk, span, None, groups, None, method)
-                    self.group.gather(lease.tensors[WEIGHT].view(-1), block.shares)
+                    self.group.gather(elements, block.shares, last=block.stage)
 
     @property
     def has_modes(self) -> bool:

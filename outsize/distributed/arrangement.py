@@ -1,0 +1,75 @@
+"""Which workers are near each other: groups of groups, of which the inner ones have the faster links."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+PEER, REMOTE = "peer", "remote"  # tiers: what other workers of this node hold, and those of other nodes
+WIRE = (PEER, REMOTE)  # all that is on the other side of a wire
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """The place of worker `rank`. `levels` are (tier, how many groups of the level before make one of this), the fastest
+    links first: 8 workers of a node, 4 nodes. Neighbours have successive ranks."""
+
+    rank: int = 0
+    levels: tuple[tuple[str, int], ...] = ()
+
+    @classmethod
+    def of(cls, rank: int, workers: int, nodes: int = 1) -> Arrangement:
+        """So many workers, on as many nodes with equally many each."""
+        levels = ((PEER, workers // nodes), (REMOTE, nodes))
+        return cls(rank, tuple((tier, size) for tier, size in levels if size > 1))
+
+    @property
+    def size(self) -> int:
+        """Workers in all."""
+        return self._within(len(self.levels))
+
+    @property
+    def nodes(self) -> int:
+        return dict(self.levels).get(REMOTE, 1)
+
+    @property
+    def copies(self) -> list[int]:
+        """How many times all workers together may hold something that they divide, by stage of its shares: once, then one
+        time for each circle over the slowest links, ..."""
+        return [self.size // self._within(level) for level in reversed(range(len(self.levels) + 1))]
+
+    def tier(self, level: int) -> str:
+        return self.levels[level][0]
+
+    def circle(self, level: int, rank: int | None = None) -> range:
+        """Those who exchange with this worker over the links of `level`, itself among them, in order: each stands in its own
+        group where this one does in its."""
+        rank, inner = self.rank if rank is None else rank, self._within(level)
+        first = rank - self._digit(rank, level) * inner
+        return range(first, first + self.levels[level][1] * inner, inner)
+
+    def others(self, level: int) -> list[int]:
+        """The circle without this worker."""
+        return [peer for peer in self.circle(level) if peer != self.rank]
+
+    def beyond(self, level: int) -> int:
+        """Workers whom no faster links reach."""
+        return self._within(level + 1) - self._within(level)
+
+    def slot(self, rank: int) -> int:
+        """Where a worker's share lies among all of equal length, so that those of each circle over the slowest links lie side
+        by side; then those of the circles over the next faster ones."""
+        found = 0
+        for level, (_, size) in enumerate(self.levels):
+            found = found * size + self._digit(rank, level)
+        return found
+
+    def _within(self, level: int) -> int:
+        """Workers of one group whose links are all faster than those of `level`."""
+        return prod(size for _, size in self.levels[:level])
+
+    def _digit(self, rank: int, level: int) -> int:
+        return rank // self._within(level) % self.levels[level][1]
+
+
+ALONE = Arrangement()

@@ -1,0 +1,61 @@
+"""How fast bytes get from worker to worker, and how fast these compute: measured before anything is planned."""
+
+from __future__ import annotations
+
+from statistics import median
+from time import perf_counter, process_time
+
+import torch
+
+from outsize.distributed.group import Group
+from outsize.distributed.wire import Link, Wire
+
+SIZES = (1 << 12, 1 << 20, 1 << 23)  # bytes that each worker sends in an exchange: that shows latency, and bandwidth
+LONG = 0.1  # seconds; a larger exchange would show no more
+TIMES = 3
+ROWS, COLUMNS = 256, 1024  # of matrices whose product shows how fast a worker computes
+ALIKE = 1.5  # times as fast, and yet taken for equally fast
+
+
+def measure_wire(group: Group) -> Wire:
+    """Time exchanges of all workers at once, over each kind of link; of one worker there is none. Memory: 16 MiB for a
+    moment."""
+    found = {}
+    for level, (tier, _) in enumerate(group.arrangement.levels):
+        _seconds(group, level, SIZES[0])  # connects
+        nbytes, seconds = SIZES[0], _seconds(group, level, SIZES[0])
+        latency = seconds
+        while seconds < LONG and nbytes < SIZES[-1]:
+            nbytes = SIZES[SIZES.index(nbytes) + 1]
+            seconds = _seconds(group, level, nbytes)
+        found[tier] = Link(nbytes / max(seconds - latency, 1e-9), latency)
+    return found
+
+
+def _seconds(group: Group, level: int, nbytes: int) -> float:
+    """Of one exchange in which each worker sends so many bytes: the median, of the slowest worker each time."""
+    others = group.arrangement.others(level)
+    part = nbytes // len(others)
+    outgoing, incoming = torch.zeros(part, dtype=torch.uint8), torch.empty(len(others), part, dtype=torch.uint8)
+    seconds = []
+    for _ in range(TIMES):
+        group.each(0)  # begin together
+        started = perf_counter()
+        group.send(dict.fromkeys(others, outgoing), dict(zip(others, incoming, strict=True)))
+        seconds.append(max(said for (said,) in group.each(perf_counter() - started)))
+    return median(seconds)
+
+
+def measure_speeds(group: Group) -> list[float]:
+    """How fast workers compute, relative to each other: by the time of their processors alone, however many share these.
+    What is nearly alike is the same, so that runs on equal machines divide their work equally."""
+    if group.size == 1:
+        return [1.0]
+    left, right = torch.ones(ROWS, COLUMNS), torch.ones(COLUMNS, COLUMNS)
+    seconds = []
+    for _ in range(TIMES):
+        started = process_time()
+        torch.mm(left, right)
+        seconds.append((process_time() - started) / torch.get_num_threads())
+    speeds = [1 / max(said, 1e-9) for (said,) in group.each(min(seconds))]
+    return [1.0] * group.size if max(speeds) < ALIKE * min(speeds) else speeds
