@@ -14,6 +14,7 @@ from outsize.errors import OptionError, StorageError
 from outsize.machine.allocator import compile_few_kernels, recycle_up_to
 from outsize.machine.describe import describe, process_memory
 from outsize.machine.machine import Machine
+from outsize.machine.threads import dismiss_threads
 from outsize.memory.disk import DiskTier
 from outsize.memory.host import HostTier, allocate_slab
 from outsize.memory.store import Store
@@ -101,6 +102,7 @@ class Engine(Service):
                 tokenizer,
                 index,
             )
+            dismiss_threads()  # the engine computes in a thread of its own, with its own
             super().__init__(engine, stack.pop_all().close)
 
 
