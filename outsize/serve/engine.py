@@ -112,6 +112,7 @@ class Engine:
 
     # -- the loop -------------------------------------------------------------------------------------------------
 
+    @torch.inference_mode()
     def step(self) -> bool:
         """Compute the next tokens of as many sequences as may. False when there was nothing to do."""
         self._receive()
@@ -148,14 +149,13 @@ class Engine:
             for turn, first in zip(turns, layout.firsts, strict=True)
             if turn.count == turn.sequence.pending
         ]
-        with torch.no_grad():
-            output = self.model(
-                input_ids=torch.tensor([tokens], device=self.cache.device),
-                position_ids=layout.positions(),
-                use_cache=False,
-                logits_to_keep=torch.tensor(wanted or [0], device=self.cache.device),
-                paged=Paged(self.cache, layout),
-            )
+        output = self.model(
+            input_ids=torch.tensor([tokens], device=self.cache.device),
+            position_ids=layout.positions(),
+            use_cache=False,
+            logits_to_keep=torch.tensor(wanted or [0], device=self.cache.device),
+            paged=Paged(self.cache, layout),
+        )
         return output.logits[0, : len(wanted)]
 
     def _sample(self, ready: list[Sequence], logits: torch.Tensor) -> None:
