@@ -14,12 +14,13 @@ from outsize.errors import OptionError, StorageError
 from outsize.machine.allocator import compile_few_kernels, recycle_up_to
 from outsize.machine.describe import describe, process_memory
 from outsize.machine.machine import Machine
+from outsize.machine.openmp import dismiss_threads
 from outsize.memory.disk import DiskTier
 from outsize.memory.host import HostTier, allocate_slab
 from outsize.memory.store import Store
 from outsize.memory.tier import Tier
 from outsize.memory.transfer import Transfers
-from outsize.model.fingerprint import Summed, fingerprint_model
+from outsize.model.fingerprint import Summed, fingerprint_model, fingerprint_weights
 from outsize.model.load import ModelSource, open_model
 from outsize.model.units import find_units
 from outsize.plan import Plan, ServeRequest
@@ -88,8 +89,8 @@ class Engine(Service):
             index = None
             if kv_directory is not None:
                 serving = self.plan.serving
-                identity = weights.digest(fingerprint_model(source.config), serving.layers, serving.page_bytes)
-                index = FarIndex(Path(kv_directory) / identity, serving.far_pages)
+                own = weights.digest(fingerprint_model(source.config), serving.layers, serving.page_bytes)
+                index = FarIndex(Path(kv_directory) / own, serving.far_pages)
                 tiers["kv"] = DiskTier(index.pages)
             engine = StepEngine(
                 module,
@@ -101,7 +102,10 @@ class Engine(Service):
                 tokenizer,
                 index,
             )
-            super().__init__(engine, stack.pop_all().close)
+            names = [name for name, _ in module.named_parameters()]
+            identity = fingerprint_weights(source.config, names, source.read)
+            dismiss_threads()  # the engine computes in a thread of its own, with its own
+            super().__init__(engine, identity, stack.pop_all().close)
 
 
 def _scratch(parent: str | Path | None) -> tempfile.TemporaryDirectory[str]:

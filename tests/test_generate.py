@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import write_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import outsize
@@ -95,6 +97,16 @@ def test_answers_to_what_was_asked_before_are_not_taken(model: Path, tmp_path: P
         target.write_bytes(b"".join(kept))
         assert answer() == 1
         assert [json.loads(line)["prompt_tokens"] for line in target.read_bytes().splitlines()] == [2, 1, 2]
+    trained = shutil.copytree(model, tmp_path / "trained")
+    weights = load_file(trained / "model.safetensors")
+    save_file(
+        {name: weight * 1.01 for name, weight in weights.items()}, trained / "model.safetensors", {"format": "pt"}
+    )
+    with (
+        outsize.Engine(str(trained), memory="2GiB", context=64, seats=2) as engine,
+        pytest.raises(DataError, match="answers line 1 and 2 more as it was before: the model"),
+    ):
+        answer_file(engine, source, target, Sampling(temperature=0.7, seed=1))
 
 
 def test_bad_input_is_one_message(model: Path, tmp_path: Path) -> None:

@@ -247,6 +247,11 @@ class Attachment:
         leases = (unit.leases[weight.name] for unit in self._at.values() if weight.name in unit.leases)
         return next(leases, None)
 
+    @property
+    def streams(self) -> bool:
+        """Some weight comes and goes."""
+        return len(self._resident) < len(self.weights)
+
     @contextmanager
     def call_by_call(self, phase: str) -> Iterator[None]:
         """Within it, every call of the model is one phase of the store: streaming is foreseen from the second on."""

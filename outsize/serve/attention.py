@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import handle_torch_function, has_torch_function
 
 from outsize.errors import ModelError
 from outsize.plan import KvLayer
@@ -125,15 +126,31 @@ def attend(
         paged.note(module, key, value, sliding_window)
         return query.new_empty((1, query.shape[2], query.shape[1], value.shape[-1])), None
     number: int = module.layer_idx  # pyright: ignore[reportAssignmentType]
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    given = query, key, value
+    if has_torch_function(given):  # a recorder is to see one call, whose parts depend on the step
+        return handle_torch_function(paged_attention, given, *given, paged, number, scale, softcap), None
+    return paged_attention(*given, paged, number, scale, softcap), None
+
+
+def paged_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    paged: Paged,
+    number: int,
+    scale: float,
+    softcap: float | None,
+) -> torch.Tensor:
+    """What `attend` gives, in layer `number`."""
     cache, layout = paged.cache, paged.layout
     keys, values = cache.keys[number], cache.values[number]
     _write(keys, key, layout)
     _write(values, value, layout)
     groups, chunks = layout.reads(cache.layers[number], keys, values)
-    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     queries, heads = query[0].transpose(0, 1), key.shape[1]  # [N, H, D]
     if len(groups) == 1 and groups[0].where is None:
-        return _decode(queries, keys, values, groups[0], heads, scale, softcap).unsqueeze(0), None
+        return _decode(queries, keys, values, groups[0], heads, scale, softcap).unsqueeze(0)
     output = query.new_empty((query.shape[2], query.shape[1], value.shape[-1]))
     for group in groups:
         output[group.where] = _decode(queries[group.where], keys, values, group, heads, scale, softcap)
@@ -141,7 +158,7 @@ def attend(
         span = slice(chunk.first, chunk.last)
         near = _gather(keys, chunk.keys, heads), _gather(values, chunk.values, heads)
         _attend_chunk(queries[span], *near, chunk, scale, softcap, output[span])
-    return output.unsqueeze(0), None
+    return output.unsqueeze(0)
 
 
 def _refuse(module: nn.Module, mask: torch.Tensor | None, others: dict[str, Any]) -> None:

@@ -29,12 +29,13 @@ class Line:
     number: int
     tokens: tuple[int, ...]
     sampling: Sampling
+    model: str
 
     @cached_property
     def digest(self) -> str:
-        """Of what is asked: its answers bear it, so that those to another question are not taken for them."""
+        """Of what is asked, and who: its answers bear it, so that others are not taken for them."""
         options = {name: value for name, value in asdict(self.sampling).items() if value != DEFAULTS[name]}
-        return sha256(json.dumps([self.tokens, options], sort_keys=True).encode()).hexdigest()[:16]
+        return sha256(json.dumps([self.model, self.tokens, options], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def answer_file(service: Service, source: Path, target: Path, sampling: Sampling) -> int:
@@ -63,7 +64,7 @@ def answer_file(service: Service, source: Path, target: Path, sampling: Sampling
 def answered(target: Path, lines: dict[int, Line]) -> set[int]:
     """Lines, by number, that have all their answers; what a kill left of the last is cut off.
 
-    Raises DataError when a line has changed since it was answered, or the file holds anything else."""
+    Raises DataError when a line, or the model, has changed since it was answered, or the file holds anything else."""
     if not target.exists():
         return set()
     whole = target.read_bytes()
@@ -90,8 +91,8 @@ def answered(target: Path, lines: dict[int, Line]) -> set[int]:
 def _changed(target: Path, numbers: set[int]) -> DataError:
     others = f" and {len(numbers) - 1} more" if len(numbers) > 1 else ""
     return DataError(
-        f"{target}: answers line {min(numbers)}{others} as it was before: the input or an option has changed since. Name "
-        "another file for --output, or remove these answers from it, and run again."
+        f"{target}: answers line {min(numbers)}{others} as it was before: the model, the input or an option has changed "
+        "since. Name another file for --output, or remove these answers from it, and run again."
     )
 
 
@@ -119,7 +120,7 @@ def read_lines(service: Service, source: Path, sampling: Sampling) -> list[Line]
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
-                found.append(Line(number, *_request(service, json.loads(line), sampling)))
+                found.append(Line(number, *_request(service, json.loads(line), sampling), service.identity))
             except (ValueError, TypeError, OptionError) as problem:
                 raise DataError(f"{source}, line {number}: {problem}") from problem
     return found

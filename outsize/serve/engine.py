@@ -25,6 +25,7 @@ from outsize.serve.far_index import FarIndex
 from outsize.serve.layout import Layout, Span
 from outsize.serve.pace import Pace
 from outsize.serve.pages import Pages
+from outsize.serve.recording import Forward, Inputs, record
 from outsize.serve.request import Chosen, Event, Request, Sampling, Sequence, State
 from outsize.serve.sampling import choose
 from outsize.serve.schedule import Policy, Scheduler, Turn
@@ -34,6 +35,7 @@ NO_NUMBERS = (
     "After {} tokens the model answers with NaN: its weights are damaged, or too large for their precision. Other requests "
     "are not touched; check the model's files."
 )
+TRIALS = (1, 1), (4, 2), (6, 4), (5, 3)  # tokens of a step that is recorded, and how many of them want logits
 
 
 @dataclass
@@ -79,6 +81,10 @@ class Engine:
             self._open.callback(self.far.close)
         self._open.callback(self.scheduler.close)
         self._open.enter_context(attachment.call_by_call("step"))
+        self._ceiling = attachment.ceiling
+        program = None if attachment.streams else self._record()
+        self.recorded = program is not None
+        self._forward: Forward = program or self._through_module
 
     # -- from any thread ------------------------------------------------------------------------------------------
 
@@ -112,6 +118,7 @@ class Engine:
 
     # -- the loop -------------------------------------------------------------------------------------------------
 
+    @torch.inference_mode()
     def step(self) -> bool:
         """Compute the next tokens of as many sequences as may. False when there was nothing to do."""
         self._receive()
@@ -148,15 +155,31 @@ class Engine:
             for turn, first in zip(turns, layout.firsts, strict=True)
             if turn.count == turn.sequence.pending
         ]
-        with torch.no_grad():
-            output = self.model(
-                input_ids=torch.tensor([tokens], device=self.cache.device),
-                position_ids=layout.positions(),
-                use_cache=False,
-                logits_to_keep=torch.tensor(wanted or [0], device=self.cache.device),
-                paged=Paged(self.cache, layout),
-            )
-        return output.logits[0, : len(wanted)]
+        self._ceiling.keep()
+        return self._forward(**self._inputs(layout, tokens, wanted or [0]))[0, : len(wanted)]
+
+    def _inputs(self, layout: Layout, tokens: list[int], wanted: list[int]) -> Inputs:
+        """Of a forward pass over `tokens`, with logits where they are `wanted`."""
+        return {
+            "input_ids": torch.tensor([tokens], device=self.cache.device),
+            "position_ids": layout.positions(),
+            "logits_to_keep": torch.tensor(wanted, device=self.cache.device),
+            "paged": Paged(self.cache, layout),
+        }
+
+    def _through_module(self, **inputs: Any) -> torch.Tensor:
+        return self.model(use_cache=False, **inputs).logits
+
+    @torch.inference_mode()
+    def _record(self) -> Forward | None:
+        """The model's calls without the model, learnt in the first page, which nobody holds yet."""
+        trials = []
+        for tokens, logits in TRIALS:
+            layout = Layout([Span([0], 0, tokens)], self.serving.page_tokens, self.cache.device)
+            trials.append(self._inputs(layout, list(range(tokens)), list(range(logits))))
+        found = record(self._through_module, trials, _sizes)
+        self.cache.clear([0])
+        return found
 
     def _sample(self, ready: list[Sequence], logits: torch.Tensor) -> None:
         """The next token of each; where a request wants several completions, they part ways at the first."""
@@ -230,6 +253,11 @@ class Engine:
 
     def close(self) -> None:
         self._open.close()
+
+
+def _sizes(inputs: Inputs) -> tuple[int, int]:
+    """Tokens of a step, and how many of them want logits."""
+    return inputs["input_ids"].shape[1], inputs["logits_to_keep"].shape[0]
 
 
 def _span(turn: Turn) -> Span:

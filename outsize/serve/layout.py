@@ -14,7 +14,7 @@ from outsize.plan import KvLayer
 from outsize.serve.cache import Rows
 
 GATHER_BYTES = 4 << 20  # keys of several decoding sequences that are gathered at once, at most
-WASTE = 1.25  # keys gathered over keys needed, within a group of decoding sequences
+IN_VAIN_BYTES = 1 << 20  # of them not needed, as sequences are not equally long: a group more costs as much time
 QUERY_BLOCK = 128  # queries of a prompt's chunk that attend at once
 
 
@@ -124,12 +124,13 @@ class Layout:
     def _alike(self, single: list[int], window: int | None, token_bytes: int) -> list[list[int]]:
         """Sequences sorted by length and cut where a group would gather too much, or too much in vain."""
         lengths = {i: len(self._pages_seen(self.spans[i], window)) for i in single}
-        most = max(1, GATHER_BYTES // (token_bytes * self.page_tokens))
+        page_bytes = token_bytes * self.page_tokens
+        most, in_vain = max(1, GATHER_BYTES // page_bytes), IN_VAIN_BYTES // page_bytes
         groups: list[list[int]] = []
         needed = 0
         for i in sorted(single, key=lambda i: lengths[i]):
             size = (len(groups[-1]) + 1) * lengths[i] if groups else 0
-            if groups and size <= most and size <= WASTE * (needed + lengths[i]):
+            if groups and size <= most and size - needed - lengths[i] <= in_vain:
                 groups[-1].append(i)
                 needed += lengths[i]
             else:

@@ -32,6 +32,7 @@ class Product:
     def __init__(self, modules: list[nn.Linear], weight: torch.Tensor, ledger: Ledger) -> None:
         self.modules, self._ledger = modules, ledger
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+        self._product = torch.ops.mkldnn._linear_pointwise.default  # found once, not in every call
         ledger.adopt("host", "weight", self.nbytes)
         self._sizes = [module.out_features for module in modules]
         biases = [module.bias for module in modules if module.bias is not None]
@@ -43,7 +44,7 @@ class Product:
             module.forward = forward
 
     def _multiply(self, hidden: torch.Tensor) -> torch.Tensor:
-        return torch.ops.mkldnn._linear_pointwise(hidden, self._packed, self._bias, "none", [], "")
+        return self._product(hidden, self._packed, self._bias, "none", [], "")
 
     def _part(self, number: int, hidden: torch.Tensor) -> torch.Tensor:
         """The first that is called with an input computes for all."""

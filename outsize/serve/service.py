@@ -45,10 +45,10 @@ class Completion:
 
 class Service:
     """Runs `engine` in a thread while there is anything to do, and checks its pages whenever there is nothing more.
-    `busy_seconds`: in steps so far. `close` when nobody asks any more."""
+    `busy_seconds`: in steps so far; `identity` tells the model from others. `close` when nobody asks any more."""
 
-    def __init__(self, engine: Engine, release: Callable[[], None] = lambda: None) -> None:
-        self.engine, self._release = engine, release
+    def __init__(self, engine: Engine, identity: str, release: Callable[[], None]) -> None:
+        self.engine, self.identity, self._release = engine, identity, release
         self.failure: BaseException | None = None
         self.busy_seconds = 0.0
         self.schemas = Schemas(engine.tokenizer, self.vocabulary, engine.end_tokens)
