@@ -22,9 +22,11 @@ def circumstances(request: Request, directory: Path) -> dict[str, Any]:
     """All that a run's plan depends on and that may be otherwise when it continues, in plain JSON; but for what the process
     holds when it plans, and what the disk of `directory` has free."""
     here, probed = describe(directory), machine_file()
+    asked = asdict(request)
+    del asked["weight_copies"]  # that a plan has chosen itself, and what continues is told
     said = {
         "versions": [version("outsize"), torch.__version__],
-        "request": asdict(request),
+        "request": asked,
         "machine": [here.memory_bytes, here.cores, torch.get_num_threads(), here.device and asdict(here.device)],
         "probed": sha256(probed.read_bytes()).hexdigest() if probed.exists() else None,
     }
