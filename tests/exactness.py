@@ -32,7 +32,7 @@ from outsize.train.job import Job, bind
 from outsize.train.optimizers import OptimizerRule
 
 VOCABULARY = 256
-ACTIVATIONS = 256 << 10  # bytes near for those of a unit that are on their way; less than a step's
+ACTIVATIONS = 320 << 10  # bytes near for those of a unit that are on their way; less than a step's
 ACTIVATIONS_OF = {
     "keep": KEEP,
     "recompute": RECOMPUTE,
@@ -273,7 +273,7 @@ def table_names(model: nn.Module) -> list[str]:
 
 def small_arena(model: nn.Module, near_weights: list[str], near_states: list[str], setting: Setting) -> int:
     """What streams of the largest unit, with its gradients if these are added up, and half as much again, because the
-    room that pinned blocks leave is in pieces; and four times the most that one weight's gradient and state take. Less
+    room that pinned blocks leave is in pieces; and three times the most that one weight's gradient and state take. Less
     than a step touches, so that blocks come and go."""
 
     def largest(near: list[str]) -> int:
@@ -284,7 +284,7 @@ def small_arena(model: nn.Module, near_weights: list[str], near_states: list[str
     weights = dict(model.named_parameters()).items()
     gradient = max(4 * p.numel() for _, p in weights)
     state = max((12 * p.numel() for name, p in weights if name not in near_states), default=0)
-    return pages(int(1.5 * unit) + 4 * max(gradient, state)) + (ACTIVATIONS if moves(setting) else 0)
+    return pages(int(1.5 * unit) + 3 * max(gradient, state)) + (ACTIVATIONS if moves(setting) else 0)
 
 
 def moves(setting: Setting) -> bool:

@@ -6,6 +6,8 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 from outsize.machine.describe import resident_bytes
@@ -21,12 +23,28 @@ def use_one_heap() -> None:
     _set(M_ARENA_MAX, 1)
 
 
+@contextmanager
+def recycling() -> Iterator[None]:
+    """Within it as much is recycled as can be; then what was set before counts again, if anything was."""
+    library = _glibc()
+    before = getattr(library, "recycled", None)
+    recycle_up_to(LARGEST_RECYCLED)
+    try:
+        yield
+    finally:
+        if before is not None:
+            recycle_up_to(before)
+
+
 def recycle_up_to(nbytes: int) -> None:
     """Allocations up to `nbytes` come from the heap and stay in it when freed, which is fast; larger ones go back to the
     operating system at once, which costs page faults but holds nothing. What is in the heap goes back by `give_back` only:
     a layer's tensors come again in the next."""
     _set(M_MMAP_THRESHOLD, min(max(nbytes, 1 << 20), LARGEST_RECYCLED))
     _set(M_TRIM_THRESHOLD, NEVER)
+    library = _glibc()
+    if library is not None:
+        library.recycled = nbytes  # which it does not tell
 
 
 def give_back() -> None:

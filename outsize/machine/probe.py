@@ -19,9 +19,7 @@ SECONDS, QUICK_SECONDS = 0.6, 0.02  # for each figure, all passes together
 PASSES = 3
 ASSUMED_DISK, ASSUMED_LATENCY = 1e9, 1e-4  # bytes/s and seconds, of a disk that nobody measured
 ESTIMATE_ROOM = 64 << 20  # bytes; an estimate is made inside a run, whose memory is the user's budget
-FEW_ROWS = ROWS[
-    :-1
-]  # those of an estimate: products of the most rows take longest, and differ little from those before
+FEW_ROWS = ROWS[:-1]  # of an estimate's products: the last take longest, and differ little from those before
 CUDA_LATENCY = 1e-5  # seconds; starting a copy, assumed
 
 

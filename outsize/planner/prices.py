@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
 
-from outsize.machine.allocator import LARGEST_RECYCLED, recycle_up_to
+from outsize.machine.allocator import recycling
 from outsize.machine.machine import Machine
 from outsize.memory.host import allocate_slab
 
@@ -168,8 +168,7 @@ def usual_seconds(function: Callable[[], Any], before: Callable[[], None]) -> fl
     the operating system gave the fewest fresh pages. Results come from recycled memory, as in a step: fresh pages would take
     as long as many an operation, and it takes the heap some rounds to have room that is used again."""
     samples: list[tuple[int, float]] = []
-    recycle_up_to(LARGEST_RECYCLED)
-    try:
+    with recycling():
         function()
         while len(samples) < ATTEMPTS and sum(not faults for faults, _ in samples) < SAMPLES:
             before()
@@ -177,8 +176,6 @@ def usual_seconds(function: Callable[[], Any], before: Callable[[], None]) -> fl
             function()
             seconds = perf_counter() - started
             samples.append((_faults() - faults, seconds))
-    finally:
-        recycle_up_to(0)
     return median(seconds for _, seconds in sorted(samples)[:SAMPLES])
 
 
