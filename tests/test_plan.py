@@ -251,3 +251,10 @@ def test_a_machine_that_is_not_here_can_be_planned_for(tmp_path: Path) -> None:
         outsize.plan(str(tmp_path), memory="8GiB", machine="abacus")
     with pytest.raises(OptionError, match="plan of train has no option 'sequence'"):
         outsize.plan(str(tmp_path), memory="8GiB", sequence=32)
+
+
+def test_a_module_that_looks_at_its_token_ids_is_planned_for() -> None:
+    model = tiny_model("gpt2", tied=True)
+    model.config.pad_token_id = 0
+    found = plan_training(Task(model, find_units(model), RULE, REQUEST), place())
+    assert found.predicted is not None

@@ -264,18 +264,24 @@ def _rehearse(
 
 
 def _alike(model: nn.Module, units: Sequence[str], plan: Plan) -> bool:
-    """All of them are of one class and shape in one list, leave the same behind near compute, and none shares a weight."""
+    """All of them are of one shape, and leave the same behind near compute."""
     activations = dict(plan.activations)
+    left = {activations.get(name, KEEP) for name in units}
+    moved = any(choice.home != NEAR for choice in activations.values())
+    return len(left) == 1 and not moved and same_shape(model, units)
+
+
+def same_shape(model: nn.Module, units: Sequence[str]) -> bool:
+    """All of them are of one class and shape in one list, and none shares a weight."""
 
     def shape(name: str) -> Any:
         module = model.get_submodule(name)
         parameters = [(n, p.shape, p.dtype, p.requires_grad) for n, p in module.named_parameters()]
-        return type(module), name.rpartition(".")[0], parameters, activations.get(name, KEEP)
+        return type(module), name.rpartition(".")[0], parameters
 
     owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     shared = any(owners[id(p)] > 1 for name in units for p in model.get_submodule(name).parameters())
-    moved = any(choice.home != NEAR for choice in activations.values())
-    return not shared and not moved and all(shape(name) == shape(units[0]) for name in units)
+    return not shared and all(shape(name) == shape(units[0]) for name in units)
 
 
 def shortened(model: nn.Module, units: Sequence[str]) -> nn.Module:

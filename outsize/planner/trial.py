@@ -11,10 +11,11 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from outsize.model.units import Unit
 from outsize.planner.live import LiveBytes
-from outsize.planner.rehearsal import Batch, fake_copy, shortened
+from outsize.planner.rehearsal import Batch, Fakes, fake_copy, same_shape, shortened
 from outsize.planner.script import Live
 
 
@@ -45,44 +46,60 @@ class Watched(TorchDispatchMode):
 
 
 def kept_bytes(model: nn.Module, units: Sequence[Unit], batch: Batch) -> int:
-    """What forward leaves in the repeated units for backward, where it is kept: at least so much. Four stand for all; 0 for
-    a module that cannot do with four."""
+    """What forward makes in the repeated units and leaves for backward, where it is kept: at least so much. Four stand for
+    all; 0 where they cannot."""
     names = [unit.name for unit in units if unit.repeated]
-    few = names[:4]
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    if len(names) < 4 or not same_shape(model, names):
+        return 0
+    mode = Fakes(allow_non_fake_inputs=True)
     try:
         fake = fake_copy(shortened(model, names), mode)
-        saved = _Saved(fake)
-        for unit in map(fake.get_submodule, few):
-            unit.register_forward_pre_hook(saved.enter)
+        saved = _Saved()
+        for unit in map(fake.get_submodule, names[:4]):
+            unit.register_forward_pre_hook(saved.enter, with_kwargs=True)
             unit.register_forward_hook(saved.leave)
         with mode, saved_tensors_hooks(saved.keep, lambda tensor: tensor):
             fake(**batch)
-    except (ValueError, IndexError, KeyError, AttributeError):  # it counts on all of its units
+    except (
+        ValueError,
+        IndexError,
+        KeyError,
+        AttributeError,
+        RuntimeError,
+    ):  # it counts on all of its units, or on numbers
         return 0
-    return saved.nbytes * len(names) // max(len(few), 1)
+    return saved.nbytes(fake) * len(names) // 4
 
 
 class _Saved:
-    """What autograd keeps within units, but for weights."""
+    """What autograd keeps within units of what they make: neither weights nor what is given to several of them."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self._weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    def __init__(self) -> None:
         self._kept: dict[int, torch.UntypedStorage] = {}
+        self._given: dict[int, torch.UntypedStorage] = {}
+        self._made: dict[int, torch.UntypedStorage] = {}
         self._inside = False
 
-    def enter(self, *_: Any) -> None:
+    def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        given = _storages((args, kwargs))
+        self._given |= {key: storage for key, storage in given.items() if key not in self._made}
         self._inside = True
 
-    def leave(self, *_: Any) -> None:
+    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._made |= _storages(output)
         self._inside = False
 
     def keep(self, tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if self._inside and storage._cdata not in self._weights:
-            self._kept[storage._cdata] = storage
+        if self._inside:
+            self._kept |= _storages(tensor)
         return tensor
 
-    @property
-    def nbytes(self) -> int:
-        return sum(storage.nbytes() for storage in self._kept.values())
+    def nbytes(self, model: nn.Module) -> int:
+        others = self._given.keys() | _storages(list(model.parameters())) | _storages(list(model.buffers()))
+        return sum(storage.nbytes() for key, storage in self._kept.items() if key not in others)
+
+
+def _storages(values: Any) -> dict[int, torch.UntypedStorage]:
+    """Held, so that no other gets the address of one."""
+    tensors = (leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor))
+    return {storage._cdata: storage for storage in (tensor.untyped_storage() for tensor in tensors)}
