@@ -35,7 +35,8 @@ NO_NUMBERS = (
     "After {} tokens the model answers with NaN: its weights are damaged, or too large for their precision. Other requests "
     "are not touched; check the model's files."
 )
-TRIALS = (1, 1), (4, 2), (6, 4), (5, 3)  # tokens of a step that is recorded, and how many of them want logits
+TRIALS = (1, 1), (4, 2), (6, 4)  # tokens of a step that is recorded, and how many of them want logits
+COMPARED = 5, 3
 
 
 @dataclass
@@ -172,13 +173,17 @@ class Engine:
 
     @torch.inference_mode()
     def _record(self) -> Forward | None:
-        """The model's calls without the model, learnt in the first page, which nobody holds yet."""
+        """The model's calls without the model, learnt in pages that nobody holds yet."""
+        serving, size = self.serving, self.serving.page_tokens
+        most = min(serving.step_tokens, serving.context, serving.pages * size)
+        longer = [(tokens, min(serving.seats, tokens)) for tokens in (most // 4 | 1, most) if tokens > TRIALS[-1][0]]
         trials = []
-        for tokens, logits in TRIALS:
-            layout = Layout([Span([0], 0, tokens)], self.serving.page_tokens, self.cache.device)
-            trials.append(self._inputs(layout, list(range(tokens)), list(range(logits))))
+        for tokens, logits in (*TRIALS, *longer, COMPARED):
+            layout = Layout([Span(range(-(-tokens // size)), 0, tokens)], size, self.cache.device)
+            ids = [number % self.model.config.get_text_config().vocab_size for number in range(tokens)]  # pyright: ignore
+            trials.append(self._inputs(layout, ids, list(range(logits))))
         found = record(self._through_module, trials, _sizes)
-        self.cache.clear([0])
+        self.cache.clear(range(-(-most // size)))
         return found
 
     def _sample(self, ready: list[Sequence], logits: torch.Tensor) -> None:

@@ -1,9 +1,10 @@
 """A model's forward as the straight list of calls that it makes: what a step runs when no weight streams.
 
 Python's part of a small model's step (modules, their keyword arguments, shapes) takes as long as its arithmetic. The calls
-are written down while the unchanged module runs on a few tokens, several times with different numbers of them; what
-differs must follow from those numbers, or the module keeps running itself. The calls are the module's own, in its own
-order, so that the numbers are the same, bit for bit."""
+are written down while the unchanged module runs, with few tokens, some, and as many as a step can have. All runs must make
+the same calls, in the same order, to the same results; numbers that differ must follow from the numbers of tokens, the same
+way every time; nothing may look at values or have a size that depends on them. A last run compares the program's numbers
+with the module's. Where any of that does not hold, the module keeps running itself."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 Inputs = dict[str, Any]
 Forward = Callable[..., torch.Tensor]
@@ -28,7 +30,8 @@ NOT_REPEATED = {
     "ndimension",
 }
 NOT_REPEATED |= {"_set_grad_enabled"}  # a step has no gradients
-SHAPED_BY_VALUES = {"nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "bincount", "where"}
+SHAPED_BY_VALUES = {"nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "bincount", "one_hot"}
+SHAPED_BY_ARGUMENTS = {"repeat_interleave": 1, "tensor_split": 1, "arange": 0, "linspace": 0}  # by more tensors
 
 
 class NotAlike(Exception):
@@ -59,22 +62,24 @@ class Recorder(TorchFunctionMode):
     def __init__(self, inputs: Inputs) -> None:
         super().__init__()
         self.calls: list[Call] = []
-        self._names = {id(value): name for name, value in inputs.items()}
-        self._alive: list[Any] = []  # or another tensor would get its identity
+        self._inputs = {id(value): name for name, value in inputs.items()}
+        self._names = WeakTensorKeyDictionary()  # tensors that are gone cost nothing, and no other is taken for them
+        self._count = 0
 
-    def name_of(self, tensor: torch.Tensor) -> str:
-        return self._names[id(tensor)]
+    def name_of(self, value: Any) -> str | None:
+        named = value in self._names if isinstance(value, torch.Tensor) else False
+        return self._names[value] if named else self._inputs.get(id(value))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given, named = self._registers(args), self._registers(kwargs or {})
         found = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
-        if _is_tensors(found) and not _shaped_by_values(name, args):
+        if _is_tensors(found) and not _shaped_by_values(name, args, kwargs or {}):
             tensors = (found,) if isinstance(found, torch.Tensor) else tuple(found)
-            results = tuple(f"r{len(self._alive) + number}" for number in range(len(tensors)))
+            results = tuple(f"r{self._count + number}" for number in range(len(tensors)))
             self.calls.append(Call(func, given, named, results, isinstance(found, torch.Tensor)))
-            self._alive += tensors
-            self._names.update((id(tensor), result) for tensor, result in zip(tensors, results, strict=True))
+            self._count += len(tensors)
+            self._names.update(zip(tensors, results, strict=True))
         elif name == "__setitem__":
             self.calls.append(Call(func, given, named, (), False))
         elif name not in NOT_REPEATED:
@@ -83,8 +88,8 @@ class Recorder(TorchFunctionMode):
 
     def _registers(self, value: Any) -> Any:
         """With registers in place of tensors that are known; others are the model's own."""
-        if id(value) in self._names:
-            return Register(self._names[id(value)])
+        if (name := self.name_of(value)) is not None:
+            return Register(name)
         if isinstance(value, dict):
             return {key: self._registers(part) for key, part in value.items()}
         if isinstance(value, tuple | list):
@@ -99,29 +104,38 @@ def _is_tensors(found: Any) -> bool:
     return several or isinstance(found, torch.Tensor)
 
 
-def _shaped_by_values(name: str, args: tuple[Any, ...]) -> bool:
-    """What comes out is as large as the values say."""
+def _shaped_by_values(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """What comes out is as large as some values say."""
+    if name == "__getitem__":
+        parts = args[1] if isinstance(args[1], tuple) else args[1:]
+        bounds = [bound for part in parts if isinstance(part, slice) for bound in (part.start, part.stop, part.step)]
+        masked = any(isinstance(part, torch.Tensor) and part.dtype in (torch.bool, torch.uint8) for part in parts)
+        return masked or _tensors_in(bounds) > 0
+    given = [*args, *kwargs.values()]
     if name == "where":
-        return len(args) == 1
-    if name == "repeat_interleave":
-        return any(isinstance(argument, torch.Tensor) for argument in args[1:])
-    masks = args[1] if len(args) > 1 and isinstance(args[1], tuple) else args[1:2]
-    by_mask = name == "__getitem__" and any(isinstance(m, torch.Tensor) and m.dtype is torch.bool for m in masks)
-    return by_mask or name in SHAPED_BY_VALUES
+        return len(given) == 1
+    return name in SHAPED_BY_VALUES or _tensors_in(given) > SHAPED_BY_ARGUMENTS.get(name, len(given))
+
+
+def _tensors_in(values: Sequence[Any]) -> int:
+    return sum(isinstance(value, torch.Tensor) for value in values)
 
 
 def record(forward: Forward, trials: Sequence[Inputs], sizes: Callable[[Inputs], tuple[int, ...]]) -> Forward | None:
     """`forward` as a function of the same keyword arguments, or None when its calls are not always the same. The last of
     `trials` only compares both. `sizes` gives the numbers that calls may depend on."""
     written: list[list[Call]] = []
-    last = ""
+    lasts: set[str | None] = set()
     try:
         for inputs in trials[:-1]:
             with Recorder(inputs) as recorder:
-                last = recorder.name_of(forward(**inputs))
+                lasts.add(recorder.name_of(forward(**inputs)))
             written.append(recorder.calls)
+        (last,) = lasts if len(lasts) == 1 else (None,)
+        if last is None:
+            raise NotAlike("what comes out")
         program = _Writer([sizes(inputs) for inputs in trials[:-1]]).write(written, list(trials[0]), last, sizes)
-    except (NotAlike, KeyError):
+    except NotAlike:
         return None
     return program if torch.equal(program(**trials[-1]), forward(**trials[-1])) else None
 
@@ -174,6 +188,8 @@ class _Writer:
             return f"slice({', '.join(map(self._text, parts))})"
         if type(first) is int:
             return self._number(values)
+        if isinstance(first, dict):
+            raise NotAlike("a dictionary")
         if isinstance(first, torch.Tensor):
             if any(value is not first for value in values):
                 raise NotAlike("a tensor from elsewhere")
