@@ -15,7 +15,7 @@ from torch import nn
 from outsize.distributed.group import Group, find_group
 from outsize.distributed.measure import measure_speeds, measure_wire
 from outsize.distributed.wire import NO_WIRE
-from outsize.errors import DamageError, OptionError, OutsizeError
+from outsize.errors import DamageError, OptionError, OutsizeError, RunError
 from outsize.machine.allocator import give_back, recycle_up_to
 from outsize.machine.describe import describe, process_memory
 from outsize.machine.find import this_machine
@@ -195,6 +195,11 @@ class _Training:
         self.wire, self.speeds = measure_wire(group), measure_speeds(group)
         committed = self.state.read()
         begun = {} if committed is None else committed.facts
+        if committed is not None and begun.get("nodes", 1) != group.nodes:
+            raise RunError(
+                f"The {group.size} workers of {settings.out} were on {begun.get('nodes', 1)} nodes, and now they are on "
+                f"{group.nodes}. Start them on as many as before, or another number of workers."
+            )
         sequences = group.first(lambda: tuple(begun.get("sequences", ())) or self._sequences())
         copies = None if committed is None else begun.get("weight_copies", 1)
         request = _request(settings, self.memory, group, copies).divided(sequences, group.nodes)
@@ -216,7 +221,7 @@ class _Training:
                 f"The plan's sequences {list(told)} are not those of a step of {count} for {self.group.size} workers. Make a "
                 "plan for this command, or leave them out."
             )
-        return told or in_proportion(count, self.speeds)
+        return told or in_proportion(count, self.speeds if settings.plan is None else [1.0] * self.group.size)
 
     def _made(self, task: Task, baseline: int, disk_free: int) -> Plan:
         """A plan that was given, that of the last start, or a new one."""

@@ -8,6 +8,7 @@ import pytest
 from models import tiny_model
 
 import outsize
+from outsize.distributed.arrangement import Arrangement
 from outsize.errors import OptionError
 from outsize.machine.find import find_machine
 from outsize.machine.machine import Link, Machine, Nodes
@@ -62,6 +63,9 @@ def test_a_cluster_has_a_worker_on_each_node_and_one_machine_a_single_one(model:
 
 
 def test_what_cannot_be_divided_is_refused(model: str) -> None:
+    for copies in (3, 4):
+        with pytest.raises(OptionError, match=f"4 workers on 2 nodes cannot have {copies} copies"):
+            Arrangement.of(0, 4, 2).stage_of(copies)
     with pytest.raises(OptionError, match="3 workers cannot be equally many on each of 2 nodes"):
         planned(model, cluster(1e9), 3)
     with pytest.raises(OptionError, match="A step of 4 sequences leaves nothing to do for some of 8 workers"):

@@ -153,6 +153,26 @@ def test_workers_take_unequal_parts_of_a_step_as_the_plan_says(
     assert json.loads((tmp_path / "run" / "planned.json").read_text())["plan"]["sequences"] == [3, 1]
 
 
+def test_a_plan_without_sequences_divides_a_step_equally(
+    gang: Crew, settings: dict[str, Any], pair: Path, tmp_path: Path
+) -> None:
+    plan = json.loads((pair / "planned.json").read_text())["plan"]
+    (tmp_path / "plan.json").write_text(json.dumps(plan | {"sequences": []}))
+    assert_same(run(gang, settings | {"plan": str(tmp_path / "plan.json")}, 2, tmp_path), pair)
+
+
+def test_workers_on_two_nodes_train_as_one_does_and_stay_on_two(
+    gang: Crew, settings: dict[str, Any], alone: Path, tmp_path: Path
+) -> None:
+    told = {"settings": settings | {"out": str(tmp_path / "run")}}
+    gang.call("run", 4, tmp_path, told | {"nodes": 2})
+    assert_close(tmp_path / "run", alone, STEPS)
+    shutil.rmtree(tmp_path / "run" / "model")
+    assert gang.attempt("run", 4, tmp_path, told) == [1] * 4
+    for text in said(tmp_path, 4):
+        assert "were on 2 nodes, and now they are on 1" in text
+
+
 def assert_close(run: Path, expected: Path, steps: int) -> None:
     assert steps >= 3
     assert losses_of(run)[:steps] == pytest.approx(losses_of(expected)[:steps], rel=1e-4)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
+from outsize.errors import OptionError
+
 PEER, REMOTE = "peer", "remote"  # tiers: what other workers of this node hold, and those of other nodes
 WIRE = (PEER, REMOTE)  # all that is on the other side of a wire
 
@@ -37,6 +39,16 @@ class Arrangement:
         """How many times all workers together may hold something that they divide, by stage of its shares: once, then one
         time for each circle over the slowest links, ..."""
         return [self.size // self._within(level) for level in reversed(range(len(self.levels) + 1))]
+
+    def stage_of(self, copies: int) -> int:
+        """At which stage of their shares workers have so many copies of what they divide. Raises OptionError."""
+        possible = self.copies[:-1]
+        if copies not in possible:
+            raise OptionError(
+                f"{self.size} workers on {self.nodes} nodes cannot have {copies} copies of divided weights (weight_copies); "
+                f"possible: {', '.join(map(str, possible)) or 'none'}."
+            )
+        return possible.index(copies)
 
     def tier(self, level: int) -> str:
         return self.levels[level][0]

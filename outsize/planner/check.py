@@ -48,7 +48,14 @@ def check_plan(plan: Plan, task: Task, place: Place) -> Plan:
     checked = search.finished(search.tried[0])
     _check_memory(checked, request)
     check_disk(checked, place.disk_free_bytes)
-    return replace(plan, memory_bytes=request.memory_bytes, predicted=checked.predicted, reasons=checked.reasons)
+    sequences = plan.sequences or request.sequences
+    return replace(
+        plan,
+        sequences=sequences,
+        memory_bytes=request.memory_bytes,
+        predicted=checked.predicted,
+        reasons=checked.reasons,
+    )
 
 
 def _check_shared(plan: Plan, job: JobSizes) -> None:

@@ -86,7 +86,7 @@ def sizes_of(
     for name, parameter in model.named_parameters():
         dtype = kind.compute if parameter.requires_grad else parameter.dtype
         shares = shares_for(rule, name, parameter, group)
-        stage = group.arrangement.copies.index(copies) if name in split else None
+        stage = group.arrangement.stage_of(copies) if name in split else None
         weight = make_weight(name, parameter, dtype, "disk", table_rows.get(name), shares, stage)
         create_blocks(store, weight)
         if weight.trainable:

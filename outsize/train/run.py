@@ -21,6 +21,7 @@ from outsize.memory.homes import Committed
 from outsize.memory.transfer import Ticket
 from outsize.model.companions import persistent_buffers
 from outsize.model.export import read_along, write_safetensors
+from outsize.plan import in_proportion
 from outsize.train.counts import Counts, Ways
 from outsize.train.data import PackedDataset, batches, in_order
 from outsize.train.job import Job
@@ -116,6 +117,7 @@ class Run:
         return {
             "about": self.about,
             "optimizer": self.job.updater.facts(),
+            "nodes": self.job.plan.nodes,
             "weight_copies": self.job.plan.weight_copies,
             "sequences": self.job.plan.sequences,
             "shapes": {weight.name: weight.shape for weight in self.job.weights.values() if weight.blocks[0].split},
@@ -174,8 +176,9 @@ class Run:
         self.stopping = stopping
         first = self.job.step_number
         metrics = self.metrics = Metrics(self.metrics_path, first)
-        sequences, rank = self.job.plan.sequences, self.job.group.rank
-        mine = range(sum(sequences[:rank]), sum(sequences[: rank + 1])) if sequences else None
+        group, count = self.job.group, schedule.batch_size * schedule.accumulate
+        sequences = self.job.plan.sequences or in_proportion(count, [1.0] * group.size)
+        mine = range(sum(sequences[: group.rank]), sum(sequences[: group.rank + 1]))
         source = batches(data, schedule.batch_size, schedule.seed, first, schedule.accumulate, mine)
         self._commit_if_due(first)  # a keeper may have held it when the process was killed before its commit
         before = self._counted = self._counts()

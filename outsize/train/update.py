@@ -17,7 +17,6 @@ from torch.optim import Optimizer
 
 from outsize.distributed.group import Group
 from outsize.distributed.shares import Shares
-from outsize.errors import OptionError
 from outsize.memory.block import make_block
 from outsize.memory.codec import join_master, split_master, stochastic_round
 from outsize.memory.store import Lease, Store
@@ -70,13 +69,7 @@ def stage_at_home(plan: Plan, name: str, group: Group) -> int | None:
     """At which stage of its shares a worker has a weight at home; None: it has all of it.
 
     Raises OptionError when the workers cannot have as many copies of it as the plan says."""
-    if name not in plan.split_weights:
-        return None
-    possible = group.arrangement.copies[:-1]
-    if plan.weight_copies not in possible:
-        known = " or ".join(map(str, possible))
-        raise OptionError(f"The plan's weight_copies cannot be {plan.weight_copies} with these workers; it is {known}.")
-    return possible.index(plan.weight_copies)
+    return group.arrangement.stage_of(plan.weight_copies) if name in plan.split_weights else None
 
 
 def find_kind(kinds: list[Kind], cls: type[Optimizer], options: dict[str, Any]) -> Kind:
