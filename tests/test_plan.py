@@ -22,6 +22,7 @@ from outsize.planner.prices import MeasuredPrices, RatedPrices
 from outsize.planner.rehearsal import rehearse
 from outsize.planner.search import TENSORS, Placement, Search
 from outsize.planner.training import Place, Planning, Task, plan_training, sample_batches
+from outsize.planner.trial import kept_bytes
 from outsize.train.optimizers import uniform_rule
 from outsize.training import read_plan
 
@@ -254,7 +255,9 @@ def test_a_machine_that_is_not_here_can_be_planned_for(tmp_path: Path) -> None:
 
 
 def test_a_module_that_looks_at_its_token_ids_is_planned_for() -> None:
-    model = tiny_model("gpt2", tied=True)
+    model = tiny_model("gpt2", tied=True, layers=8)
     model.config.pad_token_id = 0
-    found = plan_training(Task(model, find_units(model), RULE, REQUEST), place())
+    task = Task(model, find_units(model), RULE, REQUEST)
+    assert kept_bytes(model, task.units, task.batches[0]) > 0
+    found = plan_training(task, place())
     assert found.predicted is not None

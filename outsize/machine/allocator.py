@@ -44,7 +44,7 @@ def recycle_up_to(nbytes: int) -> None:
     _set(M_TRIM_THRESHOLD, NEVER)
     library = _glibc()
     if library is not None:
-        library.recycled = nbytes  # which it does not tell
+        setattr(library, "recycled", nbytes)  # noqa: B010 (which it does not tell itself)
 
 
 def give_back() -> None:

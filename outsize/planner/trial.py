@@ -60,14 +60,8 @@ def kept_bytes(model: nn.Module, units: Sequence[Unit], batch: Batch) -> int:
             unit.register_forward_hook(saved.leave)
         with mode, saved_tensors_hooks(saved.keep, lambda tensor: tensor):
             fake(**batch)
-    except (
-        ValueError,
-        IndexError,
-        KeyError,
-        AttributeError,
-        RuntimeError,
-    ):  # it counts on all of its units, or on numbers
-        return 0
+    except (ValueError, IndexError, KeyError, AttributeError, RuntimeError):
+        return 0  # it counts on all of its units, or on numbers
     return saved.nbytes(fake) * len(names) // 4
 
 
@@ -95,7 +89,7 @@ class _Saved:
         return tensor
 
     def nbytes(self, model: nn.Module) -> int:
-        others = self._given.keys() | _storages(list(model.parameters())) | _storages(list(model.buffers()))
+        others = self._given | _storages([*model.parameters(), *model.buffers()])
         return sum(storage.nbytes() for key, storage in self._kept.items() if key not in others)
 
 
