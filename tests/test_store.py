@@ -95,6 +95,21 @@ def apply(store: Store, expected: dict[str, int], verb: str, name: str, value: i
                     assert torch.all(other.tensors["data"] == expected["0"])
 
 
+def test_rows_come_from_disk_into_a_tensor_of_inference_mode(tmp_path: Path) -> None:
+    store = make_store(tmp_path, near_pages=4)
+    store.create(make_block("table", [("data", "weight", torch.uint8, (10, 1000))]), "disk")
+    put(store, "table", 3)
+    add(store, "other", 4)
+    put(store, "other", 1)  # takes all the room near
+    store.flush()
+    with torch.inference_mode():
+        rows = torch.zeros(2, 1000, dtype=torch.uint8)
+        store.read_rows("table", "data", [1, 7], rows)
+        assert torch.all(rows == 3) and rows.is_inference()
+    assert store.ledger.total_moved("disk", "host") == 2000
+    store.close()
+
+
 def test_a_foreseen_phase_moves_the_same_bytes_every_time(tmp_path: Path) -> None:
     store = make_store(tmp_path, near_pages=8)
     for index in range(6):

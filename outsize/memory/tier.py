@@ -237,7 +237,8 @@ def copy_now(target: torch.Tensor, source: torch.Tensor) -> None:
     The part for a device is untested: no GPU was at hand."""
     on_device = next((tensor.device for tensor in (target, source) if tensor.is_cuda), None)
     if on_device is None:
-        target.copy_(source)
+        with torch.inference_mode():  # which the target may come from, and this thread knows nothing of it
+            target.copy_(source)
         return
     stream = torch.cuda.Stream(on_device)  # from torch's pool: costs nothing to ask for
     with torch.cuda.stream(stream):
