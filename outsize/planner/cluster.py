@@ -6,9 +6,7 @@ from outsize.distributed.arrangement import PEER, REMOTE
 from outsize.distributed.wire import Link, Wire
 from outsize.machine.machine import Machine
 
-THROUGH_MEMORY = (
-    6  # times that a byte from process to process passes through memory, by Gloo over the loopback; assumed
-)
+THROUGH_MEMORY = 6  # times that a byte between two processes passes through memory, by Gloo over the loopback; assumed
 
 
 def places(machine: Machine) -> int:
