@@ -32,7 +32,7 @@ from outsize.train.job import Job, bind
 from outsize.train.optimizers import OptimizerRule
 
 VOCABULARY = 256
-ACTIVATIONS = 320 << 10  # bytes near for those of a unit that are on their way; less than a step's
+ACTIVATIONS = 256 << 10  # bytes near for those of a unit that are on their way; less than a step's
 ACTIVATIONS_OF = {
     "keep": KEEP,
     "recompute": RECOMPUTE,

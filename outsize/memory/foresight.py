@@ -115,9 +115,8 @@ class Foresight:
 
     def rebuild(self, residents: list[Resident]) -> None:
         """Forget what was foreseen and start from what really is near."""
-        used = {name: place for place, name in enumerate(self.layout.by_name)}
         self.layout = Layout(self._capacity)
-        for resident in sorted(residents, key=lambda resident: used.get(resident.name, -1)):
+        for resident in sorted(residents, key=lambda resident: resident.offset):  # side by side, they leave room in one piece
             self.layout.add(resident)
         self.ahead.clear()
         self.stuck = False
