@@ -19,9 +19,6 @@ Memory = Annotated[
     str | None,
     typer.Option(help="Peak memory of the whole process, such as 4GiB or 800MiB. Without it: what is free now."),
 ]
-OptimizerOption = Annotated[
-    list[str] | None, typer.Option(help="name=value for the optimizer's class; may be given several times.")
-]
 Json = Annotated[bool, typer.Option("--json", help="Print machine-readable lines only.")]
 
 

@@ -5,17 +5,33 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from outsize.commands.common import Json, Model, OptimizerOption, interruptible, read_options
+from outsize.commands import training_options as options
+from outsize.commands.common import Json, Model, interruptible, read_options
 from outsize.errors import BudgetError, OptionError, StorageError
 from outsize.sizes import format_size, parse_size
 
 if TYPE_CHECKING:
     from outsize.plan import Plan
 
+Machine = Annotated[
+    str | None, typer.Option(help="A described machine by name, or the TOML file of one; otherwise this machine.")
+]
+WorkersThere = Annotated[
+    int | None,
+    typer.Option(min=1, help="Who do a step together. Otherwise one for each node of a cluster, or for each device."),
+]
+ASKED = {
+    "train": {
+        *("sequence_length", "batch_size", "accumulate", "precision", "moments", "optimizer", "clip", "loss"),
+        *("activations", "commit_every", "keeper", "workers", "zero", "block_class"),
+    },
+    "serve": {"context", "concurrency", "step_tokens"},
+}
+"""Parameters that say what is to be done, by task; others say where, or how it is shown."""
 TRAINED = ["peak", "s/step", "tokens/s", "waiting", "read", "written", "numbers"]
 SERVED = ["peak", "requests", "tokens/s", "together", "first token", "read"]
 
@@ -24,32 +40,23 @@ def plan(
     model: Model,
     memory: Annotated[str, typer.Option(help="Peak memory of the whole process, such as 3GiB or 800MiB.")],
     task: Annotated[str, typer.Option(help="What is planned: train or serve.")] = "train",
-    machine: Annotated[
-        str | None, typer.Option(help="A described machine by name, or the TOML file of one; otherwise this machine.")
-    ] = None,
+    machine: Machine = None,
     directory: Annotated[Path, typer.Option(help="Where the run would live: its disk counts.")] = Path(),
-    sequence_length: Annotated[int, typer.Option(min=2, help="Tokens in a sequence.")] = 512,
-    batch_size: Annotated[int, typer.Option(min=1, help="Sequences that pass through a layer together.")] = 1,
-    accumulate: Annotated[int, typer.Option(min=1, help="Micro-batches a step.")] = 1,
-    precision: Annotated[str, typer.Option(help="mixed, fp32 or bf16 (approximate).")] = "mixed",
-    moments: Annotated[str, typer.Option(help="fp32, or bf16 (approximate).")] = "fp32",
-    optimizer: Annotated[str, typer.Option(help="As in `outsize train`.")] = "adamw",
-    optimizer_option: OptimizerOption = None,
-    clip: Annotated[float | None, typer.Option(min=0.0, help="Largest global gradient norm.")] = None,
-    loss: Annotated[str, typer.Option(help="auto, blocked or module.")] = "auto",
-    activations: Annotated[
-        str, typer.Option(help="keep, recompute or move (to disk) what forward leaves for backward; or auto.")
-    ] = "auto",
-    commit_every: Annotated[int | None, typer.Option(min=1, help="Steps between commits.")] = None,
-    keeper: Annotated[bool, typer.Option(help="Let a process hold the last step in memory.")] = False,
-    workers: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Who do a step together. Otherwise one for each node of a cluster, or for each device."
-        ),
-    ] = None,
-    zero: Annotated[int, typer.Option(min=1, max=3, help="As in `outsize train`.")] = 3,
-    block_class: Annotated[str | None, typer.Option(help="Class of the repeated block, if it is not found.")] = None,
+    sequence_length: options.SequenceLength = 512,
+    batch_size: options.BatchSize = 1,
+    accumulate: options.Accumulate = 1,
+    precision: options.Precision = "mixed",
+    moments: options.Moments = "fp32",
+    optimizer: options.Optimizer = "adamw",
+    optimizer_option: options.OptimizerOption = None,
+    clip: options.Clip = None,
+    loss: options.Loss = "auto",
+    activations: options.Activations = "auto",
+    commit_every: options.CommitEvery = None,
+    keeper: options.Keeper = False,
+    workers: WorkersThere = None,
+    zero: options.Zero = 3,
+    block_class: options.BlockClass = None,
     context: Annotated[int | None, typer.Option(min=2, help="serve: tokens of prompt and answer together.")] = None,
     concurrency: Annotated[int, typer.Option(min=1, help="serve: requests computed at once, at most.")] = 32,
     step_tokens: Annotated[int, typer.Option(min=1, help="serve: tokens computed at once.")] = 512,
@@ -65,39 +72,20 @@ def plan(
 
     Example: outsize plan --task serve --model my-model --memory 2GiB --concurrency 16 --context 4096
     """
-    parse_size(memory)
+    asked = {name: value for name, value in locals().items() if name in ASKED.get(task, ())}
     sizes = [size.strip() for size in compare.split(",")] if compare else []
-    for size in sizes:
+    for size in (memory, *sizes):
         parse_size(size)
     if task == "serve" and (picture or trace):
         raise OptionError("--picture and --trace show a step of training; leave them out for --task serve.")
     if sizes and (save or trace):
         raise OptionError("--save and --trace are of one plan; leave them out with --compare, or --compare out.")
+    if task == "train":
+        asked["optimizer_options"] = read_options(optimizer_option or [])
     from outsize.api import planning
 
-    where = {"task": task, "machine": machine, "directory": directory}
-    asked: dict[str, Any] = {
-        "block_class": block_class,
-        "sequence_length": sequence_length,
-        "batch_size": batch_size,
-        "accumulate": accumulate,
-        "clip": clip,
-        "precision": precision,
-        "moments": moments,
-        "optimizer": optimizer,
-        "optimizer_options": read_options(optimizer_option or []),
-        "loss": loss,
-        "activations": activations,
-        "commit_every": commit_every,
-        "keeper": keeper,
-        "workers": workers,
-        "zero": zero,
-    }
-    if task == "serve":
-        asked = {"context": context, "concurrency": concurrency, "step_tokens": step_tokens}
-
     with interruptible("Nothing was kept."):
-        planned = planning(model, **where, **asked)
+        planned = planning(model, task=task, machine=machine, directory=directory, **asked)
         if sizes:
             _compare(planned, dict.fromkeys([memory, *sizes]), picture, json_lines)
             return

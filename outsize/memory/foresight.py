@@ -116,7 +116,9 @@ class Foresight:
     def rebuild(self, residents: list[Resident]) -> None:
         """Forget what was foreseen and start from what really is near."""
         self.layout = Layout(self._capacity)
-        for resident in sorted(residents, key=lambda resident: resident.offset):  # side by side, they leave room in one piece
+        for resident in sorted(
+            residents, key=lambda resident: resident.offset
+        ):  # side by side, they leave room in one piece
             self.layout.add(resident)
         self.ahead.clear()
         self.stuck = False

@@ -1,0 +1,71 @@
+"""What can be said of a training job on the command line: `outsize train` and `outsize plan` ask for it alike."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Data = Annotated[Path | None, typer.Option(help="A .txt, .md, .jsonl or .parquet file, or a folder of such.")]
+Out = Annotated[Path | None, typer.Option(help="Folder of the run. The same command on it continues where it stopped.")]
+Resume = Annotated[
+    Path | None,
+    typer.Option(help="Continue the run in this folder with its own settings; others given here replace them."),
+]
+Steps = Annotated[int, typer.Option(min=1, help="Optimizer steps in all.")]
+SequenceLength = Annotated[int, typer.Option(min=2, help="Tokens in a sequence.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Sequences that pass through a layer together.")]
+Accumulate = Annotated[int, typer.Option(min=1, help="Micro-batches a step. More of them cost no more disk traffic.")]
+Precision = Annotated[str, typer.Option(help="mixed (bf16 compute, fp32 master), fp32, or bf16 (approximate).")]
+Moments = Annotated[str, typer.Option(help="fp32, or bf16 (approximate, less traffic).")]
+Optimizer = Annotated[str, typer.Option(help="adamw, sgd, adafactor, muon, any torch.optim class, or a dotted path.")]
+OptimizerOption = Annotated[
+    list[str] | None, typer.Option(help="name=value for the optimizer's class; may be given several times.")
+]
+OptimizerState = Annotated[
+    Path | None,
+    typer.Option(help="Begin with the optimizer's state in this folder, as outsize checkpoint export writes it."),
+]
+AtLeastZero = Annotated[int, typer.Option(min=0)]
+LearningRate = Annotated[float, typer.Option(min=0.0)]
+Schedule = Annotated[
+    str, typer.Option(help="cosine, linear, constant, warmup-stable-decay, rex, power, or a torch class.")
+]
+Clip = Annotated[
+    float | None, typer.Option(min=0.0, help="Largest global gradient norm. The update becomes a second pass.")
+]
+Loss = Annotated[str, typer.Option(help="auto, blocked (over blocks of the vocabulary) or module (its own).")]
+Activations = Annotated[
+    str, typer.Option(help="keep, recompute or move (to disk) what forward leaves for backward; or auto.")
+]
+CommitEvery = Annotated[
+    int | None, typer.Option(min=1, help="Steps between commits. State on disk is committed every step for free.")
+]
+Keeper = Annotated[
+    bool,
+    typer.Option(
+        help="Let a small process hold the last step in memory, where all state stays there and has room twice: a "
+        "crash then loses none. It costs some percent of each step."
+    ),
+]
+KeepLast = Annotated[int, typer.Option(min=0, help="Keep the newest commits, to roll back to.")]
+KeepEvery = Annotated[
+    int, typer.Option(min=0, help="Keep every k-th step. Each kept step costs as much disk as training rewrites.")
+]
+EvalData = Annotated[Path | None, typer.Option(help="Text to evaluate on, read like --data.")]
+EvalEvery = Annotated[int, typer.Option(min=0, help="Steps between evaluations; also after the last one.")]
+SamplePrompt = Annotated[str | None, typer.Option(help="Let the model continue this text in the middle of training.")]
+BlockClass = Annotated[str | None, typer.Option(help="Class of the repeated block, if it is not found.")]
+PlanFile = Annotated[
+    Path | None, typer.Option(help="Obey this plan, written by `outsize plan --save`; refused if it does not fit.")
+]
+Workers = Annotated[
+    int, typer.Option(min=1, help="Processes on this machine that divide state and batch; --memory is for each.")
+]
+Zero = Annotated[
+    int, typer.Option(min=1, max=3, help="Workers divide optimizer state (1), gradients too (2), weights too (3).")
+]
+WorkerTimeout = Annotated[
+    float, typer.Option(min=1.0, help="Seconds after which the others give up a worker that does not move.")
+]
