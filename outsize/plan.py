@@ -16,6 +16,7 @@ from outsize.sizes import format_size
 
 WIDTH = 80  # columns that a plan prints itself on
 SPARE = 0.02  # of the budget: as much as predictions are off, and a plan made elsewhere may find less
+LATITUDE = 0.05  # of its prediction, by which a peak may be off
 CAUSES = {
     "compute_seconds": "compute",
     "update_seconds": "update",
@@ -23,7 +24,7 @@ CAUSES = {
     "read_wait_seconds": "waiting for reads",
     "write_wait_seconds": "waiting for writes",
 }
-LATITUDE = 0.05  # of its prediction, by which a peak may be off
+"""What a step's seconds go to, of those predicted and those measured."""
 
 
 @dataclass(frozen=True)
@@ -341,7 +342,6 @@ class Request:
     workers: int = 1
     nodes: int = 1
     zero: int = 3
-
     weight_copies: int | None = None
     sequences: tuple[int, ...] = ()
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 
 from outsize.errors import BudgetError, DamageError, StorageError
@@ -17,7 +17,7 @@ from outsize.memory.entry import Residency
 from outsize.memory.homes import Committed
 from outsize.memory.host import HostTier, allocate_slab
 from outsize.memory.layout import Policy, evict_farthest, evict_oldest
-from outsize.memory.store import Store
+from outsize.memory.store import Lease, Store
 from outsize.memory.tier import PAGE, Extent
 from outsize.memory.transfer import Transfers
 
@@ -192,6 +192,55 @@ def test_a_block_taken_again_fresh_is_not_moved_while_its_old_bytes_are_wanted(t
             put(store, "gradient", step)
     store.flush()
     store.check()
+    store.close()
+
+
+spans = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 6), st.booleans()), min_size=4, max_size=30)
+
+
+def lease_round(store: Store, touched: list[tuple[int, int, bool]], expected: dict[str, int]) -> None:
+    """Each block is leased, perhaps written to, and held until so many others were."""
+    held: list[tuple[int, Lease]] = []
+    try:
+        with store.phase("round", again=True):
+            for now, (index, others, change) in enumerate(touched):
+                for _, lease in [pair for pair in held if pair[0] < now]:
+                    lease.release()
+                held = [pair for pair in held if pair[0] >= now]
+                name = str(index)
+                held.append((now + others, store.lease(name)))
+                data = held[-1][1].tensors["data"]
+                assert torch.all(data == expected[name]), name
+                if change:
+                    held[-1][1].change()
+                    expected[name] = (expected[name] + 1) % 256
+                    data.fill_(expected[name])
+            while held:
+                held.pop()[1].release()
+    finally:
+        for _, lease in held:
+            lease.release()
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(touched=spans)
+def test_a_round_that_finds_room_in_an_empty_arena_always_does(
+    tmp_path_factory: pytest.TempPathFactory, touched
+) -> None:
+    """Layouts follow from one another for as long as a run lasts; none may be the last."""
+    store = make_store(tmp_path_factory.mktemp("store"), near_pages=14)
+    expected = {str(index): index for index in range(10)}
+    for name, value in expected.items():
+        add(store, name, SIZES[value % 4])
+        put(store, name, value)
+    try:
+        lease_round(store, touched, expected)
+        store.need_room("round")
+    except BudgetError:
+        reject()
+    for _ in range(20):
+        lease_round(store, touched, expected)
+        store.check()
     store.close()
 
 

@@ -27,7 +27,7 @@ def use_one_heap() -> None:
 def recycling() -> Iterator[None]:
     """Within it as much is recycled as can be; then what was set before counts again, if anything was."""
     library = _glibc()
-    before = getattr(library, "recycled", None)
+    before = library.recycled if library is not None else None
     recycle_up_to(LARGEST_RECYCLED)
     try:
         yield
@@ -44,7 +44,7 @@ def recycle_up_to(nbytes: int) -> None:
     _set(M_TRIM_THRESHOLD, NEVER)
     library = _glibc()
     if library is not None:
-        setattr(library, "recycled", nbytes)  # noqa: B010 (which it does not tell itself)
+        library.recycled = nbytes
 
 
 def give_back() -> None:
@@ -84,9 +84,14 @@ def _set(parameter: int, value: int) -> None:
         library.mallopt(parameter, value)
 
 
+class _Library(ctypes.CDLL):
+    recycled: int | None = None
+    """What `recycle_up_to` was told last: the C library does not say what it has been set to."""
+
+
 @cache
-def _glibc() -> ctypes.CDLL | None:
-    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
+def _glibc() -> _Library | None:
+    return _Library(None) if platform.libc_ver()[0] == "glibc" else None
 
 
 class Heap:

@@ -120,9 +120,11 @@ class _Disk:
         def work(direction: str) -> None:
             try:
                 buffer = self._buffer()
-                while perf_counter() < started + seconds:
+                while True:  # once at least, however long a busy machine took to begin
                     self._transfer(direction, buffer, self._take(direction))
                     moved.append(self.piece)
+                    if perf_counter() >= started + seconds:
+                        break
                 if direction == "write":
                     _flush(self.file)
             except BaseException as error:

@@ -48,6 +48,12 @@ class Arena:
             placement, self._pending = self._pending, None
             self._bring(placement)
 
+    def awaits(self, entry: Entry) -> bool:
+        """For its next lease the block is not at its place yet; it may still be where it was before."""
+        name = entry.block.name
+        pending = self._pending is not None and self._pending.name == name and self.foresight.ahead[name] == 1
+        return entry.offset < 0 or pending
+
     def vacate(self, entry: Entry) -> None:
         """The block is not near any more."""
         self._spans.remove(entry.offset)

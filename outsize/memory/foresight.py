@@ -10,9 +10,9 @@ time, whatever the disk does; only *when* a decision can be carried out depends 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from outsize.memory.layout import Layout, Policy, Resident, evict_oldest
@@ -38,6 +38,10 @@ class Placement:
     offset: int
     nbytes: int
     fresh: bool
+
+
+Decision = tuple[Touch, str, Placement | None]
+"""An event of the trace, and where its block must be brought, if it is not near by then."""
 
 
 def _takes_by_name(trace: list[Event]) -> dict[str, list[int]]:
@@ -66,6 +70,7 @@ class Foresight:
         self._again = False  # the same phase follows this one, so the virtual run may go round
         self._real = 0
         self._virtual = 0
+        self._decided: deque[Decision] = deque()  # what the virtual run comes by next
 
     # -- the real run tells what it does ------------------------------------------------------------------------
 
@@ -115,14 +120,19 @@ class Foresight:
 
     def rebuild(self, residents: list[Resident]) -> None:
         """Forget what was foreseen and start from what really is near."""
-        self.layout = Layout(self._capacity)
-        for resident in sorted(
-            residents, key=lambda resident: resident.offset
-        ):  # side by side, they leave room in one piece
-            self.layout.add(resident)
+        self._lay(sorted(residents, key=lambda resident: resident.offset))  # who goes side by side leaves one gap
         self.ahead.clear()
         self.stuck = False
         self._virtual = self._real
+        self._decided.clear()
+
+    def fits(self, phase: str) -> bool:
+        """Whether a recorded phase finds room in an arena in which nothing is near yet. If so it always does,
+        for it can begin there (`_look_on`)."""
+        alone = Foresight(self._capacity, self._size_of, self._policy)
+        alone._trace = self._phases[phase]
+        alone._takes, alone._recording = _takes_by_name(alone._trace), False
+        return len(alone._decide(0)) == len(alone._trace)
 
     # -- the virtual run ------------------------------------------------------------------------------------------
 
@@ -135,58 +145,80 @@ class Foresight:
         """Walk on to the next block that must be brought near, and decide where it goes. None at the end of what is
         known, or when it is stuck."""
         self.stuck = False
-        while True:
-            event = self._event_at(self._virtual)
-            if event is None:
-                return None
-            placement = self._foresee(*event)
-            if self.stuck:
-                return None
+        while self._decided or self._look_on():
+            touch, name, placement = self._decided.popleft()
+            if touch in (Touch.TAKE, Touch.FRESH):
+                self.ahead[name] += 1
             self._virtual += 1
             if placement is not None:
                 return placement
-
-    def _event_at(self, index: int) -> Event | None:
-        if index < len(self._trace):
-            return self._trace[index]
-        if self._again and not self._recording and self._trace and index < 2 * len(self._trace):
-            return self._trace[index - len(self._trace)]
         return None
 
-    def _foresee(self, touch: Touch, name: str) -> Placement | None:
-        resident = self.layout.by_name.get(name)
-        if touch in (Touch.GIVE, Touch.DROP):
-            assert resident is not None, f"{name} is given back but was never taken"
-            resident.pins -= 1
-            self.layout.used(name)
-            if touch is Touch.DROP and resident.pins == 0:
-                self.layout.remove(name)
-            return None
-        if resident is not None:
-            resident.pins += 1
-            self.layout.used(name)
-            self.ahead[name] += 1
-            return None
-        return self._place(name, fresh=touch is Touch.FRESH)
+    def _look_on(self) -> bool:
+        """Decide for what is known from the virtual run's event on, to the end of a round at most. Layouts follow from one
+        another, and leases of many sizes can in time leave gaps that are each too small; a round in which that would
+        happen begins with nobody near but who is pinned. False when nothing is known, or there is no room."""
+        length = len(self._trace)
+        if self._virtual >= length * (2 if self._again and not self._recording else 1):
+            return False
+        pinned = [replace(resident) for resident in self.layout.by_name.values() if resident.pins]
+        first = self._virtual % length
+        self._decided.extend(self._decide(first))
+        if len(self._decided) < length - first and not self._recording:
+            self._lay(pinned)
+            self._decided = deque(self._decide(first))
+        self.stuck = not self._decided
+        return bool(self._decided)
 
-    def _place(self, name: str, fresh: bool) -> Placement | None:
+    def _lay(self, residents: list[Resident]) -> None:
+        self.layout = Layout(self._capacity)
+        for resident in residents:
+            self.layout.add(resident)
+
+    def _decide(self, first: int) -> list[Decision]:
+        """From an event of the trace on, to its end or the first that finds no room."""
+        decided = []
+        for index in range(first, len(self._trace)):
+            touch, name = self._trace[index]
+            resident = self.layout.by_name.get(name)
+            placement = None
+            if touch in (Touch.GIVE, Touch.DROP):
+                assert resident is not None, f"{name} is given back but was never taken"
+                self._leave(resident, touch)
+            elif resident is not None:
+                resident.pins += 1
+                self.layout.used(name)
+            else:
+                placement = self._place(name, touch is Touch.FRESH, index)
+                if placement is None:
+                    break
+            decided.append((touch, name, placement))
+        return decided
+
+    def _leave(self, resident: Resident, touch: Touch) -> None:
+        resident.pins -= 1
+        self.layout.used(resident.name)
+        if touch is Touch.DROP and resident.pins == 0:
+            self.layout.remove(resident.name)
+
+    def _place(self, name: str, fresh: bool, index: int) -> Placement | None:
         nbytes = self._size_of(name)
-        found = self.layout.place(nbytes, self._policy(self.layout.by_name.values(), self._next_use))
+        found = self.layout.place(
+            nbytes, self._policy(self.layout.by_name.values(), lambda other: self._next_use(other, index))
+        )
         if found is None:
-            self.stuck = True
             return None
         offset, victims = found
         for victim in victims:
             self.layout.remove(victim)
         self.layout.add(Resident(offset, nbytes, name, pins=1))
-        self.ahead[name] += 1
         return Placement(name, offset, nbytes, fresh)
 
-    def _next_use(self, name: str) -> int:
+    def _next_use(self, name: str, here: int) -> int:
         """Events until the block is taken again, going round; a recording knows nothing of what comes."""
         length = len(self._trace)
         if self._recording or name not in self._takes:
             return length
-        here, takes = self._virtual % length, self._takes[name]
+        takes = self._takes[name]
         after = bisect_right(takes, here)
         return takes[after] - here if after < len(takes) else takes[0] + length - here

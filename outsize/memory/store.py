@@ -135,9 +135,9 @@ class Store:
         if not self._arena.foresight.expect((touch, entry.block.name)):
             self._arena.rebuild()
         try:
-            while self._arena.foresight.behind or entry.offset < 0:
+            while self._arena.foresight.behind or self._arena.awaits(entry):
                 self._arena.look_ahead()
-                if self._arena.foresight.behind or entry.offset < 0:
+                if self._arena.foresight.behind or self._arena.awaits(entry):
                     self._wait_for_room(entry)
         except BaseException:
             self._arena.foresight.withdraw()
@@ -304,6 +304,12 @@ class Store:
             with self._turn:
                 if not self._arena.foresight.end():
                     self._arena.rebuild()
+
+    def need_room(self, phase: str) -> None:
+        """Raises BudgetError unless a phase that was recorded will find room near compute whatever came before it."""
+        if not self._arena.foresight.fits(phase):
+            size = format_size(self._arena.memory.numel())
+            raise BudgetError(f"{size} near compute are too few for what is leased at once. Give more memory.")
 
     # -- whole store ----------------------------------------------------------------------------------------------
 

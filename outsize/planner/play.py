@@ -82,7 +82,8 @@ def play(
 ) -> Played:
     """Play a run of `steps` steps; after the last nothing follows. Without `commit_every` nothing is committed.
 
-    Raises BudgetError where the run itself would: when leases leave no room in the arena."""
+    Raises BudgetError where the run itself would, in these steps or any later one: when leases leave no room in the
+    arena."""
     clock = SimulatedClock(ways)
     tiers: dict[str, Tier] = {"host": NullTier("host", ENDLESS), "disk": NullTier("disk", ENDLESS)}
     empty: Any = Nothing
@@ -91,6 +92,8 @@ def play(
     player.run(script.setup)
     player.store.flush()
     played = tuple(player.step(script.step(number), again=number + 1 < steps) for number in range(steps))
+    for phase in {event.phase for event in script.steps[-1] if isinstance(event, Begin)}:
+        player.store.need_room(phase)
     return Played(played, player.store.tiers["disk"].used)
 
 

@@ -23,7 +23,7 @@ from outsize.planner.keeper import no_room
 from outsize.planner.needs import find_needs
 from outsize.planner.prices import CrowdedPrices, MeasuredPrices, Prices, RatedPrices, seconds_of_passing
 from outsize.planner.rehearsal import Batch, rehearse
-from outsize.planner.search import Choice, JobSizes, Search
+from outsize.planner.search import JobSizes, Search
 from outsize.planner.sizes_of import SMALL, sizes_of, split_weights
 from outsize.planner.trial import kept_bytes
 from outsize.sizes import format_size
@@ -118,7 +118,7 @@ class Planning:
         """As `plan_training`."""
         if 2 * self._task.job.all_bytes > self._place.disk_free_bytes:
             raise BudgetError(_disk_too_small(2 * self._task.job.all_bytes, self._place.disk_free_bytes))
-        found: list[tuple[Choice, Search]] = []
+        found: list[Search] = []
         fastest = inf
         ways = [(how, job) for job in self._task.jobs for how in self._considered]
         possible = [(how, job) for how, job in ways if self._held(how) <= memory_bytes]
@@ -129,15 +129,15 @@ class Planning:
             if search.room < search.needs.good_arena:
                 search = search.loosened()
             if search.least <= memory_bytes:
-                found.append((search.best(), search))
-                fastest = min(fastest, found[-1][0].forecast.seconds)
-                if found[-1][0].forecast.hides_all:
+                found.append(search)
+                best = search.best().forecast
+                fastest = min(fastest, best.seconds)
+                if best.hides_all:
                     break  # what comes computes or exchanges more
         if not found:
             tried = [self.search(how, job).within(memory_bytes) for how, job in possible or ways[-1:]]
             raise _no_memory(min(tried, key=lambda search: search.least).loosened())
-        choice, search = min(found, key=lambda pair: pair[0].forecast.seconds)
-        plan = search.finished(choice)
+        plan = _fastest(found)
         check_disk(plan, self._place.disk_free_bytes)
         return plan
 
@@ -167,6 +167,19 @@ class Planning:
             plan = job.plan(task.request, tuple((name, how) for name in names))
             self._searches[how, job.copies] = search_of(task, self._place, job, plan)
         return self._searches[how, job.copies]
+
+
+def _fastest(found: list[Search]) -> Plan:
+    """Of what was tried, the fastest that is still found to have room when it is played closely."""
+    problem: BudgetError | None = None
+    tried = [(choice, search) for search in found for choice in search.tried]
+    for choice, search in sorted(tried, key=lambda pair: pair[0].forecast.seconds):
+        try:
+            return search.finished(choice)
+        except BudgetError as error:
+            problem = error
+    assert problem is not None
+    raise problem
 
 
 def search_of(task: Task, place: Place, job: JobSizes, bare: Plan) -> Search:

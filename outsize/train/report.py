@@ -15,6 +15,7 @@ from typing import Any
 
 from outsize.distributed.arrangement import WIRE as LINKED
 from outsize.errors import RunError, StorageError
+from outsize.plan import CAUSES
 from outsize.sizes import format_size
 
 Number = float | int | None
@@ -40,14 +41,8 @@ COMPARED = {
     "seconds_per_step": "seconds a step (median)",
     "tokens_per_second": "tokens a second (median)",
 }
-CAUSES = {
-    "compute_seconds": "compute",
-    "read_wait_seconds": "waiting for reads",
-    "write_wait_seconds": "waiting for writes",
-    "update_seconds": "update",
-    "wire_wait_seconds": "exchanging with other workers",
-    "mean_seconds_per_step": "**step**",
-}
+FROM = {"disk": "read"} | {tier: f"from {tier}" for tier in LINKED}
+TO = {"disk": "written"} | {tier: f"to {tier}" for tier in LINKED}
 FIGURES = {"planned", "measured", "ratio", "share", "size"}
 
 
@@ -226,10 +221,7 @@ def moved_a_step(moved: Mapping[tuple[str, str, str], int], steps: int) -> dict[
     `read` from disk and `written` to it, by kind, and that came `from` workers and went `to` them."""
     found: dict[str, Counter[str]] = {"read": Counter(), "written": Counter()}
     for (source, destination, kind), nbytes in sorted(moved.items()):
-        direction = {"disk": "read"}.get(source) or {"disk": "written"}.get(destination)
-        direction = (
-            f"from {source}" if source in LINKED else f"to {destination}" if destination in LINKED else direction
-        )
+        direction = FROM.get(source) or TO.get(destination)
         if direction is not None and nbytes:
             found.setdefault(direction, Counter())[kind] += nbytes
     return {
@@ -310,7 +302,7 @@ def _compared(planned: Mapping[str, Number], found: Mapping[str, Number]) -> Ite
 
 def _by_cause(planned: Mapping[str, Number], found: Mapping[str, Number]) -> Iterator[tuple[str, ...]]:
     whole = found.get("mean_seconds_per_step")
-    for key, label in CAUSES.items():
+    for key, label in (CAUSES | {"mean_seconds_per_step": "**step**"}).items():
         plan, real = planned.get(key), found.get(key)
         if key in WIRE and not plan and not real:
             continue
