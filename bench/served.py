@@ -44,7 +44,7 @@ def streamed(place: str, memory: int, batches: list[int], new: int, limit: int |
     make_cold(Path(place))
     with memory_cgroup(limit):
         model, most = str(Path(place) / "model"), max(batches)
-        options = {"context": 64, "seats": most, "step_tokens": len(WORDS) * most, "scratch": place}
+        options = {"context": 64, "concurrency": most, "step_tokens": len(WORDS) * most, "scratch": place}
         with open_engine(model, memory=memory, **options) as engine:
             found: dict[str, Any] = {"near": _near(engine), "planned_peak_bytes": engine.plan.predicted.host_peak_bytes}
             for batch in batches:
@@ -201,7 +201,7 @@ def conversations(model: str, memory: int, count: int, room: int, turns: int, fa
 
     serving.plan_serving = plan
     draw = random.Random(2)
-    with open_engine(model, memory=memory, context=length + 16, seats=count) as engine:
+    with open_engine(model, memory=memory, context=length + 16, concurrency=count) as engine:
         said = _prompts(draw, count, PROMPT, engine.vocabulary)
         spent, new = 0.0, 0
         for _ in range(turns):

@@ -303,13 +303,18 @@ def _read_value(value: Any, wanted: Any, place: str) -> Any:
 
 @dataclass(frozen=True)
 class ServeRequest:
-    """What a user asks of serving: `memory_bytes` for the whole process, up to `seats` sequences in a step of up to
-    `step_tokens` tokens, each up to `context` tokens long (None: the model's own limit, or 4096)."""
+    """What a user asks of serving: `memory_bytes` for the whole process, up to `concurrency` sequences in a step of up to
+    `step_tokens` tokens, each up to `context` tokens long (None: the model's own limit, or 4096). A concurrency that is
+    named gets room before weights do; None: 32, where there is room to spare."""
 
     memory_bytes: int
     context: int | None = None
-    seats: int = 32
+    concurrency: int | None = None
     step_tokens: int = 512
+
+    @property
+    def seats(self) -> int:
+        return 32 if self.concurrency is None else self.concurrency
 
     def __post_init__(self) -> None:
         if self.seats < 1 or self.step_tokens < self.seats:

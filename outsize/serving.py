@@ -44,10 +44,10 @@ __all__ = ["Completion", "Engine", "Sampling"]
 class Engine(Service):
     """Serves the model at `model` (folder, .gguf file or hub id) within `memory`: `generate`, `stream`, `astream`.
 
-    `context` tokens of prompt and answer at most, `seats` sequences in one step of up to `step_tokens` tokens; `policy` is
-    one of fcfs, feedback, fair, priority. Keys and values without a place in memory go to `scratch`, or to `kv_directory`,
-    where another engine over the same weights finds them again. `plan` says what was decided. Close it, or use it in a
-    `with` statement.
+    `context` tokens of prompt and answer at most, `concurrency` sequences in one step of up to `step_tokens` tokens, who get
+    memory before weights do (None: 32, where there is room to spare); `policy` is one of fcfs, feedback, fair, priority.
+    Keys and values without a place in memory go to `scratch`, or to `kv_directory`, where another engine over the same
+    weights finds them again. `plan` says what was decided. Close it, or use it in a `with` statement.
 
     Raises BudgetError when the memory does not do, ModelError when the model cannot be read or served, OptionError for a
     bad option."""
@@ -58,7 +58,7 @@ class Engine(Service):
         *,
         memory: str | int | None = None,
         context: int | None = None,
-        seats: int = 32,
+        concurrency: int | None = None,
         step_tokens: int = 512,
         policy: str = "fcfs",
         scratch: str | Path | None = None,
@@ -67,7 +67,7 @@ class Engine(Service):
         if policy not in POLICIES:
             raise OptionError(f"There is no policy {policy!r}; there are {', '.join(POLICIES)}.")
         limit = parse_size(memory) if memory is not None else _free_memory()
-        request = ServeRequest(limit, context, seats, step_tokens)
+        request = ServeRequest(limit, context, concurrency, step_tokens)
         compile_few_kernels()
         source, module, tokenizer = _opened(model)
         units = find_units(module)
@@ -121,7 +121,7 @@ def plan_service(
     *,
     machine: Machine,
     context: int | None = None,
-    concurrency: int = 32,
+    concurrency: int | None = None,
     step_tokens: int = 512,
 ) -> Callable[[str | int], Plan]:
     """What `Engine` would do with `model` within one memory after another, without doing it, and what requests would see on

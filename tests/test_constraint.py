@@ -46,7 +46,7 @@ def obeys(text: str) -> bool:
 
 
 def test_an_engine_answers_by_the_schema(model: Path) -> None:
-    with outsize.Engine(str(model), memory="2GiB", context=256, seats=4) as engine:
+    with outsize.Engine(str(model), memory="2GiB", context=256, concurrency=4) as engine:
         options = {"max_new_tokens": 200, "json_schema": json.dumps(SCHEMA), "n": 4, "seed": 1}
         drawn = engine.generate(["a pet", "another"], temperature=1.5, **options)
         assert all(obeys(one.text) and one.finish == "stop" for one in drawn)

@@ -25,8 +25,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return found
 
 
-def planned(folder: Path, memory: str, **options) -> Plan:
+def planned(folder: Path, memory: str | int, **options) -> Plan:
     return outsize.plan(str(folder), memory=memory, task="serve", machine="laptop", **options)
+
+
+def smallest(folder: Path) -> int:
+    """Bytes with which a plan for 256 tokens of context works."""
+    with pytest.raises(BudgetError, match="Give --memory") as refused:
+        planned(folder, "300MiB", context=256)
+    return (8 + int(str(refused.value).split("Give --memory ")[1].split("MiB")[0])) << 20  # planning leaves some behind
 
 
 def test_more_memory_serves_more_and_faster(folder: Path) -> None:
@@ -34,10 +41,7 @@ def test_more_memory_serves_more_and_faster(folder: Path) -> None:
         planned(folder, "300MiB", context=256)
     needed, *parts = map(parse_size, re.findall(r"[0-9.]+ [KMG]iB", str(refused.value).partition("at least ")[2]))
     assert sum(parts) == pytest.approx(needed, abs=0.02 * 2**30) and len(parts) == 6  # GiB are told to two digits
-    least = (
-        f"{8 + int(str(refused.value).split('Give --memory ')[1].split('MiB')[0])}MiB"  # planning leaves some behind
-    )
-    small, large = (planned(folder, memory, context=256, concurrency=16) for memory in (least, "8GiB"))
+    small, large = (planned(folder, memory, context=256, concurrency=16) for memory in (smallest(folder), "8GiB"))
     for plan in (small, large):
         assert plan.served is not None and plan.predicted is not None and plan.memory_bytes is not None
         assert sum(nbytes for _, nbytes in plan.predicted.memory) == plan.predicted.host_peak_bytes <= plan.memory_bytes
@@ -48,6 +52,15 @@ def test_more_memory_serves_more_and_faster(folder: Path) -> None:
     assert small.served.requests < large.served.requests == 16
     assert small.served.alone < large.served.alone < large.served.together
     assert "16 at once with 256 tokens each" in str(large) and "first token" in str(large)
+
+
+def test_who_says_how_many_gets_room_for_them_before_weights_do(folder: Path) -> None:
+    memory = smallest(folder) + (6 << 20)
+    unsaid, said = planned(folder, memory, context=256), planned(folder, memory, context=256, concurrency=32)
+    assert unsaid.serving and said.serving and unsaid.predicted and said.predicted
+    assert unsaid.serving.seats == said.serving.seats == 32
+    assert unsaid.serving.pages < said.serving.pages
+    assert unsaid.predicted.bytes_read < said.predicted.bytes_read
 
 
 def test_the_command_prints_what_was_asked(folder: Path) -> None:

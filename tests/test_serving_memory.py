@@ -20,7 +20,7 @@ from outsize.errors import BudgetError
 from outsize.machine.describe import process_memory
 
 def engine(memory):
-    return outsize.Engine(sys.argv[1], memory=memory, context=512, seats=16, step_tokens=256)
+    return outsize.Engine(sys.argv[1], memory=memory, context=512, concurrency=16, step_tokens=256)
 
 try:
     engine("200MiB")

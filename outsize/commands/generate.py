@@ -44,12 +44,12 @@ def generate(
     from outsize.serving import Engine, Sampling
 
     sampling = Sampling(max_new_tokens, temperature, top_p=top_p, seed=seed)
-    seats = 1 if prompt is not None else 32
+    concurrency = 1 if prompt is not None else None
     with (
         interruptible(
             "What is in the output file stays; the same command goes on." if output_file else "Nothing was kept."
         ),
-        Engine(model, memory=memory, context=context, seats=seats, scratch=scratch) as engine,
+        Engine(model, memory=memory, context=context, concurrency=concurrency, scratch=scratch) as engine,
     ):
         if input_file is not None and output_file is not None:
             count = answer_file(engine, input_file, output_file, sampling)

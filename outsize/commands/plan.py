@@ -58,7 +58,7 @@ def plan(
     zero: options.Zero = 3,
     block_class: options.BlockClass = None,
     context: Annotated[int | None, typer.Option(min=2, help="serve: tokens of prompt and answer together.")] = None,
-    concurrency: Annotated[int, typer.Option(min=1, help="serve: requests computed at once, at most.")] = 32,
+    concurrency: Annotated[int | None, typer.Option(min=1, help="serve: requests computed at once, at most.")] = None,
     step_tokens: Annotated[int, typer.Option(min=1, help="serve: tokens computed at once.")] = 512,
     compare: Annotated[str | None, typer.Option(help="Other memory sizes, as 2GiB,4GiB,8GiB, in one table.")] = None,
     picture: Annotated[Path | None, typer.Option(help="Draw the step, or time against memory with --compare.")] = None,

@@ -27,7 +27,12 @@ def serve(
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any that is free.")] = 8000,
     context: Annotated[int | None, typer.Option(min=2, help="Tokens of prompt and answer together, at most.")] = None,
-    concurrency: Annotated[int, typer.Option(min=1, help="Sequences computed at once, at most.")] = 32,
+    concurrency: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Sequences computed at once, at most; memory goes to them before weights. [default: 32]"
+        ),
+    ] = None,
     step_tokens: Annotated[int, typer.Option(min=1, help="Tokens computed at once; prompts are cut so.")] = 512,
     policy: Annotated[str, typer.Option(help="Who goes first: fcfs, feedback, fair or priority.")] = "fcfs",
     name: Annotated[str | None, typer.Option(help="The model's name for clients; its file's name otherwise.")] = None,
@@ -65,7 +70,7 @@ def serve(
             model,
             memory=memory,
             context=context,
-            seats=concurrency,
+            concurrency=concurrency,
             step_tokens=step_tokens,
             policy=policy,
             scratch=scratch,

@@ -30,7 +30,9 @@ from outsize.train.job import always_near, users_of
 
 PAGE_TOKENS = 16
 COMPILED = 96 << 20  # bytes: kernels that oneDNN compiles, one for each shape it meets, and never lets go; docs/log.md
-FOR_MANY = 4  # while weights stream, one part in so many of the free memory goes to pages for many requests
+FOR_MANY = (
+    4  # while weights stream, one part in so many of the free memory goes to pages for many, if nobody said how many
+)
 FAR_TIMES = 8  # as many pages as near may lie on disk, at most
 FAR_DISK = 4  # and take one part in so many of what the disk has free
 BASELINE, TENSORS, KERNEL, WEIGHTS, STREAM, CACHE = (
@@ -49,8 +51,8 @@ def plan_serving(
     """The plan for serving `model`, which attends by `use_paged_attention`.
 
     Memory goes first to what a step needs, then to pages for one sequence of the whole context, then to weights, then to
-    pages for all seats. Where weights must stream, a quarter of what is free goes to pages before: one pass over the
-    weights serves everybody who has pages.
+    pages for all seats. Where weights must stream, pages come before: one pass over the weights serves everybody who has
+    pages. They take what is free if it was said how many shall be served at once, else a quarter of it.
 
     Raises BudgetError with the smallest budget that works, OptionError for a context longer than the model's, ModelError
     when the model cannot be served."""
@@ -103,6 +105,11 @@ class _Room:
         return self._request.memory_bytes - self.taken.total()
 
     @property
+    def for_pages(self) -> int:
+        """Bytes that pages may take before weights do."""
+        return self.left // (FOR_MANY if self._request.concurrency is None else 1)
+
+    @property
     def least_pages(self) -> int:
         """Bytes of pages for one sequence."""
         return self._one * self.page_bytes
@@ -113,14 +120,22 @@ class _Room:
         self.taken[CACHE] += count * self.page_bytes
         return count
 
-    def take_weights(self, sizes: dict[str, int], but: set[str]) -> set[str]:
-        """As many as there is room for."""
-        taken = set()
-        for name, nbytes in sizes.items():
-            if name not in but and nbytes <= self.left:
-                taken.add(name)
-                self.taken[WEIGHTS] += nbytes
-        return taken
+    def take_weights(self, groups: list[dict[str, int]]) -> set[str]:
+        """As many as there is room for, of each unit all or none, evenly spread: while those that stay compute, those that
+        stream are read. What then is left takes single weights."""
+        share = min(1.0, self.left / max(1, sum(sum(sizes.values()) for sizes in groups)))
+        taken: dict[str, int] = {}
+        due = 0.0
+        for sizes in groups:
+            nbytes = sum(sizes.values())
+            due += share * nbytes
+            if sum(taken.values()) + nbytes / 2 <= due and sum(taken.values()) + nbytes <= self.left:
+                taken |= sizes
+        for name, nbytes in (item for sizes in groups for item in sizes.items()):
+            if name not in taken and sum(taken.values()) + nbytes <= self.left:
+                taken[name] = nbytes
+        self.taken[WEIGHTS] += sum(taken.values())
+        return set(taken)
 
     def too_small(self, arena: int) -> BudgetError:
         """For what is taken, an arena, and one sequence."""
@@ -161,8 +176,9 @@ def _streaming(
     if room.left < least + room.least_pages:
         raise room.too_small(least)
     room.taken[STREAM] = min(wanted, room.left - room.least_pages) // pages(1) * pages(1)
-    count = room.take_pages(room.left // FOR_MANY)
-    near |= room.take_weights(sizes, near | set(rows))
+    count = room.take_pages(room.for_pages)
+    free = [{n: sizes[n] for n, _ in unit.parameters if n not in near and n not in rows} for unit in units]
+    near |= room.take_weights(free)
     return _Placed(near, rows, _packed(model, groups, near - set(rows), 0), count)
 
 
