@@ -42,7 +42,7 @@ class Trial:
     talks: int = 32
 
 
-FULL = Trial(LLAMA, 1_500_000_000, 1_350_000_000, (3.6, 2.9, 2.3, 1.7, 1.2), 600_000_000)
+FULL = Trial(LLAMA, 1_500_000_000, 1_400_000_000, (3.6, 2.9, 2.3, 1.7, 1.2), 600_000_000)
 SMALL = Trial(stack(12), 1_000_000_000, 850_000_000, (1.5, 0.8), 150_000_000, rounds=1, new=24, talks=8)
 
 
@@ -54,9 +54,8 @@ def resident(bench: Bench, trial: Trial, model: str) -> None:
 def past(bench: Bench, trial: Trial, model: str) -> None:
     place = bench.prepare(trial.shape)
     cgroup = {"place": place, "limit": trial.limit}
-    bench.measure("cgroup", "served", "streamed", STREAMED, memory=trial.budget, batches=BATCHES, new=8, **cgroup)
-    if read := int(bench.results["cgroup"].get("bytes_read", 0)):
-        bench.measure("disk alone", "served", "disk", STREAMED, place=place, nbytes=read, rounds=5)
+    options = {"memory": trial.budget, "batches": BATCHES, "new": 12, "rounds": trial.rounds}
+    bench.measure("cgroup", "served", "streamed", STREAMED, **options, **cgroup)
     bench.measure("gguf", "to_gguf", "write", place=place)
     bench.measure("llama.cpp", "rivals", "llama_cpp", batches=[1, 8], new=5, **cgroup)
     bench.measure("accelerate", "rivals", "accelerate", memory=trial.offloaded, batches=[1, 8], new=4, **cgroup)
@@ -64,7 +63,7 @@ def past(bench: Bench, trial: Trial, model: str) -> None:
     bench.measure("airllm", "rivals", "airllm", apart, batches=[1], new=3, **cgroup)
     for budget in trial.curve:
         memory = int(budget * 2**30)
-        options = {"place": place, "memory": memory, "batches": [1, 8], "new": 8}
+        options = {"place": place, "memory": memory, "batches": [1, 8], "new": 12}
         bench.measure(f"{budget} GiB", "served", "streamed", STREAMED, **options)
 
 

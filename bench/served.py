@@ -39,20 +39,29 @@ def open_engine(model: str, **options: Any) -> Any:
 # -- past memory --------------------------------------------------------------------------------------------------------
 
 
-def streamed(place: str, memory: int, batches: list[int], new: int, limit: int | None = None) -> dict[str, Any]:
-    """Decode with what fits near `memory` bytes, the rest streamed. `near`: part of the weights that stay."""
+def streamed(
+    place: str, memory: int, batches: list[int], new: int, rounds: int = 1, limit: int | None = None
+) -> dict[str, Any]:
+    """Decode with what fits near `memory` bytes, the rest streamed; batches by turns, and after each of one sequence the
+    same bytes are read alone. `near`: part of the weights that stay; `roofline`: seconds of reading alone for one of a step
+    that reads them."""
     make_cold(Path(place))
     with memory_cgroup(limit):
         model, most = str(Path(place) / "model"), max(batches)
-        options = {"context": 64, "concurrency": most, "step_tokens": len(WORDS) * most, "scratch": place}
+        options = {"context": len(WORDS) + new, "concurrency": most, "step_tokens": len(WORDS) * most, "scratch": place}
         with open_engine(model, memory=memory, **options) as engine:
             found: dict[str, Any] = {"near": _near(engine), "planned_peak_bytes": engine.plan.predicted.host_peak_bytes}
-            for batch in batches:
-                before, steps = _read_so_far(engine), engine.engine.totals.steps
-                found[f"b{batch}"] = decode(engine, [[40 + n, *WORDS[1:]] for n in range(batch)], new)
-                steps = engine.engine.totals.steps - steps
-                found["bytes_read"] = (_read_so_far(engine) - before) / steps
-            return found
+            rates: dict[str, list[float]] = {}
+            for _ in range(rounds):
+                for batch in batches:
+                    before, steps = _read_so_far(engine), engine.engine.totals.steps
+                    rate = decode(engine, [[40 + n, *WORDS[1:]] for n in range(batch)], new)
+                    rates.setdefault(f"b{batch}", []).append(rate)
+                    read = (_read_so_far(engine) - before) // (engine.engine.totals.steps - steps)
+                    if batch == 1 and read:
+                        found["bytes_read"] = read
+                        rates.setdefault("roofline", []).append(rate * seconds_to_read(place, read))
+            return found | {name: statistics.median(values) for name, values in rates.items()}
 
 
 def _near(engine: Any) -> float:
@@ -64,13 +73,13 @@ def _read_so_far(engine: Any) -> int:
     return engine.engine.store.ledger.total_moved("disk", "host")
 
 
-def disk(place: str, nbytes: int, rounds: int) -> dict[str, Any]:
-    """Seconds to read so many bytes as a step does, and nothing else."""
+def seconds_to_read(place: str, nbytes: int) -> float:
+    """So many bytes as a step does, and nothing else."""
     from outsize.memory.disk import DiskTier
     from outsize.memory.host import allocate_slab
     from outsize.memory.transfer import PIECE, Transfers
 
-    path, ring = Path(place) / "floor", [allocate_slab(PIECE).random_() for _ in range(8)]
+    path, ring = Path(place) / "floor", [allocate_slab(PIECE).random_() for _ in range(3)]
     tier, transfers = DiskTier(path), Transfers()
     try:
         extents = [tier.allocate(PIECE) for _ in range(-(-nbytes // PIECE))]
@@ -83,12 +92,11 @@ def disk(place: str, nbytes: int, rounds: int) -> dict[str, Any]:
             for ticket in tickets:
                 ticket.wait()
 
-        found = [seconds(read) for _ in range(rounds)]
+        return seconds(read) * nbytes / (len(extents) * PIECE)
     finally:
         transfers.close()
         tier.close()
         path.unlink()
-    return {"seconds": statistics.median(found) * nbytes / (len(extents) * PIECE)}
 
 
 # -- all resident -------------------------------------------------------------------------------------------------------
