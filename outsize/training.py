@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from outsize.distributed.group import Group, find_group
+from outsize.distributed.group import Group
 from outsize.distributed.measure import measure_speeds, measure_wire
 from outsize.distributed.wire import NO_WIRE
+from outsize.distributed.workers import find_group
 from outsize.errors import DamageError, OptionError, OutsizeError, RunError
 from outsize.machine.allocator import give_back, recycle_up_to
 from outsize.machine.describe import describe, process_memory

@@ -18,7 +18,7 @@ from exactness import ACTIVATIONS_OF, Setting, bind_job, make_batches, make_mode
 from torch import nn
 from workers import Case
 
-from outsize.distributed.group import find_group
+from outsize.distributed.workers import find_group
 from outsize.model.units import find_units
 from outsize.plan import Plan
 from outsize.train.job import Job, always_near

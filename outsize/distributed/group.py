@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import distributed
-from torch._C._distributed_c10d import Store
-from torch.distributed.rendezvous import rendezvous
 
-from outsize.distributed.arrangement import ALONE, REMOTE, Arrangement
-from outsize.distributed.collectives import Unreachable, exchange
+from outsize.distributed.arrangement import ALONE, Arrangement
 from outsize.distributed.shares import Shares, even_shares, sole_share
-from outsize.distributed.watch import Watch
 from outsize.distributed.wire import NO_WIRE, Wire
-from outsize.errors import OptionError, OutsizeError, RunError
+from outsize.errors import RunError
 from outsize.memory.clock import Clock
 from outsize.memory.ledger import Ledger
 
-TO_MEET = timedelta(seconds=30)  # for all workers to have come
-TO_ANSWER = timedelta(minutes=30)  # for a worker that lives: the first one may be preparing data, or writing the model
 Messages = Mapping[int, torch.Tensor]
 """To workers, or from them."""
 NUMBER = "number"  # in the ledger: counts, losses and norms that workers tell each other
@@ -184,90 +175,6 @@ class Several(Group):
             self._count(self.arrangement.tier(level), NUMBER, told, told)
 
 
-class Workers(Several):
-    """Several workers, connected by `torch.distributed`."""
-
-    def __init__(self, rank: int, size: int, local: int, here: int, patience: float) -> None:
-        """`here` is how many there are on this machine, of which this is number `local`; `patience` for one that does not
-        move, in seconds. Raises RunError when they do not all come."""
-        self.here, self.leads = here, local == 0
-        try:
-            meeting, _, _ = next(rendezvous("env://", rank, size, timeout=TO_MEET))
-            super().__init__(_arranged(meeting, rank, size, local, here))
-            self._watch = Watch(meeting, rank, size, patience)
-            distributed.init_process_group("gloo", store=meeting, rank=rank, world_size=size, timeout=TO_ANSWER)
-            commits = distributed.new_group(backend="gloo", timeout=TO_ANSWER)
-            assert isinstance(commits, distributed.ProcessGroup), "every worker is a member"
-            self._commits = commits
-        except (RuntimeError, ValueError) as problem:
-            raise RunError(
-                f"Worker {rank} of {size} cannot reach the meeting point {os.environ.get('MASTER_ADDR')}:"
-                f"{os.environ.get('MASTER_PORT')}: {problem}"
-            ) from problem
-
-    def send(self, outgoing: Messages, incoming: Messages) -> None:
-        self._wait(lambda: exchange(outgoing, incoming))
-
-    def each(self, *numbers: float) -> list[tuple[float, ...]]:
-        said = torch.tensor(numbers, dtype=torch.float64)
-        heard = [torch.empty_like(said) for _ in range(self.size)]
-        self._wait(lambda: distributed.all_gather(heard, said))
-        self._count_numbers(said.nbytes)
-        return [tuple(numbers.tolist()) for numbers in heard]
-
-    def tell(self, value: Any) -> list[Any]:
-        heard: list[Any] = [None] * self.size
-        self._wait(lambda: distributed.all_gather_object(heard, value))
-        return heard
-
-    def first(self, make: Callable[[], Any]) -> Any:
-        made: list[Any] = [None]
-        if self.rank == 0:
-            try:
-                made = [make()]
-            except OutsizeError as problem:
-                made = [problem]
-        self._wait(lambda: distributed.broadcast_object_list(made, 0))
-        if isinstance(made[0], OutsizeError):
-            raise made[0]
-        return made[0]
-
-    def all_have(self) -> None:
-        try:
-            distributed.barrier(group=self._commits)
-        except RuntimeError as problem:
-            raise self._watch.lost(None, problem) from problem
-
-    def once(self, make: Callable[[], object], made: Callable[[], bool]) -> None:
-        if self.rank == 0:
-            make()
-        self.each(0)
-        if self.leads and not made():
-            make()
-        self.each(0)
-
-    def folder(self, state: Path) -> Path:
-        return state / f"worker-{self.rank}-of-{self.size}"
-
-    def fail(self, problem: Exception) -> None:
-        self._watch.fail(problem)
-
-    def close(self) -> None:
-        self.each(0)
-        self._watch.close()
-        distributed.destroy_process_group()
-
-    def _wait(self, exchange: Callable[[], object]) -> None:
-        started = self.clock.now()
-        try:
-            exchange()
-        except Unreachable as problem:
-            raise self._watch.lost(problem.peer, problem) from problem
-        except RuntimeError as problem:
-            raise self._watch.lost(None, problem) from problem
-        self.waiting_seconds += self.clock.note("wire", started)
-
-
 class Imagined(Several):
     """What the planner knows of several workers: this one's part, in which the others send nothing. `tell(tier, kind, sent,
     received, seconds)` hears of each exchange over a `wire`; `allocate` gives 1-D uint8 tensors."""
@@ -297,29 +204,3 @@ class Imagined(Several):
 
 def _nbytes(messages: Messages) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in messages.values())
-
-
-def find_group(patience: float = 30.0) -> Group:
-    """The group that torch's launcher has put this process into by environment variables, or a worker alone.
-
-    Raises OptionError when these are incomplete, RunError when the others cannot be reached."""
-    if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
-        return Group()
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    missing = [name for name in names if name not in os.environ]
-    if missing:
-        raise OptionError(
-            f"This process is to be a worker, but {', '.join(missing)} is not set. Start it with torchrun, or give "
-            "--workers."
-        )
-    rank, size, local, here = (int(os.environ[name]) for name in names[:4])
-    return Workers(rank, size, local, here, patience) if size > 1 else Group()
-
-
-def _arranged(meeting: Store, rank: int, size: int, local: int, here: int) -> Arrangement:
-    """By node, if these have equally many workers, with successive ranks; else all links are taken for slow ones."""
-    meeting.set(f"node of {rank}", f"{rank - local} {here}")
-    said = [meeting.get(f"node of {peer}").decode() for peer in range(size)]
-    if said == [f"{peer // here * here} {here}" for peer in range(size)]:
-        return Arrangement.of(rank, size, size // here)
-    return Arrangement(rank, ((REMOTE, size),))
