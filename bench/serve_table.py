@@ -25,6 +25,7 @@ RESIDENT = {
 }
 IN_CGROUP = {
     "cgroup": "Outsize, in the cgroup",
+    "cgroup, int8": "Outsize, int8 (approximate), in the cgroup",
     "llama.cpp": "llama.cpp, mapped file, in the cgroup",
     "accelerate": "accelerate, disk, in the cgroup",
     "airllm": "airllm, in the cgroup",
@@ -49,11 +50,15 @@ def _lines(results: Results, title: str) -> Iterator[str]:
     yield title
     yield "\n## SmolLM2-135M in bf16, all resident\n"
     yield "| tokens/s | Outsize | transformers | ratio |\n|---|---:|---:|---:|"
-    found = results.get("resident", {})
-    for key, (what, _) in RESIDENT.items():
-        if key in found:
-            ours, theirs = found[key]
-            yield f"| {what} | {ours:.0f} | {theirs:.0f} | {ours / theirs:.2f} |"
+    for run, how in (("resident", ""), ("resident, int8", "int8 (approximate): ")):
+        found = results.get(run, {})
+        for key, (what, _) in RESIDENT.items():
+            if key in found:
+                ours, theirs = found[key]
+                yield f"| {how}{what} | {ours:.0f} | {theirs:.0f} | {ours / theirs:.2f} |"
+    if "stored" in (loss := results.get("losses", {})):
+        tokens = loss["options"]["tokens"]
+        yield f"\nMean loss of {tokens:,} tokens of Python's documentation: {loss['stored']:.4f}, as int8 {loss['int8']:.4f}."
     yield "\n## Past memory\n"
     yield from _shape(results)
     yield "| tokens/s | near | batch 1 | 8 | 32 | GB read a step | peak GiB, planned | measured |"
@@ -112,6 +117,8 @@ def _targets(results: Results) -> Iterator[tuple[str, float, float]]:
     if "b1" in cgroup:
         if "roofline" in cgroup:
             yield "in the cgroup, batch 1: share of the disk's roofline", 0.9, cgroup["roofline"]
+        if "b1" in results.get("cgroup, int8", {}):
+            yield "in the cgroup, batch 1: int8 / bf16", 2, results["cgroup, int8"]["b1"] / cgroup["b1"]
         yield "in the cgroup: batch 8 / batch 1", 7.5, cgroup["b8"] / cgroup["b1"]
         yield "in the cgroup: batch 32 / batch 1", 28, cgroup["b32"] / cgroup["b1"]
         for name, target in (("llama.cpp", 1.6), ("accelerate", 1.8), ("airllm", 7)):

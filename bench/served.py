@@ -40,7 +40,13 @@ def open_engine(model: str, **options: Any) -> Any:
 
 
 def streamed(
-    place: str, memory: int, batches: list[int], new: int, rounds: int = 1, limit: int | None = None
+    place: str,
+    memory: int,
+    batches: list[int],
+    new: int,
+    rounds: int = 1,
+    limit: int | None = None,
+    weights: str = "stored",
 ) -> dict[str, Any]:
     """Decode with what fits near `memory` bytes, the rest streamed; batches by turns, and after each of one sequence the
     same bytes are read alone. `near`: part of the weights that stay; `roofline`: seconds of reading alone for one of a step
@@ -49,7 +55,7 @@ def streamed(
     with memory_cgroup(limit):
         model, most = str(Path(place) / "model"), max(batches)
         options = {"context": len(WORDS) + new, "concurrency": most, "step_tokens": len(WORDS) * most, "scratch": place}
-        with open_engine(model, memory=memory, **options) as engine:
+        with open_engine(model, memory=memory, weights=weights, **options) as engine:
             found: dict[str, Any] = {"near": _near(engine), "planned_peak_bytes": engine.plan.predicted.host_peak_bytes}
             rates: dict[str, list[float]] = {}
             for _ in range(rounds):
@@ -102,10 +108,15 @@ def seconds_to_read(place: str, nbytes: int) -> float:
 # -- all resident -------------------------------------------------------------------------------------------------------
 
 
-def resident(model: str, memory: int, batches: list[int], new: int, rounds: int) -> dict[str, Any]:
+def resident(
+    model: str, memory: int, batches: list[int], new: int, rounds: int, weights: str = "stored"
+) -> dict[str, Any]:
     """Decoding, reading a prompt of 512, and 32 mixed requests; each beside transformers' own generate, by turns."""
     draw, found = random.Random(0), {}
-    with closing(Elsewhere(model)) as theirs, open_engine(model, memory=memory, context=1024) as engine:
+    with (
+        closing(Elsewhere(model)) as theirs,
+        open_engine(model, memory=memory, context=1024, weights=weights) as engine,
+    ):
 
         def prompts(batch: int, length: int = PROMPT) -> list[list[int]]:
             return _prompts(draw, batch, length, engine.vocabulary)
@@ -190,6 +201,35 @@ def decode(engine: Any, prompts: list[list[int]], new: int) -> float:
     if end <= start:
         raise RuntimeError(f"{new} tokens are too few: the first sequence was finished before the last began")
     return sum(start < moment <= end for heard in times for moment in heard) / (end - start)
+
+
+# -- int8 ---------------------------------------------------------------------------------------------------------------
+
+
+def losses(model: str, tokens: int) -> dict[str, Any]:
+    """Mean loss over so many tokens of Python's documentation, 512 at a time, of the weights as stored and as int8."""
+    from pydoc_data.topics import topics
+
+    import torch
+
+    from outsize.model.load import open_model
+    from outsize.model.weights import leave_meta
+    from outsize.serve.int8 import use_int8
+
+    source = open_model(model)
+    tokenizer = source.tokenizer()
+    assert tokenizer is not None
+    ids = torch.tensor(tokenizer.encode("\n".join(topics.values()))[:tokens]).view(-1, 512)
+    found = {}
+    for weights in ("stored", "int8"):
+        module = source.build(torch.bfloat16)
+        read = source.read if weights == "stored" else use_int8(module, source.read)
+        leave_meta(module, torch.device("cpu"))
+        for name, parameter in module.named_parameters():
+            parameter.data = read(name, 0, parameter.shape[0]).to(parameter.dtype)
+        with torch.inference_mode():
+            found[weights] = statistics.fmean(float(module(one[None], labels=one[None]).loss) for one in ids)
+    return found
 
 
 # -- conversations ------------------------------------------------------------------------------------------------------

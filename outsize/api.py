@@ -119,13 +119,14 @@ def planning(
 
     For the `task` train, `request` takes the fields of `outsize.plan.Request` (sequence_length, batch_size, accumulate,
     precision, moments, clip, loss, activations, commit_every, keeper, zero), and its batch is what all `workers` do together
-    (None: one for each device of a cluster, or for each of its nodes); for `serve`, context, concurrency and step_tokens.
+    (None: one for each device of a cluster, or for each of its nodes); for `serve`, context, concurrency, step_tokens and
+    weights.
     `machine` is the name or file of one described, None this one, whose disk is that of `directory`. `model` may be a
     folder that holds nothing but config.json. Raises OptionError or ModelError; the plans raise BudgetError."""
     known = {
         "train": {field.name for field in fields(Request)}
         - {"memory_bytes", "hold", "workers", "nodes", "weight_copies", "sequences"},
-        "serve": {"context", "concurrency", "step_tokens"},
+        "serve": {"context", "concurrency", "step_tokens", "weights"},
     }.get(task)
     if known is None:
         raise OptionError(f"task {task!r} cannot be planned; there are train and serve.")

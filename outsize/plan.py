@@ -16,6 +16,7 @@ from outsize.sizes import format_size
 
 WIDTH = 80  # columns that a plan prints itself on
 SPARE = 0.02  # of the budget: as much as predictions are off, and a plan made elsewhere may find less
+STORED, INT8 = "stored", "int8"  # precisions of a plan for serving
 LATITUDE = 0.05  # of its prediction, by which a peak may be off
 CAUSES = {
     "compute_seconds": "compute",
@@ -193,7 +194,7 @@ class Plan:
     @property
     def exactness(self) -> str:
         """`exact`, `rounding` or `approximate`, the loosest of all choices."""
-        if self.precision == "bf16" or self.moments == "bf16":
+        if self.precision in ("bf16", INT8) or self.moments == "bf16":
             return "approximate"
         return "rounding" if self.blocked_loss else "exact"
 
@@ -262,6 +263,7 @@ def _service(plan: Plan, served: Served, predicted: Predicted) -> list[tuple[str
             "a step takes",
             f"{served.step_seconds * 1e3:,.0f} ms, and reads {format_size(predicted.bytes_read)} from disk",
         ),
+        *([("numbers", plan.exactness)] if plan.precision == INT8 else []),
     ]
 
 
@@ -311,12 +313,16 @@ class ServeRequest:
     context: int | None = None
     concurrency: int | None = None
     step_tokens: int = 512
+    weights: str = STORED
+    """How those of linear layers are held: as in the files, or in 8 bits."""
 
     @property
     def seats(self) -> int:
         return 32 if self.concurrency is None else self.concurrency
 
     def __post_init__(self) -> None:
+        if self.weights not in (STORED, INT8):
+            raise OptionError(f"weights {self.weights!r} is unknown; there are {STORED} and {INT8}.")
         if self.seats < 1 or self.step_tokens < self.seats:
             raise OptionError(
                 f"A step of {self.step_tokens} tokens is too small for {self.seats} sequences; each takes at least one."

@@ -23,7 +23,7 @@ from outsize.memory.transfer import Transfers
 from outsize.model.fingerprint import Summed, fingerprint_model, fingerprint_weights
 from outsize.model.load import ModelSource, open_model
 from outsize.model.units import find_units
-from outsize.plan import Plan, ServeRequest
+from outsize.plan import INT8, Plan, ServeRequest
 from outsize.planner.serving import plan_serving
 from outsize.planner.serving_forecast import with_forecast
 from outsize.planner.training import Place
@@ -31,6 +31,7 @@ from outsize.serve.attention import use_paged_attention
 from outsize.serve.constraint import schemas_bytes
 from outsize.serve.engine import Engine as StepEngine
 from outsize.serve.far_index import FarIndex
+from outsize.serve.int8 import Read, use_int8
 from outsize.serve.request import Sampling
 from outsize.serve.schedule import POLICIES
 from outsize.serve.service import Completion, Service
@@ -45,7 +46,8 @@ class Engine(Service):
     """Serves the model at `model` (folder, .gguf file or hub id) within `memory`: `generate`, `stream`, `astream`.
 
     `context` tokens of prompt and answer at most, `concurrency` sequences in one step of up to `step_tokens` tokens, who get
-    memory before weights do (None: 32, where there is room to spare); `policy` is one of fcfs, feedback, fair, priority.
+    memory before weights do (None: 32, where there is room to spare); `weights` "int8" holds those of linear layers in 8
+    bits (approximate), else they are as stored; `policy` is one of fcfs, feedback, fair, priority.
     Keys and values without a place in memory go to `scratch`, or to `kv_directory`, where another engine over the same
     weights finds them again. `plan` says what was decided. Close it, or use it in a `with` statement.
 
@@ -60,6 +62,7 @@ class Engine(Service):
         context: int | None = None,
         concurrency: int | None = None,
         step_tokens: int = 512,
+        weights: str = "stored",
         policy: str = "fcfs",
         scratch: str | Path | None = None,
         kv_directory: str | Path | None = None,
@@ -67,9 +70,9 @@ class Engine(Service):
         if policy not in POLICIES:
             raise OptionError(f"There is no policy {policy!r}; there are {', '.join(POLICIES)}.")
         limit = parse_size(memory) if memory is not None else _free_memory()
-        request = ServeRequest(limit, context, concurrency, step_tokens)
+        request = ServeRequest(limit, context, concurrency, step_tokens, weights)
         compile_few_kernels()
-        source, module, tokenizer = _opened(model)
+        source, module, read, tokenizer = _opened(model, weights)
         units = find_units(module)
         with ExitStack() as stack:
             folder = stack.enter_context(_scratch(scratch))
@@ -81,15 +84,15 @@ class Engine(Service):
             recycle_up_to(0)  # of weights that come in, none leaves a hole for others to spread over
             store = Store(tiers, self.plan.arena_bytes, allocate_slab, Transfers())
             stack.callback(store.close)
-            weights = Summed(source.read)
-            read = source.read if kv_directory is None else weights.read
-            attachment = bind_for_inference(module, units, self.plan, store, read, lambda p: users_of(module, p))
+            summed = Summed(read)
+            bring = read if kv_directory is None else summed.read
+            attachment = bind_for_inference(module, units, self.plan, store, bring, lambda p: users_of(module, p))
             stack.callback(attachment.detach)
             recycle_up_to(self.plan.recycle_bytes)
             index = None
             if kv_directory is not None:
                 serving = self.plan.serving
-                own = weights.digest(fingerprint_model(source.config), serving.layers, serving.page_bytes)
+                own = summed.digest(fingerprint_model(source.config), serving.layers, serving.page_bytes)
                 index = FarIndex(Path(kv_directory) / own, serving.far_pages)
                 tiers["kv"] = DiskTier(index.pages)
             engine = StepEngine(
@@ -103,7 +106,7 @@ class Engine(Service):
                 index,
             )
             names = [name for name, _ in module.named_parameters()]
-            identity = fingerprint_weights(source.config, names, source.read)
+            identity = fingerprint_weights(source.config, names, read)
             dismiss_threads()  # the engine computes in a thread of its own, with its own
             super().__init__(engine, identity, stack.pop_all().close)
 
@@ -123,28 +126,30 @@ def plan_service(
     context: int | None = None,
     concurrency: int | None = None,
     step_tokens: int = 512,
+    weights: str = "stored",
 ) -> Callable[[str | int], Plan]:
     """What `Engine` would do with `model` within one memory after another, without doing it, and what requests would see on
     `machine`. `model` may be a folder that holds nothing but config.json. Raises as `Engine` does."""
-    _, module, _tokenizer = _opened(model)
+    _, module, _, _tokenizer = _opened(model, weights)
     place = Place(machine, process_memory().resident_bytes, machine.capacity("disk"))
 
     def within(memory: str | int) -> Plan:
-        request = ServeRequest(parse_size(memory), context, concurrency, step_tokens)
+        request = ServeRequest(parse_size(memory), context, concurrency, step_tokens, weights)
         found = plan_serving(module, find_units(module), request, place.baseline_bytes, place.disk_free_bytes)
         return with_forecast(found, module, machine, place.prices)
 
     return within
 
 
-def _opened(model: str) -> tuple[ModelSource, Any, Any]:
-    """A model's files, its module without weights in the dtype of the files, attending over pages, and its tokenizer: all
-    that is there when a plan asks what the process holds already."""
+def _opened(model: str, weights: str) -> tuple[ModelSource, Any, Read, Any]:
+    """A model's files, its module without weights in the dtype of the files, or with linear layers of int8, attending over
+    pages; what reads its weights; and its tokenizer: all that is there when a plan asks what the process holds already."""
     source = open_model(model)
     stored = source.config.dtype if isinstance(source.config.dtype, torch.dtype) else torch.bfloat16
     module = (source.build if source.files.has_weights else source.outline)(stored)
     use_paged_attention(module)
-    return source, module, source.tokenizer()
+    read = use_int8(module, source.read) if weights == INT8 else source.read
+    return source, module, read, source.tokenizer()
 
 
 def end_tokens(module: Any) -> frozenset[int]:

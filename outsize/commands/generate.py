@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from outsize.commands.common import Json, Memory, Model, interruptible
+from outsize.commands.common import Json, Memory, Model, Weights, interruptible
 from outsize.errors import OptionError
 
 
@@ -23,6 +23,7 @@ def generate(
     ] = None,
     memory: Memory = None,
     context: Annotated[int | None, typer.Option(min=2, help="Tokens of prompt and answer together, at most.")] = None,
+    weights: Weights = "stored",
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 100,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token every time.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
@@ -49,7 +50,9 @@ def generate(
         interruptible(
             "What is in the output file stays; the same command goes on." if output_file else "Nothing was kept."
         ),
-        Engine(model, memory=memory, context=context, concurrency=concurrency, scratch=scratch) as engine,
+        Engine(
+            model, memory=memory, context=context, concurrency=concurrency, weights=weights, scratch=scratch
+        ) as engine,
     ):
         if input_file is not None and output_file is not None:
             count = answer_file(engine, input_file, output_file, sampling)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from outsize.commands import training_options as options
-from outsize.commands.common import Json, Model, interruptible, read_options
+from outsize.commands.common import Json, Model, Weights, interruptible, read_options
 from outsize.errors import BudgetError, OptionError, StorageError
 from outsize.sizes import format_size, parse_size
 
@@ -29,7 +29,7 @@ ASKED = {
         *("sequence_length", "batch_size", "accumulate", "precision", "moments", "optimizer", "clip", "loss"),
         *("activations", "commit_every", "keeper", "workers", "zero", "block_class"),
     },
-    "serve": {"context", "concurrency", "step_tokens"},
+    "serve": {"context", "concurrency", "step_tokens", "weights"},
 }
 """Parameters that say what is to be done, by task; others say where, or how it is shown."""
 TRAINED = ["peak", "s/step", "tokens/s", "waiting", "read", "written", "numbers"]
@@ -60,6 +60,7 @@ def plan(
     context: Annotated[int | None, typer.Option(min=2, help="serve: tokens of prompt and answer together.")] = None,
     concurrency: Annotated[int | None, typer.Option(min=1, help="serve: requests computed at once, at most.")] = None,
     step_tokens: Annotated[int, typer.Option(min=1, help="serve: tokens computed at once.")] = 512,
+    weights: Weights = "stored",
     compare: Annotated[str | None, typer.Option(help="Other memory sizes, as 2GiB,4GiB,8GiB, in one table.")] = None,
     picture: Annotated[Path | None, typer.Option(help="Draw the step, or time against memory with --compare.")] = None,
     trace: Annotated[Path | None, typer.Option(help="Write the step as a trace that Perfetto opens.")] = None,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from outsize.commands.common import Memory, Model, interruptible
+from outsize.commands.common import Memory, Model, Weights, interruptible
 from outsize.errors import OptionError
 from outsize.sizes import parse_size
 
@@ -34,6 +34,7 @@ def serve(
         ),
     ] = None,
     step_tokens: Annotated[int, typer.Option(min=1, help="Tokens computed at once; prompts are cut so.")] = 512,
+    weights: Weights = "stored",
     policy: Annotated[str, typer.Option(help="Who goes first: fcfs, feedback, fair or priority.")] = "fcfs",
     name: Annotated[str | None, typer.Option(help="The model's name for clients; its file's name otherwise.")] = None,
     api_key: Annotated[
@@ -72,6 +73,7 @@ def serve(
             context=context,
             concurrency=concurrency,
             step_tokens=step_tokens,
+            weights=weights,
             policy=policy,
             scratch=scratch,
             kv_directory=kv_directory,

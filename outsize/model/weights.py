@@ -147,9 +147,11 @@ def plain_put(block: RowBlock, source: torch.Tensor, target: torch.Tensor) -> No
 
 
 def placeholder(weight: Weight, device: torch.device) -> torch.Tensor:
-    """A tensor of the true shape that occupies one element. It is NaN, so that using it unleased cannot go unseen."""
+    """A tensor of the true shape that occupies one element. It is NaN, so that using it unleased cannot go unseen; of
+    integers the least, which no weight is."""
     return _unusable(weight.shape, weight.dtype, device)
 
 
 def _unusable(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    return torch.full((), float("nan"), dtype=dtype, device=device).expand(shape)
+    value = float("nan") if dtype.is_floating_point else torch.iinfo(dtype).min
+    return torch.full((), value, dtype=dtype, device=device).expand(shape)

@@ -14,7 +14,7 @@ from outsize.machine.allocator import LARGEST_RECYCLED, Ceiling
 from outsize.memory.tier import pages
 from outsize.model.units import Unit
 from outsize.model.vocabulary import Table
-from outsize.plan import KvLayer, Plan, Predicted, ServeRequest, Serving
+from outsize.plan import INT8, KvLayer, Plan, Predicted, ServeRequest, Serving
 from outsize.planner.needs import KERNELS, PACKED, THREADS, changes_of, held_for
 from outsize.planner.rehearsal import bare_copy
 from outsize.planner.serving_forecast import run_step
@@ -76,7 +76,7 @@ def plan_serving(
     )
     memory = tuple(room.taken.items())
     return Plan(
-        "stored",
+        request.weights,
         room.taken[STREAM],
         frozenset(placed.near),
         table_rows=tuple(placed.rows.items()),
@@ -87,7 +87,7 @@ def plan_serving(
         memory_bytes=request.memory_bytes,
         predicted=Predicted(room.taken.total(), 0, far, 0, far, memory=memory),
         serving=serving,
-        reasons=(_about_weights(sum(sizes.values()) - far, far), _about_pages(serving)),
+        reasons=(*_about_int8(model, request), _about_weights(sum(sizes.values()) - far, far), _about_pages(serving)),
     )
 
 
@@ -245,6 +245,14 @@ def _about_weights(near: int, far: int) -> str:
     if not far:
         return f"weights: all stay near, {format_size(near)}"
     return f"weights: {format_size(near)} stay near, {format_size(far)} stream past in each step"
+
+
+def _about_int8(model: nn.Module, request: ServeRequest) -> list[str]:
+    if request.weights != INT8:
+        return []
+    rounded = sum(p.numel() for p in model.parameters() if p.dtype is torch.int8)
+    share = rounded / sum(p.numel() for p in model.parameters())
+    return [f"approximate: {share:.0%} of the weights are rounded to 8 bits, with a scale for each output"]
 
 
 def _about_pages(serving: Serving) -> str:
