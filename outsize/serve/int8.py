@@ -21,7 +21,7 @@ FEW_ROWS = (
     16  # of activations, for which torch's product of integers is faster than one with the weight made floating point
 )
 INPUTS = 32  # that product reads so many weights of a row at once, and past the end of one whose length is no multiple
-PIECE = 1 << 21  # elements that are rounded at once
+PIECE = 1 << 21  # weights that are made integers, or floating point again, at once
 
 Read = Callable[[str, int, int], torch.Tensor]
 
@@ -35,7 +35,9 @@ def int8_linear(hidden: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor)
     if len(rows) <= FEW_ROWS and hidden.dtype is torch.bfloat16:
         found = torch.ops.aten._weight_int8pack_mm(rows, weight, scale)
     else:
-        found = linear(rows, weight.to(hidden.dtype)) * scale
+        found = rows.new_empty(len(rows), len(weight))
+        for piece in _pieces(weight):
+            found[:, piece] = linear(rows, weight[piece].to(hidden.dtype)) * scale[piece]
     return found.view(*hidden.shape[:-1], len(weight))
 
 
@@ -101,9 +103,13 @@ def _scale(rows: torch.Tensor) -> torch.Tensor:
 
 def _rounded(rows: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     found = torch.empty(rows.shape, dtype=torch.int8)
-    step = max(1, PIECE // rows.shape[1])
-    for start in range(0, len(rows), step):
-        piece = slice(start, start + step)
+    for piece in _pieces(rows):
         steps = rows[piece].float() / scale[piece].float()[:, None]
         found[piece] = steps.round_().clamp_(-STEPS, STEPS)
     return found
+
+
+def _pieces(weight: torch.Tensor) -> list[slice]:
+    """Runs of its rows."""
+    step = max(1, PIECE // weight.shape[1])
+    return [slice(start, start + step) for start in range(0, len(weight), step)]
