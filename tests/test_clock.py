@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from outsize.machine.find import find_machine
+from outsize.machine.machine import Machine
 from outsize.memory.null import NullTier
 from outsize.memory.transfer import PIECE
 from outsize.planner.clock import Rates, SimulatedClock, SimulatedTicket, SimulatedTransfers, ways_of
@@ -35,9 +38,9 @@ def test_transfers_go_on_while_something_is_computed() -> None:
     now = clock()
     ticket = transfer(SimulatedTransfers(now), "read", GB)
     now.spend("compute", 0.75)
-    assert not ticket.done and now.time == 0.75
+    assert not ticket.done and now.time == pytest.approx(0.75)
     now.spend("update", 0.5)
-    assert ticket.done and now.time == 1.25
+    assert ticket.done and now.time == pytest.approx(1.25)
     assert now.seconds == pytest.approx({"compute": 0.75, "update": 0.5, "read": 1.0})
 
 
@@ -81,4 +84,38 @@ def test_spans_join_where_one_goes_on_as_another_ended() -> None:
 
 def test_a_machines_links_are_its_ways() -> None:
     ways = ways_of(find_machine("two-cores"))
-    assert ways["disk"] == Rates(1.1e9, 2.8e9, 1.3e9, 65e-6)
+    assert ways["disk"] == Rates(1.1e9, 2.8e9, 1.3e9, 65e-6, reading=1 / 68e9, writing=1 / 18e9)
+
+
+BUSY = Rates(GB, GB, 2 * GB, 0.0, reading=0.1 / GB, writing=0.3 / GB)
+
+
+def test_what_transfers_take_of_a_core_compute_loses() -> None:
+    now = SimulatedClock({"disk": BUSY})
+    ticket = transfer(SimulatedTransfers(now), "write", GB)
+    now.spend("compute", 1.4)  # 0.7 while it is written, in a second, and as much after that
+    assert ticket.done and now.time == pytest.approx(1.7)
+    assert now.seconds == pytest.approx({"compute": 1.7, "write": 1.0})
+
+
+def test_who_waits_for_others_loses_nothing_to_transfers() -> None:
+    now = SimulatedClock({"disk": BUSY})
+    transfer(SimulatedTransfers(now), "write", GB)
+    now.spend("wire", 0.5)
+    assert now.time == pytest.approx(0.5)
+
+
+def test_compute_keeps_half_of_what_it_has() -> None:
+    now = SimulatedClock({"disk": Rates(GB, GB, 2 * GB, 0.0, writing=5 / GB)})
+    transfer(SimulatedTransfers(now), "write", GB)
+    now.spend("update", 0.25)
+    assert now.time == pytest.approx(0.5)
+
+
+def test_processors_lose_to_transfers_only_where_they_compute() -> None:
+    def costly(machine: Machine) -> Machine:
+        return replace(machine, links=tuple(replace(link, bytes_per_core_second=10 * GB) for link in machine.links))
+
+    here, gpu = (ways_of(costly(find_machine(name)))["disk"] for name in ("two-cores", "rtx-4090"))
+    assert (here.reading, here.writing) == (1 / (10 * GB), 1 / (10 * GB))
+    assert (gpu.reading, gpu.writing) == (0.0, 0.0)

@@ -42,7 +42,10 @@ def machines(draw: st.DrawFn) -> Machine:
     return Machine(
         draw(NAMES),
         tuple(Capacity(tier, draw(SIZES)) for tier in tiers),
-        tuple(Link(source, target, draw(RATES), draw(SECONDS), draw(shared)) for source, target in pairs),
+        tuple(
+            Link(source, target, draw(RATES), draw(SECONDS), draw(shared), draw(st.none() | RATES))
+            for source, target in pairs
+        ),
         tuple(draw(processors(tier)) for tier in tiers[:2] if tier in ("host", "device")),
         tuple(Limit(name, draw(RATES)) for name in limits),
         draw(st.builds(Nodes, st.integers(1, 99), RATES, SECONDS)),

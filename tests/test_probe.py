@@ -66,6 +66,7 @@ def test_a_machines_figures_are_the_medians_that_were_seen(probed: tuple[Path, d
     seen = {one.figure: one.median for one in machine.spreads}
     assert machine.link("disk", "host").bytes_per_second == seen["disk to host"]
     assert machine.link("host", "disk").latency == seen["disk, a small write"]
+    assert machine.link("host", "disk").bytes_per_core_second == seen["host to disk, in a second of a core"]
     assert machine.limit("disk") == seen["disk, both ways at once"]
     assert machine.processor("host").matmul_rate("bf16", 32) == seen["host bf16 matmul 32 rows"]
     assert machine.processor("host").update == seen["host fused AdamW"]

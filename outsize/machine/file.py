@@ -30,7 +30,14 @@ from outsize.machine.quantities import (
 )
 
 Value = TypeVar("Value", Machine, Link, Processor, Nodes, Spread)
-LINK = {"source": TEXT, "target": TEXT, "bytes_per_second": BYTE_RATE, "latency": LATENCY, "shared": TEXT}
+LINK = {
+    "source": TEXT,
+    "target": TEXT,
+    "bytes_per_second": BYTE_RATE,
+    "latency": LATENCY,
+    "shared": TEXT,
+    "bytes_per_core_second": BYTE_RATE,
+}
 PROCESSOR = {
     "tier": TEXT,
     "name": TEXT,

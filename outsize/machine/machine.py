@@ -55,13 +55,16 @@ class Link:
     """A way for bytes from one tier to another, in this direction; `source` and `target` are names of tiers.
 
     A link that touches `device` exists once for each device, and one from `device` to `device` joins two of them.
-    `latency` is what a transfer costs however small it is. Links with the same `shared` also share that limit."""
+    `latency` is what a transfer costs however small it is. Links with the same `shared` also share that limit.
+    `bytes_per_core_second` is what one core brings on its way in a second of its time: what transfers take of the host's
+    processors, checksums included; None: nothing."""
 
     source: str
     target: str
     bytes_per_second: float
     latency: float = 0.0
     shared: str | None = None
+    bytes_per_core_second: float | None = None
 
 
 @dataclass(frozen=True)

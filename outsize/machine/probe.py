@@ -108,23 +108,28 @@ def _combined(passes: list[list[Spread]]) -> list[Spread]:
 
 
 def _machine(resources: Resources, compute: _Compute, disk: DiskProbe | None, origin: str) -> Machine:
-    read, write, mixed, read_latency, write_latency = (
-        (seen.median for seen in disk.spreads) if disk else (*[ASSUMED_DISK] * 3, *[ASSUMED_LATENCY] * 2)
-    )
-    links = (
-        Link("disk", "host", read, read_latency, "disk"),
-        Link("host", "disk", write, write_latency, "disk"),
-        *compute.links,
-    )
+    read, write, both = _disk(disk)
     return Machine(
         name=f"{platform.node() or 'this machine'}: {_processor_name()}",
         capacities=capacities(resources),
-        links=links,
+        links=(read, write, *compute.links),
         processors=tuple(compute.processors),
-        limits=(Limit("disk", mixed), *compute.limits),
+        limits=(both, *compute.limits),
         origin=origin,
         notes=disk.notes if disk else (),
         spreads=(*compute.spreads, *(disk.spreads if disk else ())),
+    )
+
+
+def _disk(seen: DiskProbe | None) -> tuple[Link, Link, Limit]:
+    """Its links, and what both together are limited to; assumed, where nobody measured it."""
+    if seen is None:
+        assumed = (ASSUMED_DISK, ASSUMED_LATENCY, "disk")
+        return Link("disk", "host", *assumed), Link("host", "disk", *assumed), Limit("disk", ASSUMED_DISK)
+    return (
+        Link("disk", "host", seen.read.median, seen.read_latency.median, "disk", seen.read_core.median),
+        Link("host", "disk", seen.write.median, seen.write_latency.median, "disk", seen.write_core.median),
+        Limit("disk", seen.mixed.median),
     )
 
 

@@ -1,4 +1,5 @@
-"""How fast a directory's disk is: large aligned pieces past the page cache, by as many threads as the engine has."""
+"""How fast a directory's disk is: large aligned pieces past the page cache, by as many threads as the engine has, and
+with the checksums that it takes of what it writes."""
 
 from __future__ import annotations
 
@@ -16,7 +17,9 @@ from dataclasses import dataclass
 from math import inf
 from pathlib import Path
 from statistics import median
-from time import perf_counter
+from time import perf_counter, thread_time
+
+import xxhash
 
 from outsize.errors import StorageError
 from outsize.machine.machine import Spread
@@ -24,6 +27,7 @@ from outsize.sizes import format_size
 
 PAGE = 4096
 READERS, WRITERS = 2, 1  # threads, as in memory/transfer.py
+SUMMED = 1 << 20  # bytes under one checksum, as in memory/checksum.py
 SMALL_TRANSFERS = 200
 F_NOCACHE = 48  # fcntl.h of macOS
 
@@ -47,18 +51,24 @@ ESTIMATE = DiskEffort(0.08, 3, 256 << 20, fill_seconds=1.0)
 
 @dataclass(frozen=True)
 class DiskProbe:
-    """What was seen: reading alone, writing alone, both at once (`mixed` is their sum), and one small transfer."""
+    """What was seen: reading alone, writing alone, both at once (`mixed` is their sum), one small transfer, and how many
+    bytes a core moves in a second of its time."""
 
     read: Spread
     write: Spread
     mixed: Spread
     read_latency: Spread
     write_latency: Spread
+    read_core: Spread
+    write_core: Spread
     notes: tuple[str, ...]
 
     @property
     def spreads(self) -> list[Spread]:
-        return [self.read, self.write, self.mixed, self.read_latency, self.write_latency]
+        return [
+            *(self.read, self.write, self.mixed, self.read_latency, self.write_latency),
+            *(self.read_core, self.write_core),
+        ]
 
 
 def probe_disk(directory: Path, file_system: str, effort: DiskEffort, report: Callable[[str], None]) -> DiskProbe:
@@ -88,6 +98,8 @@ def probe_disk(directory: Path, file_system: str, effort: DiskEffort, report: Ca
         Spread.of("disk, both ways at once", "B/s", seen["read", "write"]),
         Spread.of("disk, a small read", "s", small_reads),
         Spread.of("disk, a small write", "s", small_writes),
+        Spread.of("disk to host, in a second of a core", "B/s", disk.by_core["read"]),
+        Spread.of("host to disk, in a second of a core", "B/s", disk.by_core["write"]),
         _notes(directory, file_system, direct, disk.size, seen["write",]),
     )
 
@@ -98,6 +110,7 @@ class _Disk:
     def __init__(self, file: int, direct: bool, size: int, piece: int) -> None:
         self.file, self.direct, self.size, self.piece = file, direct, size, piece
         self.next = {"read": 0, "write": 0}
+        self.by_core: dict[str, list[float]] = {"read": [], "write": []}
         self.lock = threading.Lock()
         self.noise = os.urandom(piece)  # a disk that compresses must find nothing to compress
 
@@ -119,12 +132,16 @@ class _Disk:
 
         def work(direction: str) -> None:
             try:
-                buffer = self._buffer()
+                buffer, pieces, spent = self._buffer(), 0, thread_time()
                 while True:  # once at least, however long a busy machine took to begin
+                    if direction == "write":
+                        _sum(buffer)
                     self._transfer(direction, buffer, self._take(direction))
-                    moved.append(self.piece)
+                    pieces += 1
                     if perf_counter() >= started + seconds:
                         break
+                moved.append(pieces * self.piece)
+                self.by_core[direction].append(moved[-1] / max(thread_time() - spent, 1e-9))
                 if direction == "write":
                     _flush(self.file)
             except BaseException as error:
@@ -202,6 +219,11 @@ def _make_direct(file: int) -> bool:
         return sys.platform == "darwin" and fcntl.fcntl(file, F_NOCACHE, 1) == 0
     except OSError:
         return False
+
+
+def _sum(buffer: memoryview) -> None:
+    for start in range(0, len(buffer), SUMMED):
+        xxhash.xxh3_64_intdigest(buffer[start : start + SUMMED])
 
 
 def _flush(file: int) -> None:

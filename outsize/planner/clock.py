@@ -30,6 +30,9 @@ class Rates:
     latency: float
     flush: float = 0.02
     """Seconds until what was written is durable."""
+    reading: float = 0.0
+    writing: float = 0.0
+    """Seconds that a byte takes of a core that computes."""
 
     @classmethod
     def between(cls, machine: Machine, tier: str, near: str) -> Rates:
@@ -37,7 +40,13 @@ class Rates:
         read, write = machine.link(tier, near), machine.link(near, tier)
         shared = read.shared if read.shared == write.shared else None
         both = machine.limit(shared) if shared is not None else read.bytes_per_second + write.bytes_per_second
-        return cls(read.bytes_per_second, write.bytes_per_second, both, max(read.latency, write.latency))
+        rates = cls(read.bytes_per_second, write.bytes_per_second, both, max(read.latency, write.latency))
+        if machine.compute.tier != "host":
+            return rates
+        reading, writing = (
+            0.0 if link.bytes_per_core_second is None else 1 / link.bytes_per_core_second for link in (read, write)
+        )
+        return replace(rates, reading=reading, writing=writing)
 
 
 _end = attrgetter("end")
@@ -66,7 +75,11 @@ class Transfer:
 
 
 class SimulatedClock(Clock):
-    """Seconds since the beginning. `spend` lets time pass in compute, `wait` until the next transfer ends."""
+    """Seconds since the beginning. `spend` lets time pass in compute, `wait` until the next transfer ends.
+
+    Transfers take time from compute. Its threads each have their part of an operation, and who is done waits for the
+    last: what transfers take of one core they take of all. But two threads on one core have half of it each, so that
+    compute keeps a half."""
 
     def __init__(self, ways: Ways, readers: int = 2) -> None:
         super().__init__()
@@ -77,6 +90,7 @@ class SimulatedClock(Clock):
         self._free = {"read": readers, "write": 1}
         self._queues: dict[str, deque[Transfer]] = {"read": deque(), "write": deque()}
         self._moving: list[Transfer] = []
+        self._taken = 0.0  # of a core, by what moves
         self._settled = 0.0
 
     def now(self) -> float:
@@ -89,13 +103,20 @@ class SimulatedClock(Clock):
         """Let time pass until a transfer ends."""
         assert self._moving, "the step waits for a transfer, and none is under way"
         started = self.time
-        self._run_to(min(transfer.end for transfer in self._moving))
+        self._end_first()
         self._note("waiting", started)
 
     def spend(self, lane: str, seconds: float) -> None:
-        """`lane` (compute, update or wire) works for so long; transfers go on meanwhile."""
-        started = self.time
-        self._run_to(self.time + seconds)
+        """`lane` (compute, update or wire) works for so long by itself; transfers go on meanwhile, and take their part."""
+        started, computes = self.time, lane != "wire"
+        while True:
+            pace = 1.0 - self._taken * computes
+            end = self.time + seconds / pace
+            if not self._moving or (first := min(transfer.end for transfer in self._moving)) > end:
+                break
+            seconds = max(seconds - pace * (first - self.time), 0.0)
+            self._end_first()
+        self.time = end
         self._note(lane, started)
 
     def submit(
@@ -127,6 +148,7 @@ class SimulatedClock(Clock):
         while queue and self._free[direction]:
             self._moving.append(queue.popleft())
             self._free[direction] -= 1
+        taken = 0.0
         for transfer in self._moving:
             way = self.ways[transfer.tier]
             beside = [other.direction for other in self._moving if other.tier == transfer.tier]
@@ -134,19 +156,17 @@ class SimulatedClock(Clock):
             scale = min(1.0, way.both / (way.read + way.write)) if len(beside) > share else 1.0
             transfer.rate = (way.read if transfer.direction == "read" else way.write) * scale / share
             transfer.end = self.time + transfer.latency + transfer.left / transfer.rate
+            taken += transfer.rate * (way.reading if transfer.direction == "read" else way.writing)
+        self._taken = min(taken, 0.5)
 
-    def _run_to(self, end: float) -> None:
-        while self._moving:
-            first = min(self._moving, key=_end)
-            if first.end > end:
-                break
-            self.time = first.end
-            self.settle()
-            self._moving.remove(first)
-            self._free[first.direction] += 1
-            self._start(first.direction)
-            first.finish()
-        self.time = max(end, self.time)
+    def _end_first(self) -> None:
+        first = min(self._moving, key=_end)
+        self.time = max(self.time, first.end)
+        self.settle()
+        self._moving.remove(first)
+        self._free[first.direction] += 1
+        self._start(first.direction)
+        first.finish()
 
     def _note(self, lane: str, started: float) -> None:
         if self.time > started:

@@ -317,7 +317,7 @@ class Search:
 
     def _reasons(self, choice: Choice, predicted: Predicted) -> tuple[str, ...]:
         placement, needs = choice.placement, self.needs
-        work = choice.forecast.work
+        work = self.rehearsed.work
         slowest = max(self.tried, key=lambda tried: tried.forecast.seconds)
         why = "no other placement was worth playing"
         if len(self.tried) > 1:
