@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from statistics import median
 from time import perf_counter, process_time
 
@@ -14,7 +15,7 @@ SIZES = (1 << 12, 1 << 20, 1 << 23)  # bytes that each worker sends in an exchan
 LONG = 0.1  # seconds; a larger exchange would show no more
 TIMES = 3
 ROWS, COLUMNS = 256, 1024  # of matrices whose product shows how fast a worker computes
-ALIKE = 1.5  # times as fast, and yet taken for equally fast
+ALIKE = 1.5  # times as much, and yet taken for as much
 
 
 def measure_wire(group: Group) -> Wire:
@@ -47,8 +48,7 @@ def _seconds(group: Group, level: int, nbytes: int) -> float:
 
 
 def measure_speeds(group: Group) -> list[float]:
-    """How fast workers compute, relative to each other: by the time of their processors alone, however many share these.
-    What is nearly alike is the same, so that runs on equal machines divide their work equally."""
+    """How fast workers compute, relative to the slowest: by the time of their processors alone, however many share these."""
     if group.size == 1:
         return [1.0]
     left, right = torch.ones(ROWS, COLUMNS), torch.ones(COLUMNS, COLUMNS)
@@ -57,5 +57,14 @@ def measure_speeds(group: Group) -> list[float]:
         started = process_time()
         torch.mm(left, right)
         seconds.append((process_time() - started) / torch.get_num_threads())
-    speeds = [1 / max(said, 1e-9) for (said,) in group.each(min(seconds))]
-    return [1.0] * group.size if max(speeds) < ALIKE * min(speeds) else speeds
+    speeds = leveled([1 / max(said, 1e-9) for (said,) in group.each(min(seconds))])
+    return [speed / min(speeds) for speed in speeds]
+
+
+def leveled(values: Sequence[float]) -> list[float]:
+    """What is nearly alike as the least of it: so that equal machines are equal whatever was measured."""
+    levels: list[float] = []
+    for value in sorted(values):
+        if not levels or value >= ALIKE * levels[-1]:
+            levels.append(value)
+    return [max(level for level in levels if level <= value) for value in values]

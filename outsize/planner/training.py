@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import inf
 
@@ -91,6 +91,12 @@ class Place:
         """The baseline, and what planning has added to it: libraries' own memory, which stays."""
         return self.baseline_bytes + max(process_memory().resident_bytes - self._resident, 0)
 
+    def beside(self, machine: Machine, disk_free_bytes: int) -> Place:
+        """That of another worker, who computes as this one does."""
+        found = replace(self, machine=machine, disk_free_bytes=disk_free_bytes)
+        vars(found)["prices"] = self.prices  # to measure them takes seconds
+        return found
+
     @cached_property
     def prices(self) -> Prices:
         """Of a machine that is here: measured."""
@@ -149,6 +155,11 @@ class Planning:
         if request.activations not in ("auto", *choices):
             raise OptionError(f"activations {request.activations!r} is unknown; there are auto, {', '.join(choices)}.")
         return [KEEP, RECOMPUTE] if request.activations == "auto" else [choices[request.activations]]
+
+    @property
+    def least(self) -> Search:
+        """In the way that needs the least memory."""
+        return self.search(self._considered[-1])
 
     def _held(self, how: Activations) -> int:
         """Bytes without which no budget does, told without a rehearsal."""
