@@ -202,7 +202,7 @@ class Plan:
         """What must be the same in the plans of all workers of a run."""
         return (
             *(self.activations, self.table_rows, self.blocked_loss, self.hold, self.commit_every),
-            *(sorted(self.split_weights), self.weight_copies, self.shares, self.sequences),
+            *(tuple(sorted(self.split_weights)), self.weight_copies, self.shares, self.sequences),
         )
 
     @property
