@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
@@ -13,7 +12,7 @@ import torch
 from torch import nn
 
 from outsize.distributed.group import Group
-from outsize.distributed.measure import leveled, measure_speeds, measure_wire
+from outsize.distributed.measure import Crowd, leveled, measure_crowd, measure_speeds, measure_wire
 from outsize.distributed.wire import NO_WIRE
 from outsize.distributed.workers import find_group
 from outsize.errors import DamageError, OptionError, OutsizeError, RunError
@@ -121,7 +120,7 @@ class _Training:
         self.memory = self.memories[group.rank]
         self.speaks = group.rank == 0  # and writes what there is one of
         self.folder = settings.out if self.speaks else state.directory
-        self.wire, self.speeds = NO_WIRE, [1.0]
+        self.wire, self.speeds, self.crowd = NO_WIRE, [1.0], Crowd()
         self.progress = Progress(self.memory, settings.json) if self.speaks else Silent()
         torch.manual_seed(settings.seed + group.rank)
 
@@ -196,7 +195,7 @@ class _Training:
 
     def _planned(self, model: nn.Module, units: list[Unit], data: PackedDataset) -> Plan:
         settings, group = self.settings, self.group
-        self.wire, self.speeds = measure_wire(group), measure_speeds(group)
+        self.wire, self.speeds, self.crowd = measure_wire(group), measure_speeds(group), measure_crowd(group)
         committed = self.state.read()
         begun = {} if committed is None else committed.facts
         if committed is not None and begun.get("nodes", 1) != group.nodes:
@@ -251,10 +250,8 @@ class _Training:
 
     def _plans(self, task: Task, machines: list[Machine | None], baseline: int, disks: list[int]) -> list[Plan]:
         """One for each worker; `machines` is of the first on each node."""
-        settings, group = self.settings, self.group
-        threads = torch.get_num_threads() * group.here
-        crowd = max(1.0, threads / len(os.sched_getaffinity(0)))
-        crowd *= self.speeds[0] / max(self.speeds)  # this one's prices, and the fastest one's work
+        settings = self.settings
+        crowd = self.crowd.times(self.speeds[0] / max(self.speeds))  # this one's prices, and the fastest one's work
         found = alike_disks(machines)
         place = Place(found[0], baseline, disks[0], self.wire, crowd)
         places = [place.beside(machine, disk) for machine, disk in zip(found, disks, strict=True)]

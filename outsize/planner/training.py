@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from outsize.distributed.arrangement import Arrangement
+from outsize.distributed.measure import Crowd
 from outsize.distributed.wire import Wire
 from outsize.errors import BudgetError, OptionError
 from outsize.machine.allocator import give_back
@@ -76,14 +77,14 @@ class Task:
 
 @dataclass(frozen=True)
 class Place:
-    """Where it will run: the machine, what the process holds there already, and what the disk has free. Of several workers
-    on a machine `crowd` times as many compute as have a processor to themselves."""
+    """Where it will run: the machine, what the process holds there already, and what the disk has free. Several workers on a
+    machine are a `crowd`."""
 
     machine: Machine
     baseline_bytes: int
     disk_free_bytes: int
     wire: Wire = field(default_factory=dict)
-    crowd: float = 1.0
+    crowd: Crowd = Crowd()
     _resident: int = field(default_factory=lambda: process_memory().resident_bytes, repr=False)
 
     @property
@@ -102,7 +103,7 @@ class Place:
         """Of a machine that is here: measured."""
         rated = RatedPrices(self.machine)
         found = rated if self.machine.origin == "described" else MeasuredPrices(rated, seconds_of_passing())
-        return found if self.crowd == 1.0 else CrowdedPrices(found, self.crowd)
+        return found if self.crowd == Crowd() else CrowdedPrices(found, self.crowd)
 
 
 def plan_training(task: Task, place: Place) -> Plan:

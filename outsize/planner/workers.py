@@ -164,7 +164,7 @@ class _Load:
     def of(cls, search: Search, worker: Worker) -> _Load:
         job, needs, request = search.job, search.needs, search.request
         elements = sum(size.weight.numel for size in job.sizes.values() if size.weight.trainable) / request.workers
-        update = worker.place.crowd * RatedPrices(worker.place.machine).update(
+        update = worker.place.crowd.memory * RatedPrices(worker.place.machine).update(
             int(elements), None, lambda: lambda: None
         )
         divided = _divided(job, set(job.sizes))
