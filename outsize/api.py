@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from outsize.distributed.measure import Crowd
 from outsize.errors import OptionError, OutsizeError
 from outsize.machine.allocator import recycle_up_to
 from outsize.machine.describe import describe, process_memory
@@ -150,7 +151,7 @@ def planning(
     rule = rule_of(optimizer, optimizer_options or {})
     units = find_units(module, block_class)
     each = workers // nodes
-    crowd, disk = max(1.0, each / places(there)), there.capacity("disk") // each
+    crowd, disk = Crowd().times(max(1.0, each / places(there))), there.capacity("disk") // each
     here = Place(there, process_memory().resident_bytes, disk, wire_of(there, each), crowd)
     found = Planning(Task(module, units, rule, asked, [], source.stored_dtype, block_class), here)
     return partial(_within, found, tokenizer)

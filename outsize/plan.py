@@ -139,8 +139,8 @@ class Plan:
     the head and its loss are computed over blocks of the vocabulary. `shared_bytes`: all blocks together, when they
     stay near in memory that outlives the process, each with a twin; 0: they do not. Of several `workers` each has its
     share of every optimizer state; from the level `zero` 2 on also of gradients that wait, and of `split_weights`. Of
-    these all together have `weight_copies`: one, or one on each of several `nodes`. Each takes so many of a step's
-    `sequences`; of none it is left to the number of workers.
+    these all together have `weight_copies`: one, or one on each of several `nodes`. What is divided is so in proportion to
+    `shares`, equally if there are none, and so are a step's sequences to `sequences`; the plan is that of worker `rank`.
     `packed`: weights near, in groups that are multiplied at once, which are held as the processor's matrix products
     read them. `serving`: what a plan for serving says beside, and `served` what that means for requests."""
 
@@ -167,6 +167,8 @@ class Plan:
     split_weights: frozenset[str] = frozenset()
     weight_copies: int = 1
     sequences: tuple[int, ...] = ()
+    shares: tuple[int, ...] = ()
+    rank: int = 0
     packed: tuple[tuple[str, ...], ...] = ()
     memory_bytes: int | None = None
     predicted: Predicted | None = None
@@ -180,6 +182,10 @@ class Plan:
         for name, count in (("commit_every", self.commit_every), ("accumulate", self.accumulate), *self.table_rows):
             if count < 1:
                 raise OptionError(f"A plan's {name} cannot be {count}; it is at least 1.")
+        if self.shares and (len(self.shares) != self.workers or 0 in self.shares):
+            raise OptionError(
+                f"A plan's shares cannot be {list(self.shares)} for {self.workers} workers; each has one, of at least 1."
+            )
 
     @property
     def ceiling_bytes(self) -> int:
@@ -190,6 +196,14 @@ class Plan:
         most = self.predicted.host_peak_bytes
         room = int((1 - SPARE) * (self.memory_bytes or 0))
         return max(most, min(int((1 + LATITUDE) * most), room)) - self.headroom_bytes
+
+    @property
+    def alike(self) -> tuple[Any, ...]:
+        """What must be the same in the plans of all workers of a run."""
+        return (
+            *(self.activations, self.table_rows, self.blocked_loss, self.hold, self.commit_every),
+            *(tuple(sorted(self.split_weights)), self.weight_copies, self.shares, self.sequences),
+        )
 
     @property
     def exactness(self) -> str:
@@ -336,7 +350,7 @@ class Request:
     gradients too (2), weights too (3).
 
     `keeper`: memory that outlives the process is to hold the last step. `weight_copies`: how many there are already, as a
-    plan has it, and `sequences`, too."""
+    plan has it, and `sequences` and `shares`, too. `rank`: the worker that is planned for."""
 
     memory_bytes: int
     sequence_length: int = 512
@@ -355,6 +369,8 @@ class Request:
     zero: int = 3
     weight_copies: int | None = None
     sequences: tuple[int, ...] = ()
+    shares: tuple[int, ...] | None = None
+    rank: int = 0
 
     def __post_init__(self) -> None:
         if self.zero not in (1, 2, 3):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -13,13 +12,14 @@ import torch
 from torch import nn
 
 from outsize.distributed.group import Group
-from outsize.distributed.measure import measure_speeds, measure_wire
+from outsize.distributed.measure import Crowd, leveled, measure_crowd, measure_speeds, measure_wire
 from outsize.distributed.wire import NO_WIRE
 from outsize.distributed.workers import find_group
 from outsize.errors import DamageError, OptionError, OutsizeError, RunError
 from outsize.machine.allocator import give_back, recycle_up_to
 from outsize.machine.describe import describe, process_memory
 from outsize.machine.find import this_machine
+from outsize.machine.machine import Machine
 from outsize.memory.shared import dismiss
 from outsize.model.companions import COMPANIONS, keep_companions
 from outsize.model.fingerprint import fingerprint_model, fingerprint_tokenizer, fingerprint_weights
@@ -29,6 +29,7 @@ from outsize.plan import Plan, Request, in_proportion
 from outsize.planner.check import check_plan
 from outsize.planner.remembered import circumstances, recall, remember
 from outsize.planner.training import Place, Task, check_disk, plan_training
+from outsize.planner.workers import Worker, alike_disks, plan_workers
 from outsize.train.data import PackedDataset, prepare
 from outsize.train.import_state import bring_optimizer, check_optimizer
 from outsize.train.interrupt import finishing_the_step
@@ -41,8 +42,8 @@ from outsize.train.recipe import optimizer_rule, scheduler_for
 from outsize.train.report import each_line, held_by_tier, measured, moved_a_step, write_report
 from outsize.train.retention import Retention
 from outsize.train.run import Run, Schedule, check_loss, export
-from outsize.train.settings import REMEMBERED, TrainSettings, continues, forget_beginning, read_settings, record
-from outsize.train.state import StateFolder, open_store
+from outsize.train.settings import TrainSettings, continues, forget_beginning, read_settings, record
+from outsize.train.state import REMEMBERED, StateFolder, open_store
 from outsize.train.together import bring_back, retire, settle
 
 CPU = torch.device("cpu")
@@ -115,10 +116,11 @@ class _Training:
         self.settings, self.rule, self.source, self.state = settings, rule, source, state
         self.group, self.continuing = group, continuing
         self.moved = settle(group, settings.out / "state", state)
-        self.memory = settings.memory or int(min(group.each(_free_memory() // group.here))[0])
+        self.memories = _memories(settings, group)
+        self.memory = self.memories[group.rank]
         self.speaks = group.rank == 0  # and writes what there is one of
         self.folder = settings.out if self.speaks else state.directory
-        self.wire, self.speeds = NO_WIRE, [1.0]
+        self.wire, self.speeds, self.crowd = NO_WIRE, [1.0], Crowd()
         self.progress = Progress(self.memory, settings.json) if self.speaks else Silent()
         torch.manual_seed(settings.seed + group.rank)
 
@@ -193,7 +195,7 @@ class _Training:
 
     def _planned(self, model: nn.Module, units: list[Unit], data: PackedDataset) -> Plan:
         settings, group = self.settings, self.group
-        self.wire, self.speeds = measure_wire(group), measure_speeds(group)
+        self.wire, self.speeds, self.crowd = measure_wire(group), measure_speeds(group), measure_crowd(group)
         committed = self.state.read()
         begun = {} if committed is None else committed.facts
         if committed is not None and begun.get("nodes", 1) != group.nodes:
@@ -203,20 +205,24 @@ class _Training:
             )
         sequences = group.first(lambda: tuple(begun.get("sequences", ())) or self._sequences())
         copies = None if committed is None else begun.get("weight_copies", 1)
-        request = _request(settings, self.memory, group, copies).divided(sequences, group.nodes)
+        shares = group.first(lambda: tuple(begun.get("shares", ())) if committed is not None else self._told("shares"))
+        request = _request(settings, self.memory, group, copies, shares).divided(sequences, group.nodes)
         sample = data.batch(list(range(min(data.count, request.batch_size))))
         batches = [sample] * request.accumulate
         task = Task(model, units, self.rule, request, batches, self.source.stored_dtype, settings.block_class)
-        baseline, disk_free = self._least()
-        plan = group.first(lambda: self._made(task, baseline, disk_free))
+        plan = self._made(task)
         if self.speaks and not settings.json:
             _show(plan)
         return plan
 
+    def _told(self, what: str) -> Any:
+        """What a plan that was given says; None if there is none."""
+        return None if self.settings.plan is None else getattr(read_plan(self.settings.plan), what)
+
     def _sequences(self) -> tuple[int, ...]:
         """How many of a step's sequences each worker takes: as a plan says, or in proportion to their speeds."""
         settings, count = self.settings, self.settings.batch_size * self.settings.accumulate
-        told = () if settings.plan is None else read_plan(settings.plan).sequences
+        told = self._told("sequences")
         if told and (len(told) != self.group.size or sum(told) != count or 0 in told):
             raise OptionError(
                 f"The plan's sequences {list(told)} are not those of a step of {count} for {self.group.size} workers. Make a "
@@ -224,31 +230,42 @@ class _Training:
             )
         return told or in_proportion(count, self.speeds if settings.plan is None else [1.0] * self.group.size)
 
-    def _made(self, task: Task, baseline: int, disk_free: int) -> Plan:
-        """A plan that was given, that of the last start, or a new one."""
-        settings, path = self.settings, self.settings.out / REMEMBERED
-        now = circumstances(task.request, settings.out)
+    def _made(self, task: Task) -> Plan:
+        """This worker's plan: one that was given, that of the last start, or a new one."""
+        settings, group, path = self.settings, self.group, self.folder / REMEMBERED
+        baseline, disks = self._found()
+        now = circumstances(replace(task.request, rank=group.rank), settings.out)
         known = recall(path, now, baseline) if self.continuing and settings.plan is None else None
-        if known is not None:
-            check_disk(known, disk_free)
+        if known is not None and task.request.shares not in (None, known.shares):
+            known = None  # since then it was begun anew by a plan that was given
+        same = group.tell(None if known is None else known.alike)
+        if known is not None and same == [same[0]] * group.size:
+            check_disk(known, disks[group.rank])
             return known
-        threads = torch.get_num_threads() * self.group.here
-        crowd = max(1.0, threads / len(os.sched_getaffinity(0)))
-        crowd *= self.speeds[0] / max(self.speeds)  # this one's prices, and the fastest one's work
-        place = Place(this_machine(settings.out), baseline, disk_free, self.wire, crowd)
-        if settings.plan is not None:
-            return check_plan(read_plan(settings.plan), task, place)
-        plan = plan_training(task, place)
-        remember(path, plan, now, baseline)
+        machines = group.tell(this_machine(settings.out) if group.leads else None)
+        plan = group.first(lambda: self._plans(task, machines, baseline, disks))[group.rank]
+        if settings.plan is None:
+            remember(path, plan, now, baseline)
         return plan
 
-    def _least(self) -> tuple[int, int]:
-        """Bytes in the process that holds most already, and free on the disk of the worker that has least."""
+    def _plans(self, task: Task, machines: list[Machine | None], baseline: int, disks: list[int]) -> list[Plan]:
+        """One for each worker; `machines` is of the first on each node."""
+        settings = self.settings
+        crowd = self.crowd.times(self.speeds[0] / max(self.speeds))  # this one's prices, and the fastest one's work
+        found = alike_disks(machines)
+        place = Place(found[0], baseline, disks[0], self.wire, crowd)
+        places = [place.beside(machine, disk) for machine, disk in zip(found, disks, strict=True)]
+        workers = [Worker(memory, place) for memory, place in zip(self.memories, places, strict=True)]
+        make = plan_training if settings.plan is None else partial(check_plan, read_plan(settings.plan))
+        return plan_workers(task, workers, make)
+
+    def _found(self) -> tuple[int, list[int]]:
+        """Bytes in the process that holds most already, and free on the disk of each."""
         out, blocks = self.settings.out, self.state.blocks
         disk = describe(out).disk_free_bytes // self.group.here
         disk += blocks.stat().st_size if blocks.exists() else 0
         baselines, disks = zip(*self.group.each(process_memory().resident_bytes, disk), strict=True)
-        return int(max(baselines)), int(min(disks))
+        return int(max(baselines)), list(map(int, leveled(disks)))
 
     # -- the steps --------------------------------------------------------------------------------------------------
 
@@ -310,8 +327,18 @@ def _free_memory() -> int:
     return machine.memory_available_bytes + process_memory().resident_bytes
 
 
-def _request(settings: TrainSettings, memory: int, group: Group, copies: int | None) -> Request:
-    """`copies`: how many of split weights there are already."""
+def _memories(settings: TrainSettings, group: Group) -> list[int]:
+    """What each worker may use: what it was told, or what is free, nearly alike being alike."""
+    free = _free_memory() // group.here if settings.memory is None else 0
+    told, found = zip(*group.each(settings.memory or 0, free), strict=True)
+    return [int(said or there) for said, there in zip(told, leveled(found), strict=True)]
+
+
+def _request(
+    settings: TrainSettings, memory: int, group: Group, copies: int | None, shares: tuple[int, ...] | None
+) -> Request:
+    """`copies`: how many of split weights there are already; `shares`: in which proportion state is divided, if that is
+    settled."""
     if settings.keeper and group.size > 1:
         raise OptionError(
             f"--keeper holds what one worker has, and there are {group.size}. Leave it out, or --workers."
@@ -330,6 +357,7 @@ def _request(settings: TrainSettings, memory: int, group: Group, copies: int | N
         keeper=settings.keeper,
         zero=settings.zero,
         weight_copies=copies,
+        shares=shares,
     )
 
 

@@ -6,13 +6,19 @@ from dataclasses import replace
 
 import pytest
 from models import tiny_model
+from transformers import AutoModelForCausalLM
 
 import outsize
 from outsize.distributed.arrangement import Arrangement
-from outsize.errors import OptionError
+from outsize.errors import BudgetError, OptionError
 from outsize.machine.find import find_machine
-from outsize.machine.machine import Link, Machine, Nodes
-from outsize.plan import Plan
+from outsize.machine.machine import Link, Machine, Nodes, steady
+from outsize.model.units import find_units
+from outsize.plan import Plan, Request
+from outsize.planner.cluster import wire_of
+from outsize.planner.training import Place, Task
+from outsize.planner.workers import Worker, plan_workers
+from outsize.train.recipe import rule_of
 
 LAPTOP = find_machine("laptop")
 
@@ -70,3 +76,54 @@ def test_what_cannot_be_divided_is_refused(model: str) -> None:
         planned(model, cluster(1e9), 3)
     with pytest.raises(OptionError, match="A step of 4 sequences leaves nothing to do for some of 8 workers"):
         planned(model, cluster(1e9), 8)
+
+
+def unlike(model: str, *budgets: int, disks: tuple[int, ...] = (), zero: int = 3) -> list[Plan]:
+    """Plans of workers on a node each, whose arithmetic is free, so that what is read and written counts alone."""
+    machine = cluster(1e11, nodes=len(budgets))
+    fast = replace(
+        machine.processors[0], matmul=(("bf16", steady(1e18)), ("fp32", steady(1e18))), elementwise=steady(1e18)
+    )
+    fast = replace(fast, update=1e18, copy=1e18, operation_seconds=0.0)
+    machine = replace(machine, processors=(fast,))
+    request = Request(0, sequence_length=32, accumulate=len(budgets), zero=zero)
+    request = request.divided((1,) * len(budgets), len(budgets))
+    module = AutoModelForCausalLM.from_pretrained(model)
+    place = Place(machine, 200 << 20, 1 << 40, wire_of(machine, 1))
+    task = Task(module, find_units(module), rule_of("adamw", {}), request)
+    spaces = disks or (1 << 40,) * len(budgets)
+    workers = [Worker(budget, place.beside(machine, disk)) for budget, disk in zip(budgets, spaces, strict=True)]
+    return plan_workers(task, workers)
+
+
+def states(plan: Plan) -> int:
+    """Bytes of one extent of all there is, about."""
+    assert plan.predicted is not None
+    return plan.predicted.disk_bytes // 2
+
+
+def test_workers_with_less_memory_have_smaller_shares_and_plans_of_their_own(model: str) -> None:
+    large, small = 420 << 20, 360 << 20
+    plans = unlike(model, large, small, large)
+    assert [plan.rank for plan in plans] == [0, 1, 2] and len({plan.alike for plan in plans}) == 1
+    first, second, third = plans[0].shares
+    assert first == third > second
+    assert states(plans[0]) > states(plans[1])
+    for plan, budget in zip(plans, (large, small, large), strict=True):
+        assert plan.predicted is not None and plan.predicted.host_peak_bytes <= budget == plan.memory_bytes
+        assert f"worker 1 {second / sum(plan.shares):.1%} of what is divided" in " ".join(str(plan).split())
+    even = unlike(model, small, small, small)
+    assert {plan.shares for plan in even} == {()}
+    slowest = [max(plan.predicted.seconds_per_step or 0 for plan in found if plan.predicted) for found in (plans, even)]
+    assert slowest[0] < slowest[1]
+
+
+def test_a_small_disk_has_what_it_holds_and_workers_alike_have_equal_shares(model: str) -> None:
+    whole = states(unlike(model, 1 << 30, 1 << 30)[0])
+    plans = unlike(model, 1 << 30, 1 << 30, disks=(1 << 40, int(1.5 * whole)))
+    assert plans[0].shares[0] > plans[0].shares[1]
+    assert plans[1].predicted is not None and plans[1].predicted.disk_bytes <= int(1.5 * whole)
+    with pytest.raises(BudgetError, match="Worker 1: The state needs"):
+        unlike(model, 1 << 30, 1 << 30, disks=(1 << 40, 1 << 20))
+    with pytest.raises(BudgetError, match="Worker 1: A budget of 100.00 MiB is too small"):
+        unlike(model, 1 << 30, 100 << 20)

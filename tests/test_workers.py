@@ -146,9 +146,27 @@ def test_copies_of_weights_on_each_node_do_not_show_in_the_numbers(gang: Crew, t
     assert_same(gang.run(replace(ON_NODES, zero=2), tmp_path / "whole"), found)
 
 
+UNEVEN = [
+    Case(parts=(3, 1), hidden=256, split=0, precision="mixed"),
+    Case(workers=4, nodes=2, copies=2, parts=(1, 5, 2, 4), table_rows=40, placement="mixed"),
+    Case(workers=3, zero=2, parts=(1, 40, 1), optimizer="muon"),
+]
+
+
+@pytest.mark.parametrize("case", UNEVEN, ids=str)
+def test_shares_of_any_size_do_not_show_in_the_numbers(gang: Crew, tmp_path: Path, case: Case) -> None:
+    found = gang.run(case, tmp_path / "uneven")
+    assert_same(found, gang.run(replace(case, parts=()), tmp_path / "even"))
+    held = [sum(of_rank["held"].get(("disk", kind), 0) for kind in ("master", "moment")) for of_rank in found.ledgers]
+    if case is UNEVEN[0]:  # every block has a multiple of 64 * 4 elements: to a page or two each
+        assert held[0] == pytest.approx(3 * held[1], abs=8 * PAGE * len(found.weights))
+    assert held[case.parts.index(max(case.parts))] == max(held)
+
+
 @pytest.mark.parametrize(
     "case",
     [
+        *UNEVEN,
         ON_NODES,
         replace(ON_NODES, copies=2),
         Case(workers=2, zero=1, clip=0.5, precision="mixed"),
@@ -160,16 +178,21 @@ def test_copies_of_weights_on_each_node_do_not_show_in_the_numbers(gang: Crew, t
 )
 def test_what_is_planned_for_the_wire_is_what_crosses_it(gang: Crew, tmp_path: Path, case: Case) -> None:
     found = gang.run(case, tmp_path / "run")
+    for rank in range(case.workers) if case.parts else (0,):
+        assert_planned_wire(case, rank, found.ledgers[rank]["moved"])
+
+
+def assert_planned_wire(case: Case, rank: int, moved: Mapping[tuple[str, str, str], int]) -> None:
     model = make_model(case.family, case.tied, hidden=case.hidden)
-    plan = plan_of(model, case)
-    batches = list(batches_of(case, rank=0))
+    plan = replace(plan_of(model, case), rank=rank)
+    batches = list(batches_of(case, rank))
     rehearsed = rehearse(
         model, plan, optimizer(case.optimizer), RatedPrices(LAPTOP), batches[0], torch.float32, None, WIRED
     )
     home_of = homes(plan, always_near(find_units(model)))
     played = play(rehearsed.whole, plan.arena_bytes, home_of, ways_of(LAPTOP), case.steps)
     alike = {way: case.steps * nbytes for way, nbytes in on_wire(played.steps[-1].moved).items()}
-    assert alike == on_wire(found.ledgers[0]["moved"])
+    assert alike == on_wire(moved)
     step, script = played.steps[-1], rehearsed.whole.steps[-1]
     exchanges = [event for event in script if isinstance(event, Exchanged)]
     assert step.lanes["wire"] == pytest.approx(sum(WIRED[e.tier].seconds(e.sent, e.received) for e in exchanges))

@@ -161,6 +161,31 @@ def test_a_plan_without_sequences_divides_a_step_equally(
     assert_same(run(gang, settings | {"plan": str(tmp_path / "plan.json")}, 2, tmp_path), pair)
 
 
+def test_shares_and_budgets_of_their_own_do_not_show_in_the_numbers_whoever_goes_on(
+    gang: Crew, settings: dict[str, Any], pair: Path, tmp_path: Path
+) -> None:
+    """Begun with three quarters and one, and gone on with so; then by four workers, one, and three."""
+    plan = json.loads((pair / "planned.json").read_text())["plan"]
+    (tmp_path / "plan.json").write_text(json.dumps(plan | {"shares": [3, 1]}))
+    uneven = {"plan": str(tmp_path / "plan.json")}
+    out, before = tmp_path / "run", 0
+    for workers, line, more in ((2, 2, uneven), (2, 4, {}), (4, 5, {}), (1, 6, {}), (3, STEPS, {})):
+        told = {"settings": settings | {"out": str(out)} | more, "own": {"1": {"memory": 1 << 30}}}
+        kill = {"rank": 0, "line": line, "signal": "SIGKILL"} if line < STEPS else None
+        codes = gang.attempt("run", workers, tmp_path, told | {"kill": kill})
+        assert (codes[0] == -signal.SIGKILL) == (kill is not None), said(tmp_path, workers)
+        exact = workers == 2
+        found, expected = losses_of(out), losses_of(pair)
+        assert len(found) >= line > before
+        assert found[before:line] == pytest.approx(expected[before:line], rel=0 if exact else 1e-4, abs=0)
+        before = line
+        if exact:
+            large, small = (out / f"state/worker-{rank}-of-2" for rank in range(2))
+            assert (large / "blocks").stat().st_size > 1.5 * (small / "blocks").stat().st_size
+            peaks = [json.loads(text)["host_peak_bytes"] for text in (small / "metrics.jsonl").read_text().splitlines()]
+            assert max(peaks) <= 1 << 30
+
+
 def test_workers_on_two_nodes_train_as_one_does_and_stay_on_two(
     gang: Crew, settings: dict[str, Any], alone: Path, tmp_path: Path
 ) -> None:
@@ -221,7 +246,6 @@ def outsize(command: str, *arguments: object) -> subprocess.CompletedProcess[str
 @pytest.mark.parametrize(
     ("own", "message"),
     [
-        ({"memory": 1 << 30}, "Worker 1 has another memory than worker 0: 1.00 GiB, not 2.00 GiB"),
         ({"learning_rate": 0.5}, "Worker 1 has another learning_rate than worker 0: 0.5, not 0.001"),
         ({"model": "other"}, "Worker 1 has another model than worker 0"),
         ({"accumulate": 1}, "Worker 1 has another accumulate"),

@@ -108,6 +108,7 @@ def plan_of(model: nn.Module, case: Case) -> Plan:
         zero=case.zero,
         split_weights=split,
         weight_copies=case.copies,
+        shares=tuple(case.parts),
         arena_bytes=2 * plan.arena_bytes + (1 << 20),
     )
 

@@ -22,7 +22,8 @@ CHILD = Path(__file__).with_name("worker_child.py")
 class Case:
     """A job that `workers` train for `steps` steps over `sequences` sequences a step, in micro-batches of `batch`.
 
-    `split`: of ZeRO 3, weights of more elements than this, of which there are so many `copies`."""
+    `split`: of ZeRO 3, weights of more elements than this, of which there are so many `copies`. `parts`:
+    in which proportion they divide state."""
 
     workers: int = 2
     zero: int = 3
@@ -41,6 +42,7 @@ class Case:
     activations: str = "recompute"
     nodes: int = 1
     copies: int = 1
+    parts: tuple[int, ...] = ()
 
 
 @dataclass

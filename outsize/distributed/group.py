@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from outsize.distributed.arrangement import ALONE, Arrangement
-from outsize.distributed.shares import Shares, even_shares, sole_share
+from outsize.distributed.shares import Shares, cut_shares, sole_share
 from outsize.distributed.wire import NO_WIRE, Wire
 from outsize.errors import RunError
 from outsize.memory.clock import Clock
@@ -33,17 +33,18 @@ class Group:
         self.ledger, self.clock = Ledger(), Clock()
         self.waiting_seconds = 0.0
         self._owned = [0] * self.size  # elements of undivided tensors, by worker
-        self._even: dict[int, Shares] = {}
+        self._cut: dict[tuple[int, tuple[int, ...]], Shares] = {}
 
-    def shares(self, numel: int) -> Shares:
-        """Who updates which elements of a flat tensor."""
-        if numel not in self._even:
-            self._even[numel] = even_shares(numel, self.arrangement)
-        return self._even[numel]
+    def shares(self, numel: int, parts: tuple[int, ...] = ()) -> Shares:
+        """Who updates which elements of a flat tensor, in proportion to the workers' `parts`; of none, equally many."""
+        if (numel, parts) not in self._cut:
+            self._cut[numel, parts] = cut_shares(numel, self.arrangement, parts)
+        return self._cut[numel, parts]
 
-    def undivided(self, numel: int) -> Shares:
-        """As `shares`, of a tensor that one worker must update as a whole: whoever has the fewest elements of such."""
-        owner = self._owned.index(min(self._owned))
+    def undivided(self, numel: int, parts: tuple[int, ...] = ()) -> Shares:
+        """As `shares`, of a tensor that one worker must update as a whole: whoever will have the fewest elements of such, for
+        its part."""
+        owner = min(range(self.size), key=lambda rank: (self._owned[rank] + numel) / (parts[rank] if parts else 1))
         self._owned[owner] += numel
         return sole_share(numel, owner, self.arrangement)
 

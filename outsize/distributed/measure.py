@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from statistics import median
 from time import perf_counter, process_time
 
@@ -13,8 +15,8 @@ from outsize.distributed.wire import Link, Wire
 SIZES = (1 << 12, 1 << 20, 1 << 23)  # bytes that each worker sends in an exchange: that shows latency, and bandwidth
 LONG = 0.1  # seconds; a larger exchange would show no more
 TIMES = 3
-ROWS, COLUMNS = 256, 1024  # of matrices whose product shows how fast a worker computes
-ALIKE = 1.5  # times as fast, and yet taken for equally fast
+MATRICES, ROWS, COLUMNS = 16, 256, 1024  # of matrices whose product shows how fast a worker computes
+ALIKE = 1.5  # times as much, and yet taken for as much
 
 
 def measure_wire(group: Group) -> Wire:
@@ -47,8 +49,7 @@ def _seconds(group: Group, level: int, nbytes: int) -> float:
 
 
 def measure_speeds(group: Group) -> list[float]:
-    """How fast workers compute, relative to each other: by the time of their processors alone, however many share these.
-    What is nearly alike is the same, so that runs on equal machines divide their work equally."""
+    """How fast workers compute, relative to the slowest: by the time of their processors alone, however many share these."""
     if group.size == 1:
         return [1.0]
     left, right = torch.ones(ROWS, COLUMNS), torch.ones(COLUMNS, COLUMNS)
@@ -57,5 +58,67 @@ def measure_speeds(group: Group) -> list[float]:
         started = process_time()
         torch.mm(left, right)
         seconds.append((process_time() - started) / torch.get_num_threads())
-    speeds = [1 / max(said, 1e-9) for (said,) in group.each(min(seconds))]
-    return [1.0] * group.size if max(speeds) < ALIKE * min(speeds) else speeds
+    speeds = leveled([1 / max(said, 1e-9) for (said,) in group.each(min(seconds))])
+    return [speed / min(speeds) for speed in speeds]
+
+
+@dataclass(frozen=True)
+class Crowd:
+    """How many times as long something takes while all workers of a machine compute as when one does: products of matrices,
+    and what passes through memory."""
+
+    products: float = 1.0
+    memory: float = 1.0
+
+    def times(self, slower: float) -> Crowd:
+        return Crowd(slower * self.products, slower * self.memory)
+
+
+def measure_crowd(group: Group) -> Crowd:
+    """Let the workers of each machine compute in turn, and then all at once: of the one who suffers most. Memory: 64 MiB
+    for a moment."""
+    turns = int(max(here for (here,) in group.each(group.here)))
+    if turns == 1:
+        return Crowd()
+    matrices = torch.ones(MATRICES, COLUMNS, COLUMNS)
+    works = [_products(matrices), _passes(matrices)]
+    alone = [0.0, 0.0]
+    for turn in range(turns):
+        group.each(0)
+        if group.rank % turns == turn:
+            alone = [_rate(work) for work in works]
+    together = []
+    for work in works:
+        group.each(0)
+        together.append(_rate(work))
+    slower = group.each(*(max(one / all_, 1.0) for one, all_ in zip(alone, together, strict=True)))
+    return Crowd(*(max(found) for found in zip(*slower, strict=True)))
+
+
+def _products(matrices: torch.Tensor) -> Callable[[], object]:
+    """Products as of a step: one matrix comes from memory each time."""
+    left = torch.ones(ROWS, COLUMNS)
+    return lambda: [torch.mm(left, right) for right in matrices]
+
+
+def _passes(matrices: torch.Tensor) -> Callable[[], object]:
+    first, second = matrices.chunk(2)
+    return lambda: first.add_(second)
+
+
+def _rate(work: Callable[[], object]) -> float:
+    """Times a second, for a while."""
+    started, times = perf_counter(), 0
+    while (seconds := perf_counter() - started) < LONG:
+        work()
+        times += 1
+    return times / seconds
+
+
+def leveled(values: Sequence[float]) -> list[float]:
+    """What is nearly alike as the least of it: so that equal machines are equal whatever was measured."""
+    levels: list[float] = []
+    for value in sorted(values):
+        if not levels or value >= ALIKE * levels[-1]:
+            levels.append(value)
+    return [max(level for level in levels if level <= value) for value in values]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 from outsize.distributed.arrangement import ALONE, Arrangement
 
@@ -57,13 +58,15 @@ def sole_share(numel: int, owner: int, arrangement: Arrangement = ALONE) -> Shar
     return Shares.of(spans, arrangement)
 
 
-def even_shares(numel: int, arrangement: Arrangement = ALONE) -> Shares:
-    """Runs of equal length but for the last ones, which may be shorter or empty."""
-    workers = arrangement.size
-    length = -(-numel // (ALIGNED * workers)) * ALIGNED
-    starts = [min(numel, length * slot) for slot in range(workers + 1)]
-    slots = [arrangement.slot(rank) for rank in range(workers)]
-    return Shares.of((range(starts[slot], starts[slot + 1]) for slot in slots), arrangement)
+def cut_shares(numel: int, arrangement: Arrangement = ALONE, parts: Sequence[int] = ()) -> Shares:
+    """Runs as long as the workers' `parts` say, equally long if there are none: cut at the next multiple of ALIGNED, so that
+    some may be shorter or empty."""
+    parts = parts or (1,) * arrangement.size
+    by_slot = sorted(range(arrangement.size), key=arrangement.slot)
+    whole = ALIGNED * sum(parts)
+    ends = (min(numel, -(-numel * end // whole) * ALIGNED) for end in accumulate(parts[rank] for rank in by_slot))
+    spans = dict(zip(by_slot, (range(start, end) for start, end in pairwise((0, *ends))), strict=True))
+    return Shares.of((spans[rank] for rank in range(arrangement.size)), arrangement)
 
 
 def _together(parts: Iterable[range]) -> range:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from outsize.distributed.shard import ShardedStore
-from outsize.distributed.shares import Shares, even_shares
+from outsize.distributed.shares import Shares, cut_shares
 from outsize.memory.block import make_block
 from outsize.memory.store import Store
 
@@ -79,7 +79,7 @@ def make_weight(
     dtype: torch.dtype,
     home: str,
     rows_per_block: int | None = None,
-    shares_of: Callable[[int], Shares] = even_shares,
+    shares_of: Callable[[int], Shares] = cut_shares,
     stage: int | None = None,
 ) -> Weight:
     """Describe where a parameter will live. `rows_per_block` cuts its first dimension; None keeps it in one block.

@@ -19,6 +19,7 @@ def check_plan(plan: Plan, task: Task, place: Place) -> Plan:
 
     Raises OptionError when it is of another job, BudgetError when it does not fit, each with what is wrong."""
     request = task.request
+    plan = replace(plan, rank=request.rank)
     _compare_with_request(plan, request)
     known = task.job
     _refuse_unknown("near_weights", plan.near_weights, known.sizes)
@@ -48,10 +49,9 @@ def check_plan(plan: Plan, task: Task, place: Place) -> Plan:
     checked = search.finished(search.tried[0])
     _check_memory(checked, request)
     check_disk(checked, place.disk_free_bytes)
-    sequences = plan.sequences or request.sequences
     return replace(
         plan,
-        sequences=sequences,
+        sequences=plan.sequences or request.sequences,
         memory_bytes=request.memory_bytes,
         predicted=checked.predicted,
         reasons=checked.reasons,
@@ -99,6 +99,7 @@ def _compare_with_request(plan: Plan, request: Request) -> None:
         ("nodes", request.nodes),
         ("zero", request.zero),
         ("sequences", request.sequences if plan.sequences else ()),
+        ("shares", request.shares or ()),
         ("weight_copies", request.weight_copies or plan.weight_copies),
         ("accumulate", request.accumulate),
         ("clip", request.clip),

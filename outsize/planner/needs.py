@@ -142,7 +142,8 @@ def _updating(sizes: dict[str, WeightSize], plan: Plan) -> int:
 
 def _exchanged(sizes: dict[str, WeightSize], plan: Plan) -> int:
     """What comes of a gradient from other workers; the sum is among the step's tensors."""
-    return max(size.largest_gradient for size in sizes.values()) if plan.workers > 1 else 0
+    several = plan.workers > 1
+    return max(max(size.largest_gradient, size.exchanged) for size in sizes.values()) if several else 0
 
 
 def _largest_matrix(sizes: dict[str, WeightSize], rows: dict[str, int]) -> int:

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
 
+from outsize.distributed.measure import Crowd
 from outsize.machine.allocator import recycling
 from outsize.machine.machine import Machine
 from outsize.memory.host import allocate_slab
@@ -108,17 +109,18 @@ class MeasuredPrices:
 
 @dataclass(frozen=True)
 class CrowdedPrices:
-    """Prices where `crowd` times as many want to compute as there are places."""
+    """Prices where others compute on the same machine meanwhile."""
 
     prices: Prices
-    crowd: float
+    crowd: Crowd
 
     def of(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Price:
         price = self.prices.of(function, args, kwargs, result)
-        return Price(self.crowd * price.seconds, price.floating_operations)
+        slower = self.crowd.memory if operations_of(function) is None else self.crowd.products
+        return Price(slower * price.seconds, price.floating_operations)
 
     def update(self, elements: int, like: Any, make: Callable[[], Callable[[], None]]) -> float:
-        return self.crowd * self.prices.update(elements, like, make)
+        return self.crowd.memory * self.prices.update(elements, like, make)
 
 
 class _Counting(TorchDispatchMode):

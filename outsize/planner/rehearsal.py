@@ -123,7 +123,7 @@ class Rehearsal:
         wire: Wire = NO_WIRE,
     ) -> None:
         self.mode, self.prices = Fakes(allow_non_fake_inputs=True), prices
-        self.group = self._group(Arrangement.of(0, plan.workers, plan.nodes), wire)
+        self.group = self._group(Arrangement.of(plan.rank, plan.workers, plan.nodes), wire)
         self.scribe = self._store()
         self.live = LiveBytes(self.scribe.tell)
         self.priced = Priced(self.scribe, prices, self.live)

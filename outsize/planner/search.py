@@ -79,6 +79,8 @@ class JobSizes:
             split_weights=self.split,
             weight_copies=self.copies,
             sequences=request.sequences,
+            shares=request.shares or (),
+            rank=request.rank,
             memory_bytes=request.memory_bytes,
         )
 

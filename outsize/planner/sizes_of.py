@@ -29,7 +29,8 @@ SMALL = 1 << 16  # elements; so small a weight stays near with its state: readin
 @dataclass(frozen=True)
 class WeightSize:
     """Bytes of one weight's blocks and of its optimizer state by kind, and of the largest single block of its state and
-    its gradient; of several workers, of the first one's. `leased` is what a lease of the weight takes near compute."""
+    its gradient; of several workers, of the one that is planned for. `leased` is what a lease of the weight takes near
+    compute, `exchanged` what comes of its gradient from others at once."""
 
     weight: Weight
     bytes: int
@@ -37,6 +38,7 @@ class WeightSize:
     state_kinds: dict[str, int]
     largest_state: int
     largest_gradient: int
+    exchanged: int
 
     @property
     def state_bytes(self) -> int:
@@ -72,7 +74,7 @@ def sizes_of(
     Raises OptionError when the optimizer refuses a weight."""
     endless = 1 << 60
     transfers = Transfers(readers=0)
-    group = Imagined(Arrangement.of(0, request.workers, request.nodes))
+    group = Imagined(Arrangement.of(request.rank, request.workers, request.nodes))
     store = ShardedStore(
         group,
         {"host": NullTier("host", endless), "disk": NullTier("disk", endless)},
@@ -85,18 +87,18 @@ def sizes_of(
     found = {}
     for name, parameter in model.named_parameters():
         dtype = kind.compute if parameter.requires_grad else parameter.dtype
-        shares = shares_for(rule, name, parameter, group)
+        shares = shares_for(rule, name, parameter, group, request.shares or ())
         stage = group.arrangement.stage_of(copies) if name in split else None
         weight = make_weight(name, parameter, dtype, "disk", table_rows.get(name), shares, stage)
         create_blocks(store, weight)
         if weight.trainable:
             updater.add(weight, "disk")
-        found[name] = _size(store, updater, weight)
+        found[name] = _size(store, updater, weight, group.arrangement)
     transfers.close()
     return found
 
 
-def _size(store: Store, updater: Updater, weight: Weight) -> WeightSize:
+def _size(store: Store, updater: Updater, weight: Weight, arrangement: Arrangement) -> WeightSize:
     blocks = [store.entries[block.home].block.nbytes for block in weight.blocks]
     leased = [store.entries[name].block.nbytes for block in weight.blocks for name in {block.name, block.home}]
     chunks = [chunk.state for block in weight.blocks for chunk in updater.chunks.get(block.name, [])]
@@ -104,4 +106,12 @@ def _size(store: Store, updater: Updater, weight: Weight) -> WeightSize:
     kinds = sum((Counter(block.bytes_by_kind) for block in states), Counter())
     gradient = max(torch.Size(weight.block_shape(block)).numel() * 4 for block in weight.blocks)
     largest_state = max((block.nbytes for block in states), default=0)
-    return WeightSize(weight, sum(blocks), sum(leased), dict(kinds), largest_state, gradient)
+    exchanged = max(
+        (
+            4 * (circle - 1) * len(block.shares.at(stage))
+            for block in weight.blocks
+            for stage, (_, circle) in enumerate(reversed(arrangement.levels))
+        ),
+        default=0,
+    )
+    return WeightSize(weight, sum(blocks), sum(leased), dict(kinds), largest_state, gradient, exchanged)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import inf
 
@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from outsize.distributed.arrangement import Arrangement
+from outsize.distributed.measure import Crowd
 from outsize.distributed.wire import Wire
 from outsize.errors import BudgetError, OptionError
 from outsize.machine.allocator import give_back
@@ -76,14 +77,14 @@ class Task:
 
 @dataclass(frozen=True)
 class Place:
-    """Where it will run: the machine, what the process holds there already, and what the disk has free. Of several workers
-    on a machine `crowd` times as many compute as have a processor to themselves."""
+    """Where it will run: the machine, what the process holds there already, and what the disk has free. Several workers on a
+    machine are a `crowd`."""
 
     machine: Machine
     baseline_bytes: int
     disk_free_bytes: int
     wire: Wire = field(default_factory=dict)
-    crowd: float = 1.0
+    crowd: Crowd = Crowd()
     _resident: int = field(default_factory=lambda: process_memory().resident_bytes, repr=False)
 
     @property
@@ -91,12 +92,18 @@ class Place:
         """The baseline, and what planning has added to it: libraries' own memory, which stays."""
         return self.baseline_bytes + max(process_memory().resident_bytes - self._resident, 0)
 
+    def beside(self, machine: Machine, disk_free_bytes: int) -> Place:
+        """That of another worker, who computes as this one does."""
+        found = replace(self, machine=machine, disk_free_bytes=disk_free_bytes)
+        vars(found)["prices"] = self.prices  # to measure them takes seconds
+        return found
+
     @cached_property
     def prices(self) -> Prices:
         """Of a machine that is here: measured."""
         rated = RatedPrices(self.machine)
         found = rated if self.machine.origin == "described" else MeasuredPrices(rated, seconds_of_passing())
-        return found if self.crowd == 1.0 else CrowdedPrices(found, self.crowd)
+        return found if self.crowd == Crowd() else CrowdedPrices(found, self.crowd)
 
 
 def plan_training(task: Task, place: Place) -> Plan:
@@ -149,6 +156,11 @@ class Planning:
         if request.activations not in ("auto", *choices):
             raise OptionError(f"activations {request.activations!r} is unknown; there are auto, {', '.join(choices)}.")
         return [KEEP, RECOMPUTE] if request.activations == "auto" else [choices[request.activations]]
+
+    @property
+    def least(self) -> Search:
+        """In the way that needs the least memory."""
+        return self.search(self._considered[-1])
 
     def _held(self, how: Activations) -> int:
         """Bytes without which no budget does, told without a rehearsal."""

@@ -374,7 +374,7 @@ def bind(
     for name, parameter in model.named_parameters():
         home = "host" if name in near else "disk"
         dtype = precision.compute if parameter.requires_grad else parameter.dtype
-        shares = shares_for(rule, name, parameter, updater.group)
+        shares = shares_for(rule, name, parameter, updater.group, plan.shares)
         stage = stage_at_home(plan, name, updater.group)
         weight = weights[name] = make_weight(name, parameter, dtype, home, rows.get(name), shares, stage)
         create_blocks(store, weight)

@@ -120,6 +120,7 @@ class Run:
             "nodes": self.job.plan.nodes,
             "weight_copies": self.job.plan.weight_copies,
             "sequences": self.job.plan.sequences,
+            "shares": self.job.plan.shares,
             "shapes": {weight.name: weight.shape for weight in self.job.weights.values() if weight.blocks[0].split},
             "random": base64.b64encode(bytes(self.job.random_state.tolist())).decode(),
         }

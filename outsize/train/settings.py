@@ -11,8 +11,7 @@ from typing import Any
 
 from outsize.errors import RunError, StorageError
 from outsize.model.new_folder import made_for
-from outsize.sizes import format_size
-from outsize.train.state import replace_file
+from outsize.train.state import REMEMBERED, replace_file
 
 VERSION = 1  # of run.json
 FREE = {
@@ -21,7 +20,6 @@ FREE = {
 }  # fmt: skip
 """What may differ when a run is continued; all else must stay as it was."""
 PATHS = ("data", "eval_data", "optimizer_state", "out", "plan")
-REMEMBERED = "planned.json"  # the plan of the last start, and what it was made for
 # What a run that never reached its first commit may leave, whole or killed while it was written.
 BEGUN = {"train.npy", "eval.npy", "state", "companions", "run.json", REMEMBERED}
 
@@ -72,8 +70,7 @@ class TrainSettings:
     def shared(self) -> dict[str, Any]:
         """What all workers must have been told alike; files are told by what is in them."""
         own = {*PATHS, "model", "memory", "json", "workers"}
-        memory = "none" if self.memory is None else format_size(self.memory)
-        return {"memory": memory, **{key: value for key, value in self.plain().items() if key not in own}}
+        return {key: value for key, value in self.plain().items() if key not in own}
 
     def plain(self) -> dict[str, Any]:
         """As JSON. Paths outside the run are absolute, so that it can be continued from any folder."""

@@ -81,7 +81,7 @@ class StateFolder:
 
     def abandon(self) -> None:
         """Where no step is committed or kept, leave nothing behind, not even the folder, and let go of the lock."""
-        made = {"blocks", "layout", "lock"}
+        made = {"blocks", "layout", "lock", REMEMBERED}
         with suppress(OSError):  # a disk that fails leaves more
             if set(os.listdir(self.directory)) <= {*made, "kept"} and not os.listdir(self.kept):
                 for name in made:
@@ -250,6 +250,7 @@ class StateFolder:
 
 
 ASKED = "keep-next"
+REMEMBERED = "planned.json"  # the plan of the last start, and what it was made for
 
 
 Held = str | int | None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -57,12 +58,13 @@ class Kind:
         return {*layout.group, *({"train_mode"} & self.initial_group.keys())}
 
 
-def shares_for(rule: OptimizerRule, name: str, parameter: torch.Tensor, group: Group) -> Callable[[int], Shares]:
-    """Who updates what of a parameter's blocks: shares of each, or all of a block where the optimizer must see that."""
-    if not parameter.requires_grad:
-        return group.shares
-    cls, _ = rule(name, parameter)
-    return group.shares if is_elementwise(cls) else group.undivided
+def shares_for(
+    rule: OptimizerRule, name: str, parameter: torch.Tensor, group: Group, parts: tuple[int, ...] = ()
+) -> Callable[[int], Shares]:
+    """Who updates what of a parameter's blocks, in proportion to the workers' `parts`: shares of each, or all of a block
+    where the optimizer must see that."""
+    divided = not parameter.requires_grad or is_elementwise(rule(name, parameter)[0])
+    return partial(group.shares if divided else group.undivided, parts=parts)
 
 
 def stage_at_home(plan: Plan, name: str, group: Group) -> int | None:
