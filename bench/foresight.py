@@ -194,12 +194,13 @@ def main() -> None:
     arguments.folder.mkdir(parents=True, exist_ok=True)
     portion = Portion(arguments.folder.resolve(), arguments.minutes)
     jobs = [job for job in CASES if arguments.only is None or arguments.only in job.name]
-    results = {job.name: found for job in jobs if (found := portion.do(job)) is not None}
     if arguments.only is not None:
+        results = {job.name: found for job in jobs if (found := portion.do(job)) is not None}
         print("\n".join([*verdicts(results), "", *rows(results)]))
         return
     short = portion.do(SHORT)
     long = portion.do(longer(short)) if short is not None and "measured" in short else None
+    results = {job.name: found for job in jobs if (found := portion.do(job)) is not None}
     more = [stretched(short, long)] if short is not None and long is not None and "measured" in long else []
     done = f"{len(results)} of {len(CASES)} jobs are done"
     print(done, file=sys.stderr)

@@ -36,3 +36,7 @@ class DamageError(StorageError):
 
 class RunError(OutsizeError):
     """A run's folder or state that cannot be continued, or numbers that stopped being finite."""
+
+
+class PlanAgain(OutsizeError):
+    """Steps take much longer than planned, and the run has stopped to be planned for that; the last one is committed."""

@@ -15,7 +15,7 @@ from outsize.distributed.group import Group
 from outsize.distributed.measure import Crowd, leveled, measure_crowd, measure_speeds, measure_wire
 from outsize.distributed.wire import NO_WIRE
 from outsize.distributed.workers import find_group
-from outsize.errors import DamageError, OptionError, OutsizeError, RunError
+from outsize.errors import DamageError, OptionError, OutsizeError, PlanAgain, RunError
 from outsize.machine.allocator import give_back, recycle_up_to
 from outsize.machine.describe import describe, process_memory
 from outsize.machine.find import this_machine
@@ -26,8 +26,8 @@ from outsize.model.fingerprint import fingerprint_model, fingerprint_tokenizer, 
 from outsize.model.load import ModelSource, open_model
 from outsize.model.units import Unit, describe_units, find_units
 from outsize.plan import Plan, Request, in_proportion
-from outsize.planner.check import check_plan
-from outsize.planner.remembered import circumstances, recall, remember
+from outsize.planner.check import check_plan, read_plan
+from outsize.planner.remembered import circumstances, recall, recall_slowness, remember, remember_slowness
 from outsize.planner.training import Place, Task, check_disk, plan_training
 from outsize.planner.workers import Worker, alike_disks, plan_workers
 from outsize.train.data import PackedDataset, prepare
@@ -51,13 +51,16 @@ CPU = torch.device("cpu")
 
 def train(settings: TrainSettings) -> dict[str, Any]:
     """Fine-tune as `outsize train` does. Returns the report. Raises OutsizeError subclasses; nothing half-written
-    stays. On Ctrl-C it commits the step under way and raises KeyboardInterrupt; the second time it stops at once.
+    stays. On Ctrl-C it commits the step under way and raises KeyboardInterrupt; the second time it stops at once. With
+    `replan` it may stop as early, and raise PlanAgain: to go on with another plan is for a process with a clean heap.
 
     A process that torch's launcher has started is one of several workers; each calls it with the same settings, and the
     first one gets the report."""
     recycle_up_to(0)  # what comes before the steps does not come again: the heap is to stay small
     rule = optimizer_rule(settings)
     find_precision(settings.precision)
+    if settings.replan and settings.plan is not None:
+        raise OptionError("--replan may leave the plan that --plan gives. Give one of them.")
     group = find_group(settings.worker_timeout)
     try:
         report = _train(settings, rule, group)
@@ -89,16 +92,6 @@ def _train(settings: TrainSettings, rule: OptimizerRule, group: Group) -> dict[s
         raise
     state.close()  # after a failure it stays locked: transfers may be under way until the process ends
     return report
-
-
-def read_plan(path: Path) -> Plan:
-    """The plan that `outsize plan --save` wrote, as it may have been edited since. Raises OptionError."""
-    try:
-        return Plan.from_json(path.read_bytes().decode(errors="replace"), str(path))
-    except OSError as problem:
-        raise OptionError(
-            f"{path} cannot be read: {problem.strerror}. Write a plan with `outsize plan --save`."
-        ) from problem
 
 
 class _Training:
@@ -232,7 +225,7 @@ class _Training:
 
     def _made(self, task: Task) -> Plan:
         """This worker's plan: one that was given, that of the last start, or a new one."""
-        settings, group, path = self.settings, self.group, self.folder / REMEMBERED
+        settings, group, path = self.settings, self.group, self._remembered
         baseline, disks = self._found()
         now = circumstances(replace(task.request, rank=group.rank), settings.out)
         known = recall(path, now, baseline) if self.continuing and settings.plan is None else None
@@ -242,10 +235,12 @@ class _Training:
         if known is not None and same == [same[0]] * group.size:
             check_disk(known, disks[group.rank])
             return known
-        machines = group.tell(this_machine(settings.out) if group.leads else None)
+        slowness = recall_slowness(path) if self.continuing else None
+        machine = this_machine(settings.out).slowed("disk", slowness or 1.0) if group.leads else None
+        machines = group.tell(machine)
         plan = group.first(lambda: self._plans(task, machines, baseline, disks))[group.rank]
         if settings.plan is None:
-            remember(path, plan, now, baseline)
+            remember(path, plan, now, baseline, slowness)
         return plan
 
     def _plans(self, task: Task, machines: list[Machine | None], baseline: int, disks: list[int]) -> list[Plan]:
@@ -300,12 +295,14 @@ class _Training:
             with finishing_the_step() as pressed:
 
                 def stopping() -> bool:  # after the same step on all workers
-                    return any(other for (other,) in self.group.each(pressed()))
+                    return any(other for (other,) in self.group.each(pressed() or self._plans_again(run)))
 
-                run.train(data, _schedule(settings), scheduler, evaluation, stopping)
+                run.train(data, Schedule.of(settings), scheduler, evaluation, stopping)
             if stopping():
                 run.job.close()
                 self.progress.message(f"step {run.job.step_number} of {settings.steps} is committed")
+                if self._plans_again(run) and not pressed():
+                    self._forget_plan(run)
                 return False
             self.progress.message("writing the model")
             give_back()  # what the steps' tensors took is room for that
@@ -315,6 +312,20 @@ class _Training:
         finally:
             self.progress.stop()
         return True
+
+    def _plans_again(self, run: Run) -> bool:
+        """Steps take much longer than planned, and this was not known when they were."""
+        return self.settings.replan and run.watch.behind is not None and recall_slowness(self._remembered) is None
+
+    def _forget_plan(self, run: Run) -> None:
+        """Whoever goes on plans for the disk as it was seen. Raises PlanAgain."""
+        assert run.watch.behind is not None
+        remember_slowness(self._remembered, run.watch.behind.disk)
+        raise PlanAgain(f"{run.watch.behind}. Start again with the same command: it will plan for that.")
+
+    @property
+    def _remembered(self) -> Path:
+        return self.folder / REMEMBERED
 
     @property
     def _states(self) -> Path:
@@ -339,10 +350,9 @@ def _request(
 ) -> Request:
     """`copies`: how many of split weights there are already; `shares`: in which proportion state is divided, if that is
     settled."""
-    if settings.keeper and group.size > 1:
-        raise OptionError(
-            f"--keeper holds what one worker has, and there are {group.size}. Leave it out, or --workers."
-        )
+    for option, given in (("--keeper", settings.keeper), ("--replan", settings.replan)):
+        if given and group.size > 1:
+            raise OptionError(f"{option} is for one worker, and there are {group.size}. Leave it out, or --workers.")
     return Request(
         memory,
         settings.sequence_length,
@@ -358,18 +368,6 @@ def _request(
         zero=settings.zero,
         weight_copies=copies,
         shares=shares,
-    )
-
-
-def _schedule(settings: TrainSettings) -> Schedule:
-    return Schedule(
-        settings.steps,
-        settings.batch_size,
-        settings.accumulate,
-        settings.seed,
-        settings.eval_every,
-        settings.sample_every,
-        settings.sample_prompt,
     )
 
 

@@ -17,7 +17,7 @@ from outsize.api import planning
 from outsize.cli import app
 from outsize.errors import OptionError
 from outsize.plan import Plan
-from outsize.training import read_plan
+from outsize.planner.check import read_plan
 
 
 @pytest.fixture(scope="module")

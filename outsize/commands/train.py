@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -51,6 +53,7 @@ def train(
     seed: options.AtLeastZero = 0,
     block_class: options.BlockClass = None,
     plan: options.PlanFile = None,
+    replan: options.Replan = False,
     workers: options.Workers = 1,
     zero: options.Zero = 3,
     worker_timeout: options.WorkerTimeout = 30.0,
@@ -75,9 +78,14 @@ def _start(settings: TrainSettings) -> None:
     if settings.workers > 1 and not is_worker():
         launch(settings.workers)
         return
+    from outsize.errors import PlanAgain
     from outsize.training import train as run
 
-    report = run(settings)
+    try:
+        report = run(settings)
+    except PlanAgain:
+        sys.stdout.flush()
+        os.execv(sys.executable, sys.orig_argv)  # the same command, which goes on where it stopped
     if report and settings.json:
         print(json.dumps({"report": report}))
     elif report:

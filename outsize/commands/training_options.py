@@ -60,6 +60,13 @@ BlockClass = Annotated[str | None, typer.Option(help="Class of the repeated bloc
 PlanFile = Annotated[
     Path | None, typer.Option(help="Obey this plan, written by `outsize plan --save`; refused if it does not fit.")
 ]
+Replan = Annotated[
+    bool,
+    typer.Option(
+        help="Plan again after the first steps if they take much longer than planned, with the disk as slow as it was "
+        "seen: other things may stay in memory then, and no number changes."
+    ),
+]
 Workers = Annotated[
     int, typer.Option(min=1, help="Processes on this machine that divide state and batch; --memory is for each.")
 ]

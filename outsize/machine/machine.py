@@ -4,7 +4,7 @@ FLOP/s; a node of several devices is described once, and the machine says how ma
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import log
 from statistics import median
 from typing import TypeVar
@@ -198,6 +198,21 @@ class Machine:
     def limit(self, name: str) -> float:
         """Return the joint bytes a second of the links that share `name`. Raises OptionError when it is not described."""
         return _named(self, "limit", {limit.name: limit.bytes_per_second for limit in self.limits}, name)
+
+    def slowed(self, tier: str, times: float) -> Machine:
+        """Return the same, with what moves from and to `tier` so many times as slow."""
+        links = tuple(
+            replace(link, bytes_per_second=link.bytes_per_second / times)
+            if tier in (link.source, link.target)
+            else link
+            for link in self.links
+        )
+        shared = {link.shared for link in self.links if tier in (link.source, link.target)}
+        limits = (
+            replace(limit, bytes_per_second=limit.bytes_per_second / times) if limit.name in shared else limit
+            for limit in self.limits
+        )
+        return replace(self, links=links, limits=tuple(limits))
 
     def processor(self, tier: str) -> Processor:
         """Return what computes on the bytes of `tier`. Raises OptionError when nothing does."""

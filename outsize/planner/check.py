@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import replace
+from pathlib import Path
 
 from outsize.errors import BudgetError, OptionError
 from outsize.plan import Plan, Request
@@ -12,6 +13,16 @@ from outsize.planner.search import Choice, JobSizes, Placement
 from outsize.planner.training import Place, Task, check_disk, search_of, sizes_of_job
 from outsize.sizes import format_size
 from outsize.train.job import always_near
+
+
+def read_plan(path: Path) -> Plan:
+    """The plan that `outsize plan --save` wrote, as it may have been edited since. Raises OptionError."""
+    try:
+        return Plan.from_json(path.read_bytes().decode(errors="replace"), str(path))
+    except OSError as problem:
+        raise OptionError(
+            f"{path} cannot be read: {problem.strerror}. Write a plan with `outsize plan --save`."
+        ) from problem
 
 
 def check_plan(plan: Plan, task: Task, place: Place) -> Plan:

@@ -34,10 +34,25 @@ def circumstances(request: Request, directory: Path) -> dict[str, Any]:
     return json.loads(json.dumps(said))
 
 
-def remember(path: Path, plan: Plan, made_in: dict[str, Any], baseline_bytes: int) -> None:
-    """Write the plan that was made for a process that held `baseline_bytes`. Raises StorageError."""
+def remember(path: Path, plan: Plan, made_in: dict[str, Any], baseline_bytes: int, slowness: float | None) -> None:
+    """Write the plan that was made for a process that held `baseline_bytes`, and for a disk of that `recall_slowness`.
+    Raises StorageError."""
     said = {"circumstances": made_in, "baseline_bytes": baseline_bytes, "plan": json.loads(plan.to_json())}
-    replace_file(path, json.dumps(said).encode())
+    replace_file(path, json.dumps(said | {"disk_slowness": slowness}).encode())
+
+
+def remember_slowness(path: Path, slowness: float) -> None:
+    """Forget the plan, and write what the next one is made for. Raises StorageError."""
+    replace_file(path, json.dumps({"disk_slowness": slowness}).encode())
+
+
+def recall_slowness(path: Path) -> float | None:
+    """How many times as slow as the machine's file says the run's disk was when steps took much longer than planned; None:
+    they did not, or nobody wanted it planned again."""
+    try:
+        return json.loads(path.read_bytes()).get("disk_slowness")
+    except (OSError, ValueError):
+        return None
 
 
 def recall(path: Path, now: dict[str, Any], baseline_bytes: int) -> Plan | None:

@@ -25,10 +25,12 @@ from outsize.plan import in_proportion
 from outsize.train.counts import Counts, Ways
 from outsize.train.data import PackedDataset, batches, in_order
 from outsize.train.job import Job
+from outsize.train.pace import Pace, Watch
 from outsize.train.progress import Progress
 from outsize.train.published import publish
 from outsize.train.report import Metrics, StepLine
 from outsize.train.retention import Retention
+from outsize.train.settings import TrainSettings
 from outsize.train.state import StateFolder
 from outsize.train.timeline import timeline
 
@@ -45,6 +47,18 @@ class Schedule:
     sample_every: int = 0
     sample_prompt: str | None = None
     sample_tokens: int = 40
+
+    @classmethod
+    def of(cls, settings: TrainSettings) -> Schedule:
+        return cls(
+            settings.steps,
+            settings.batch_size,
+            settings.accumulate,
+            settings.seed,
+            settings.eval_every,
+            settings.sample_every,
+            settings.sample_prompt,
+        )
 
 
 class Run:
@@ -68,6 +82,8 @@ class Run:
         self.moved: Ways = Counter()
         """What steps and their commits have moved; what is done `_apart` from them is not in it."""
         self._counted, self._elsewhere = Counts(), Counts()  # up to the last line; what was done apart
+        predicted = job.plan.predicted
+        self.watch = Watch(None if predicted is None else Pace.planned(predicted))
         self.stopping: Callable[[], bool] = lambda: False
         self._committed: Ticket | None = None
         self._last_commit = -1
@@ -192,6 +208,8 @@ class Run:
             if not self.job.plan.hold:
                 self._complete(step)
             self.progress.step(line)
+            if not last and self.watch.look(self.timeline()):
+                self.progress.message(str(self.watch.behind))
             self._evaluate_if_due(metrics, step, schedule, evaluation)
             due = schedule.sample_every and (step % schedule.sample_every == 0 or last)
             if schedule.sample_prompt and due and not stopping():
