@@ -23,6 +23,7 @@ from outsize.model.units import find_units
 from outsize.plan import Plan, Request, in_proportion
 from outsize.planner.cluster import places, wire_of
 from outsize.planner.training import Place, Planning, Task, plan_training
+from outsize.planner.workers import Worker, plan_workers
 from outsize.sizes import parse_size
 from outsize.train.export import Exported, export_checkpoint
 from outsize.train.job import Job, bind
@@ -126,7 +127,7 @@ def planning(
     folder that holds nothing but config.json. Raises OptionError or ModelError; the plans raise BudgetError."""
     known = {
         "train": {field.name for field in fields(Request)}
-        - {"memory_bytes", "hold", "workers", "nodes", "weight_copies", "sequences"},
+        - {"memory_bytes", "hold", "workers", "nodes", "weight_copies", "sequences", "shares", "rank"},
         "serve": {"context", "concurrency", "step_tokens", "weights"},
     }.get(task)
     if known is None:
@@ -153,8 +154,19 @@ def planning(
     each = workers // nodes
     crowd, disk = Crowd().times(max(1.0, each / places(there))), there.capacity("disk") // each
     here = Place(there, process_memory().resident_bytes, disk, wire_of(there, each), crowd)
-    found = Planning(Task(module, units, rule, asked, [], source.stored_dtype, block_class), here)
-    return partial(_within, found, tokenizer)
+    job = Task(module, units, rule, asked, [], source.stored_dtype, block_class)
+    if not there.unlike:
+        return partial(_within, Planning(job, here), tokenizer)
+    machines = [there.node(rank // each) for rank in range(workers)]
+    apart = [here.beside(machine, machine.capacity("disk") // each) for machine in machines]
+    return partial(_each_within, job, apart, each, tokenizer)
+
+
+def _each_within(task: Task, apart: list[Place], each: int, _held: object, memory: str | int) -> Plan:
+    """The first worker's, of `apart` ones of whom so many are on `each` node: within the memory that this has for them."""
+    budget = parse_size(memory)
+    workers = [Worker(min(budget, place.machine.capacity("host") // each), place) for place in apart]
+    return plan_workers(task, workers)[0]
 
 
 def _within(planning: Planning, _held: object, memory: str | int) -> Plan:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from models import tiny_model
@@ -11,8 +12,9 @@ from transformers import AutoModelForCausalLM
 import outsize
 from outsize.distributed.arrangement import Arrangement
 from outsize.errors import BudgetError, OptionError
+from outsize.machine.file import read_machine, write_machine
 from outsize.machine.find import find_machine
-from outsize.machine.machine import Link, Machine, Nodes, steady
+from outsize.machine.machine import Link, Machine, Nodes, Unlike, steady
 from outsize.model.units import find_units
 from outsize.plan import Plan, Request
 from outsize.planner.cluster import wire_of
@@ -127,3 +129,20 @@ def test_a_small_disk_has_what_it_holds_and_workers_alike_have_equal_shares(mode
         unlike(model, 1 << 30, 1 << 30, disks=(1 << 40, 1 << 20))
     with pytest.raises(BudgetError, match="Worker 1: A budget of 100.00 MiB is too small"):
         unlike(model, 1 << 30, 100 << 20)
+
+
+def test_unlike_nodes_of_a_described_cluster_have_shares_of_their_own(model: str, tmp_path: Path) -> None:
+    even = planned(model, cluster(1e9), None)
+    assert even.predicted is not None
+    small = Unlike(disk=int(0.75 * even.predicted.disk_bytes), host=1 << 30)
+    machine = replace(cluster(1e9), unlike=(small,))
+    write_machine(machine, tmp_path / "cluster.toml")
+    assert read_machine(tmp_path / "cluster.toml") == machine
+    found = outsize.plan(model, memory="2GiB", machine=tmp_path / "cluster.toml", sequence_length=32, accumulate=4)
+    assert found.shares[0] > found.shares[1]
+    told = " ".join(str(found).split())
+    assert "worker 0 " in told and "of 2.00 GiB memory" in told
+    assert (
+        f"worker 1 {found.shares[1] / sum(found.shares):.1%} of what is divided" in told
+        and "of 1.00 GiB memory" in told
+    )

@@ -246,16 +246,24 @@ def outsize(command: str, *arguments: object) -> subprocess.CompletedProcess[str
 @pytest.mark.parametrize(
     ("own", "message"),
     [
+        ({"version": "9.9"}, f"Worker 1 has another version than worker 0: 9.9 on torch {torch.__version__}, not "),
         ({"learning_rate": 0.5}, "Worker 1 has another learning_rate than worker 0: 0.5, not 0.001"),
         ({"model": "other"}, "Worker 1 has another model than worker 0"),
         ({"accumulate": 1}, "Worker 1 has another accumulate"),
+        ({"data": "short.txt", "out": "own"}, "Worker 1 has another data than worker 0"),
+        ({"model": "/nowhere/model"}, "/nowhere/model: there is no such file or folder"),
+        ({"out": "/proc/nowhere/run"}, "/proc/nowhere/run cannot be used"),
+        ({"memory": 64 << 20}, "Worker 1: A budget of 64.00 MiB is too small: this job needs at least"),
     ],
     ids=str,
 )
 def test_what_workers_were_told_differently_is_said_on_each(
     gang: Crew, settings: dict[str, Any], tmp_path: Path, own: dict[str, Any], message: str
 ) -> None:
-    if "model" in own:
+    if "data" in own:
+        (tmp_path / "short.txt").write_text("w1 w2 w3 " * 200)
+        own = {name: str(tmp_path / path) for name, path in own.items()}
+    if own.get("model") == "other":
         tiny_model("llama", tied=False, hidden=256, seed=1).save_pretrained(tmp_path / "other")
         for file in Path(settings["model"]).glob("tokenizer*"):
             (tmp_path / "other" / file.name).write_bytes(file.read_bytes())
@@ -264,6 +272,16 @@ def test_what_workers_were_told_differently_is_said_on_each(
     assert gang.attempt("run", 2, tmp_path, told) == [1, 1]
     for text in said(tmp_path, 2):
         assert message in text
+    assert not list((tmp_path / "run").rglob("blocks"))
+
+
+def test_who_does_not_come_to_the_meeting_point_is_named(gang: Crew, settings: dict[str, Any], tmp_path: Path) -> None:
+    told = {"settings": settings | {"out": str(tmp_path / "run")}, "without": 3.0}
+    assert gang.attempt("run", 3, tmp_path, told) == [1] * 3
+    first, lost, third = said(tmp_path, 3)
+    for text in (first, third):
+        assert "Worker 1 of 3 did not come to the meeting point 127.0.0.1:" in text and "within 3 seconds" in text
+    assert "Worker 1 of 3 cannot reach the meeting point 127.0.0.1:1: [Errno 111] Connection refused" in lost
 
 
 def test_a_lost_folder_is_refused_by_name(gang: Crew, settings: dict[str, Any], tmp_path: Path, pair: Path) -> None:

@@ -166,13 +166,19 @@ def shares_of(job: Job) -> dict[str, list[list[int]]]:
 def _run(folder: Path, told: dict[str, Any]) -> None:
     """As the command line does it."""
     from outsize import training
+    from outsize.distributed import meeting
     from outsize.train.settings import TrainSettings
 
+    if "without" in told and os.environ["RANK"] == "1":
+        os.environ.update(MASTER_PORT="1")
+    meeting.TO_MEET = told.get("without", meeting.TO_MEET)
     if "disk" in told:
         training.recall = lambda *given: None  # each try is planned anew
     if told.get("disk"):
         training.plan_training = _on_disk(training.plan_training)
     given = told["settings"] | told.get("own", {}).get(os.environ.get("RANK", "0"), {})
+    if (another := given.pop("version", None)) is not None:
+        training.version = lambda name: another
     paths = {name: Path(given[name]) for name in ("data", "out", "plan") if name in given}
     training.train(TrainSettings(**given | paths))
 

@@ -10,16 +10,14 @@ from typing import Any
 
 import torch
 from torch import distributed
-from torch._C._distributed_c10d import Store
-from torch.distributed.rendezvous import rendezvous
 
 from outsize.distributed.arrangement import REMOTE, Arrangement
 from outsize.distributed.collectives import Unreachable, exchange
 from outsize.distributed.group import Group, Messages, Several
+from outsize.distributed.meeting import meet
 from outsize.distributed.watch import Watch
 from outsize.errors import OptionError, OutsizeError, RunError
 
-TO_MEET = timedelta(seconds=30)  # for all workers to have come
 TO_ANSWER = timedelta(minutes=30)  # for a worker that lives: the first one may be preparing data, or writing the model
 
 
@@ -30,9 +28,9 @@ class Workers(Several):
         """`here` is how many there are on this machine, of which this is number `local`; `patience` for one that does not
         move, in seconds. Raises RunError when they do not all come."""
         self.here, self.leads = here, local == 0
+        meeting, places = meet(rank, size, f"{rank - local} {here}")
+        super().__init__(_arranged(rank, size, here, places))
         try:
-            meeting, _, _ = next(rendezvous("env://", rank, size, timeout=TO_MEET))
-            super().__init__(_arranged(meeting, rank, size, local, here))
             self._watch = Watch(meeting, rank, size, patience)
             distributed.init_process_group("gloo", store=meeting, rank=rank, world_size=size, timeout=TO_ANSWER)
             commits = distributed.new_group(backend="gloo", timeout=TO_ANSWER)
@@ -40,8 +38,8 @@ class Workers(Several):
             self._commits = commits
         except (RuntimeError, ValueError) as problem:
             raise RunError(
-                f"Worker {rank} of {size} cannot reach the meeting point {os.environ.get('MASTER_ADDR')}:"
-                f"{os.environ.get('MASTER_PORT')}: {problem}"
+                f"Worker {rank} of {size} has met the others, but cannot exchange with them: {problem}. Let each connect "
+                "to each; GLOO_SOCKET_IFNAME names the interface that does."
             ) from problem
 
     def send(self, outgoing: Messages, incoming: Messages) -> None:
@@ -80,9 +78,10 @@ class Workers(Several):
     def once(self, make: Callable[[], object], made: Callable[[], bool]) -> None:
         if self.rank == 0:
             make()
-        self.each(0)
-        if self.leads and not made():
-            make()
+        for others in (self.leads, True):  # who has a folder of its own beside others here, last
+            self.each(0)
+            if others and not made():
+                make()
         self.each(0)
 
     def folder(self, state: Path) -> Path:
@@ -124,10 +123,8 @@ def find_group(patience: float = 30.0) -> Group:
     return Workers(rank, size, local, here, patience) if size > 1 else Group()
 
 
-def _arranged(meeting: Store, rank: int, size: int, local: int, here: int) -> Arrangement:
+def _arranged(rank: int, size: int, here: int, places: list[str]) -> Arrangement:
     """By node, if these have equally many workers, with successive ranks; else all links are taken for slow ones."""
-    meeting.set(f"node of {rank}", f"{rank - local} {here}")
-    said = [meeting.get(f"node of {peer}").decode() for peer in range(size)]
-    if said == [f"{peer // here * here} {here}" for peer in range(size)]:
+    if places == [f"{peer // here * here} {here}" for peer in range(size)]:
         return Arrangement.of(rank, size, size // here)
     return Arrangement(rank, ((REMOTE, size),))

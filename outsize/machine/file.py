@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import tomli_w
 
 from outsize.errors import OptionError
-from outsize.machine.machine import Capacity, Limit, Link, Machine, Nodes, Processor, Spread
+from outsize.machine.machine import Capacity, Limit, Link, Machine, Nodes, Processor, Spread, Unlike
 from outsize.machine.quantities import (
     BYTE_RATE,
     COUNT,
@@ -29,7 +29,7 @@ from outsize.machine.quantities import (
     Quantity,
 )
 
-Value = TypeVar("Value", Machine, Link, Processor, Nodes, Spread)
+Value = TypeVar("Value", Machine, Link, Processor, Nodes, Unlike, Spread)
 LINK = {
     "source": TEXT,
     "target": TEXT,
@@ -49,7 +49,8 @@ PROCESSOR = {
     "operation_seconds": DURATION,
 }
 NODES = {"count": COUNT, "bytes_per_second": NODE_RATE, "latency": LATENCY}
-TOP = ("name", "origin", "notes", "capacities", "limits", "links", "processors", "nodes", "spreads")
+UNLIKE = {"count": COUNT, "host": SIZE, "disk": SIZE, "disk_bytes_per_second": BYTE_RATE}
+TOP = ("name", "origin", "notes", "capacities", "limits", "links", "processors", "nodes", "unlike", "spreads")
 
 
 def read_machine(path: Path) -> Machine:
@@ -96,6 +97,7 @@ def as_table(machine: Machine) -> dict[str, Any]:
         "capacities": {capacity.tier: SIZE.write(capacity.nbytes) for capacity in machine.capacities},
         "limits": {limit.name: BYTE_RATE.write(limit.bytes_per_second) for limit in machine.limits},
         "nodes": _written(machine.nodes, NODES) if machine.nodes != Nodes() else {},
+        "unlike": [_written(unlike, UNLIKE) for unlike in machine.unlike],
         "links": [_written(link, LINK) for link in machine.links],
         "processors": [_written_processor(processor) for processor in machine.processors],
         "spreads": [_written(spread, _spread_keys(spread.unit)) for spread in machine.spreads],
@@ -157,6 +159,7 @@ def _machine(table: _Table) -> Machine:
             "links": tuple(_read(link, Link, LINK) for link in table.tables("links")),
             "processors": tuple(_processor(processor) for processor in table.tables("processors")),
             "nodes": _read(table.table("nodes"), Nodes, NODES),
+            "unlike": tuple(_read(unlike, Unlike, UNLIKE) for unlike in table.tables("unlike")),
             "spreads": tuple(_spread(spread) for spread in table.tables("spreads")),
         },
     )

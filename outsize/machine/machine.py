@@ -124,6 +124,29 @@ class Nodes:
 
 
 @dataclass(frozen=True)
+class Unlike:
+    """`count` nodes of a cluster that are otherwise than the first ones, the last of them: what they have of `host` and
+    `disk`, and how fast that disk is in any direction."""
+
+    count: int = 1
+    host: int | None = None
+    disk: int | None = None
+    disk_bytes_per_second: float | None = None
+
+    def of(self, machine: Machine) -> Machine:
+        """One of these nodes."""
+        own = {"host": self.host, "disk": self.disk}
+        capacities = tuple(replace(each, nbytes=own.get(each.tier) or each.nbytes) for each in machine.capacities)
+        links, limits = machine.links, machine.limits
+        if (rate := self.disk_bytes_per_second) is not None:
+            slow = {link for link in links if "disk" in (link.source, link.target)}
+            shared = {link.shared for link in slow}
+            links = tuple(replace(link, bytes_per_second=rate) if link in slow else link for link in links)
+            limits = tuple(replace(limit, bytes_per_second=rate) if limit.name in shared else limit for limit in limits)
+        return replace(machine, capacities=capacities, links=links, limits=limits, unlike=())
+
+
+@dataclass(frozen=True)
 class Spread:
     """What a probe saw of one figure: the median of several measurements, and the least and the greatest of them.
 
@@ -144,7 +167,8 @@ class Spread:
 
 @dataclass(frozen=True)
 class Machine:
-    """One node, and how many of them. Tiers: `host` always, `device` with GPUs, `disk`, and others by any name (`cxl`).
+    """One node, how many of them, and which are `unlike` it. Tiers: `host` always, `device` with GPUs, `disk`, and others by
+    any name (`cxl`).
 
     `origin` says where the figures come from: "described", "probed ..." or "estimated ...". `notes` say what the figures
     do not show; `spreads` are those of a probe.
@@ -160,10 +184,14 @@ class Machine:
     origin: str = "described"
     notes: tuple[str, ...] = ()
     spreads: tuple[Spread, ...] = ()
+    unlike: tuple[Unlike, ...] = ()
 
     def __post_init__(self) -> None:
         self.processor("host")
         self.processor(self.compute.tier)
+        others = sum(each.count for each in self.unlike)
+        if self.unlike and others >= self.nodes.count:
+            raise OptionError(f"of {self.nodes.count} nodes {others} cannot be unlike the first one.")
         for tier in (processor.tier for processor in self.processors):
             self.capacity(tier)
         for link in self.links:
@@ -185,6 +213,15 @@ class Machine:
     def compute(self) -> Processor:
         """The processor that runs the model: the devices where there are any, else the host's."""
         return self.processor("device" if "device" in self.tiers else "host")
+
+    def node(self, index: int) -> Machine:
+        """The machine that one of the nodes is."""
+        first = self.nodes.count - sum(each.count for each in self.unlike)
+        for each in self.unlike:
+            first += each.count
+            if first - each.count <= index < first:
+                return each.of(self)
+        return self
 
     def capacity(self, tier: str) -> int:
         """Return the bytes of `tier` in one node, or of one device. Raises OptionError when there is no such tier."""
