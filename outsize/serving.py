@@ -33,6 +33,7 @@ from outsize.serve.engine import Engine as StepEngine
 from outsize.serve.far_index import FarIndex
 from outsize.serve.int8 import Read, use_int8
 from outsize.serve.request import Sampling
+from outsize.serve.runner import Runner
 from outsize.serve.schedule import POLICIES
 from outsize.serve.service import Completion, Service
 from outsize.serve.weights import bind_for_inference
@@ -95,16 +96,8 @@ class Engine(Service):
                 own = summed.digest(fingerprint_model(source.config), serving.layers, serving.page_bytes)
                 index = FarIndex(Path(kv_directory) / own, serving.far_pages)
                 tiers["kv"] = DiskTier(index.pages)
-            engine = StepEngine(
-                module,
-                attachment,
-                store,
-                self.plan.serving,
-                POLICIES[policy](),
-                end_tokens(module),
-                tokenizer,
-                index,
-            )
+            runner = Runner(module, attachment, store, self.plan.serving, "disk" if index is None else "kv")
+            engine = StepEngine(runner, POLICIES[policy](), end_tokens(module), tokenizer, index)
             names = [name for name, _ in module.named_parameters()]
             identity = fingerprint_weights(source.config, names, read)
             dismiss_threads()  # the engine computes in a thread of its own, with its own

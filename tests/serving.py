@@ -24,6 +24,7 @@ from outsize.serve.attention import use_paged_attention
 from outsize.serve.engine import Engine
 from outsize.serve.far_index import FarIndex
 from outsize.serve.request import Event, Request, Sampling
+from outsize.serve.runner import Runner
 from outsize.serve.schedule import POLICIES
 from outsize.serve.weights import bind_for_inference
 from outsize.train.job import users_of
@@ -68,7 +69,8 @@ class Bound:
         index = None if directory is None else FarIndex(directory, far_pages)
         if index is not None:
             self.store.tiers["kv"] = DiskTier(index.pages)
-        engine = Engine(self.model, self.attachment, self.store, serving, POLICIES[policy](), index=index)
+        runner = Runner(self.model, self.attachment, self.store, serving, "disk" if index is None else "kv")
+        engine = Engine(runner, POLICIES[policy](), index=index)
         try:
             yield engine
             engine.check()
