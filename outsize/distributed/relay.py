@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from outsize.distributed.arrangement import PEER, REMOTE
-from outsize.distributed.group import NUMBER, Group
+from outsize.distributed.group import NUMBER, Group, Messages
+from outsize.errors import RunError
 
 Order = tuple[Any, ...]
 """What is to be done, and with what; plain values."""
@@ -24,7 +25,11 @@ class Relay:
     rank, size = 0, 1
 
     def tell(self, *order: Any) -> None:
-        """Have all other workers do the same."""
+        """Have all other workers do the same; what others tell nobody hears but from the first."""
+
+    def hear(self) -> Order:
+        """What the first worker orders next."""
+        raise AssertionError("nobody tells a worker alone what to do")
 
     def take(self, like: torch.Tensor) -> torch.Tensor:
         """Hidden states of the shape of `like` from the worker before."""
@@ -44,9 +49,11 @@ class Ring(Relay):
 
     def __init__(self, group: Group) -> None:
         self.rank, self.size, self._group = group.rank, group.size, group
-        self._rehearses = False
+        self._rehearses = self._lost = False
 
     def tell(self, *order: Any) -> None:
+        if self.rank or self._lost:  # of what the first still does when another is gone, nobody hears
+            return
         said = torch.frombuffer(bytearray(pickle.dumps(order)), dtype=torch.uint8)
         length = torch.tensor([said.numel()])
         others = range(1, self.size)
@@ -54,7 +61,6 @@ class Ring(Relay):
             self._send(dict.fromkeys(others, message), NUMBER)
 
     def hear(self) -> Order:
-        """What the first worker orders next."""
         length = self._receive(0, torch.empty(1, dtype=torch.long), NUMBER)
         said = self._receive(0, torch.empty(int(length), dtype=torch.uint8), NUMBER)
         return pickle.loads(said.numpy().tobytes())
@@ -77,14 +83,21 @@ class Ring(Relay):
             self._rehearses = False
 
     def _send(self, outgoing: dict[int, torch.Tensor], kind: str) -> None:
-        self._group.send(outgoing, {})
+        self._exchange(outgoing, {})
         for peer, message in outgoing.items():
             self._group.ledger.move("host", self._tier(peer), {kind: message.nbytes})
 
     def _receive(self, peer: int, into: torch.Tensor, kind: str) -> torch.Tensor:
-        self._group.send({}, {peer: into})
+        self._exchange({}, {peer: into})
         self._group.ledger.move(self._tier(peer), "host", {kind: into.nbytes})
         return into
+
+    def _exchange(self, outgoing: Messages, incoming: Messages) -> None:
+        try:
+            self._group.send(outgoing, incoming)
+        except RunError:
+            self._lost = True
+            raise
 
     def _tier(self, peer: int) -> str:
         """Where what this peer holds is, seen from here."""

@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from outsize.errors import ModelError, OptionError
-from outsize.model.units import find_units
+from outsize.model.units import Unit, find_units
 from outsize.planner.trial import on_fake_tensors
 from outsize.serve.attention import Discovery
 from outsize.serve.leg import Route, hidden_of
@@ -82,7 +82,7 @@ def _watched(model: nn.Module) -> tuple[_Calls, list[str], str]:
         head: Any = fake.get_output_embeddings()  # pyright: ignore[reportCallIssue]
         modules = {unit.name: unit.module for unit in units} | {n: m for n, m in fake.named_modules() if m is head}
         for parameter in fake.parameters():
-            parameter.requires_grad_(True)
+            parameter.requires_grad_(parameter.is_floating_point())
         for name, module in modules.items():
             entering = module.register_forward_pre_hook(partial(calls.enter, name), with_kwargs=True)
             hooks.callback(entering.remove)
@@ -108,12 +108,17 @@ def _undivided(model: nn.Module, why: str) -> ModelError:
     )
 
 
-def divide(route: Route, unit_bytes: dict[str, int], rooms: Sequence[int]) -> tuple[int, ...]:
-    """How many repeated units each worker has: in proportion to the `rooms`, in bytes, that they have beside what the first
-    and the last must hold; one at least. Raises OptionError when there are too few."""
-    count = len(route.repeated)
+def divide(route: Route, units: Sequence[Unit], rooms: Sequence[int]) -> tuple[int, ...]:
+    """How many repeated units each worker has: in proportion to the bytes of `rooms` that are left to it beside what only the
+    first and the last hold; one at least. Raises OptionError when there are too few."""
+    count, rooms = len(route.repeated), list(rooms)
+    unit_bytes = {unit.name: sum(parameter.nbytes for _, parameter in unit.parameters) for unit in units}
+    rooms[0] -= sum(_weights(units, (*route.before, route.head)).values())
+    rooms[-1] -= sum(_weights(units, route.after).values())
     if count < len(rooms):
-        raise OptionError(f"{count} layers cannot be divided among {len(rooms)} workers. Give --workers {count} or fewer.")
+        raise OptionError(
+            f"{count} layers cannot be divided among {len(rooms)} workers. Give --workers {count} or fewer."
+        )
     ends = list(accumulate(unit_bytes[name] for name in route.repeated))
     shares = list(accumulate(max(room, 1) for room in rooms))
     cuts = [0]
@@ -121,6 +126,11 @@ def divide(route: Route, unit_bytes: dict[str, int], rooms: Sequence[int]) -> tu
         wanted = bisect_left(ends, ends[-1] * share / shares[-1] - unit_bytes[route.repeated[0]] / 2) + 1
         cuts.append(min(max(wanted, cuts[-1] + 1), count - (len(rooms) - number)))
     return tuple(_differences([*cuts, count]))
+
+
+def _weights(units: Sequence[Unit], names: Sequence[str]) -> dict[str, int]:
+    """Bytes of what these units have; a tied weight counts once."""
+    return {name: p.nbytes for unit in units if unit.name in names for name, p in unit.parameters}
 
 
 def _differences(numbers: Sequence[int]) -> Iterator[int]:

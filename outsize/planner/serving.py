@@ -32,6 +32,7 @@ from outsize.train.job import always_near, users_of
 
 PAGE_TOKENS = 16
 COMPILED = 96 << 20  # bytes: kernels that oneDNN compiles, one for each shape it meets, and never lets go; docs/log.md
+BESIDE = THREADS + KERNELS + COMPILED
 FOR_MANY = (
     4  # while weights stream, one part in so many of the free memory goes to pages for many, if nobody said how many
 )
@@ -70,7 +71,7 @@ def plan_serving(
     tensors = measure_step(model, layers, context, request, leg)
     headroom = Ceiling.WORTH + tensors
     room = _Room(request, context, page_size(layers))
-    room.taken.update({BASELINE: baseline_bytes, TENSORS: tensors + headroom, KERNEL: THREADS + KERNELS + COMPILED})
+    room.taken.update({BASELINE: baseline_bytes, TENSORS: tensors + headroom, KERNEL: BESIDE})
     whole = room.left >= sum(sizes.values()) + room.least_pages
     placed = _all_near(model, sizes, groups, room) if whole else _streaming(model, units, sizes, groups, room)
     far = sum(nbytes for name, nbytes in sizes.items() if name not in placed.near)
@@ -98,6 +99,21 @@ def plan_serving(
         serving=serving,
         reasons=(*_about_int8(model, request), _about_weights(sum(sizes.values()) - far, far), _about_pages(serving)),
     )
+
+
+def beside(model: nn.Module, request: ServeRequest) -> int:
+    """Bytes that a worker needs besides its weights and pages, at most, whichever leg of the model it has."""
+    tensors = measure_step(model, discover(model)[0], context_of(model, request), request)
+    return 2 * tensors + Ceiling.WORTH + BESIDE
+
+
+def with_pages(plan: Plan, count: int, far: int) -> Plan:
+    """The plan with so many pages, near and far, and no more than it has."""
+    assert plan.serving is not None and plan.predicted is not None
+    serving = replace(plan.serving, pages=count, far_pages=far)
+    memory = {**dict(plan.predicted.memory), CACHE: count * serving.page_bytes}
+    predicted = replace(plan.predicted, host_peak_bytes=sum(memory.values()), memory=tuple(memory.items()))
+    return replace(plan, serving=serving, predicted=predicted, reasons=(*plan.reasons[:-1], _about_pages(serving)))
 
 
 class _Room:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from outsize.distributed.relay import Relay, Ring
+from outsize.distributed.relay import Relay
 from outsize.memory.store import Store
 from outsize.model.attach import Attachment
 from outsize.plan import Serving
@@ -72,11 +72,11 @@ class Runner:
         self._ceiling.keep()
         return self._forward(**self._inputs(layout, tokens, wanted or [0]))[0, : len(wanted)]
 
-    def follow(self, ring: Ring) -> None:
+    def follow(self) -> None:
         """Do what the first worker does, until it ends. Raises RunError when it is lost."""
         verbs: dict[str, Any] = {"run": self.run, "copy": self.copy}
         verbs |= self.places.verbs() if self.places is not None else {}
-        while (order := ring.hear())[0] != END:
+        while (order := self.relay.hear())[0] != END:
             verb, *given = order
             verbs[verb](*given)
 
