@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from outsize.errors import ModelError, OptionError
 from outsize.model.units import Unit, find_units
-from outsize.planner.trial import on_fake_tensors
+from outsize.planner.trial import measurable, on_fake_tensors
 from outsize.serve.attention import Discovery
 from outsize.serve.leg import Route, hidden_of
 
@@ -77,7 +77,7 @@ def find_route(model: nn.Module) -> Route:
 
 def _watched(model: nn.Module) -> tuple[_Calls, list[str], str]:
     """The calls of a trial run, the names of the repeated units, and of the head."""
-    with on_fake_tensors(model) as fake, torch.enable_grad(), ExitStack() as hooks:
+    with on_fake_tensors(measurable(model)) as fake, torch.enable_grad(), ExitStack() as hooks:
         calls, units = _Calls(Discovery()), [unit for unit in find_units(fake) if not unit.encloses]
         head: Any = fake.get_output_embeddings()  # pyright: ignore[reportCallIssue]
         modules = {unit.name: unit.module for unit in units} | {n: m for n, m in fake.named_modules() if m is head}

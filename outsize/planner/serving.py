@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import nn
@@ -17,11 +16,10 @@ from outsize.model.units import Unit
 from outsize.model.vocabulary import Table
 from outsize.plan import INT8, KvLayer, Plan, Predicted, ServeRequest, Serving
 from outsize.planner.needs import KERNELS, PACKED, THREADS, changes_of, held_for
-from outsize.planner.rehearsal import bare_copy
 from outsize.planner.serving_forecast import run_step
 from outsize.planner.sizes_of import SMALL
 from outsize.planner.training import TABLE_BLOCK, table_rows
-from outsize.planner.trial import on_fake_tensors
+from outsize.planner.trial import measurable, on_fake_tensors
 from outsize.serve.attention import Discovery, context_limit
 from outsize.serve.cache import page_shape
 from outsize.serve.layout import Span
@@ -218,13 +216,13 @@ def discover(model: nn.Module) -> tuple[tuple[KvLayer, ...], list[tuple[str, ...
         with calls.watching(fake):
             fake(input_ids=ids, position_ids=ids, use_cache=False, paged=found)
 
-    measurable = _measurable(model)
+    plain = measurable(model)
     try:
-        with on_fake_tensors(measurable) as fake:
+        with on_fake_tensors(plain) as fake:
             run(fake)
     except RuntimeError:  # the module looks at some output in a way that one beside others cannot be looked at
         found, calls = Discovery(), LinearCalls(beside=False)
-        with on_fake_tensors(measurable) as fake:
+        with on_fake_tensors(plain) as fake:
             run(fake)
     found.complete(model)
     return _in(_dtype(model), tuple(found.layers)), calls.groups()
@@ -235,13 +233,13 @@ def measure_step(
 ) -> int:
     """Bytes beside weights and pages that the C library holds for the largest step: chunks of sequences as long as the
     context, with logits for every seat. `layers` are those of the leg, if there is one."""
-    measurable = _measurable(model)
+    plain = measurable(model)
     count, one = min(request.step_tokens, context), -(-context // PAGE_TOKENS)
     several = min(request.seats, -(-request.step_tokens // count))
     spans = [Span(range(n * one, (n + 1) * one), context - count, count) for n in range(several)]
-    layers = _in(_dtype(measurable), layers)
-    changes = changes_of(run_step(measurable, layers, spans, PAGE_TOKENS, request.seats, leg=leg))
-    wider = max(1, _dtype(model).itemsize // _dtype(measurable).itemsize)
+    layers = _in(_dtype(plain), layers)
+    changes = changes_of(run_step(plain, layers, spans, PAGE_TOKENS, request.seats, leg=leg))
+    wider = max(1, _dtype(model).itemsize // _dtype(plain).itemsize)
     return wider * held_for(changes, LARGEST_RECYCLED)
 
 
@@ -252,11 +250,6 @@ def page_size(layers: tuple[KvLayer, ...]) -> int:
 
 def _in(dtype: torch.dtype, layers: tuple[KvLayer, ...]) -> tuple[KvLayer, ...]:
     return tuple(replace(layer, dtype=str(dtype).removeprefix("torch.")) for layer in layers)
-
-
-def _measurable(model: Any) -> nn.Module:
-    """What to run on fake tensors: torch's fake product of experts knows bf16 only."""
-    return bare_copy(model).to(torch.bfloat16) if model._can_set_experts_implementation() else model
 
 
 def _dtype(model: nn.Module) -> torch.dtype:
