@@ -14,7 +14,7 @@ import torch
 
 from outsize.distributed.group import Group
 from outsize.distributed.relay import Relay, Ring
-from outsize.errors import OptionError, StorageError
+from outsize.errors import OptionError, RunError, StorageError
 from outsize.machine.allocator import compile_few_kernels, recycle_up_to
 from outsize.machine.describe import describe, process_memory
 from outsize.machine.machine import Machine
@@ -82,6 +82,7 @@ class Engine(Service):
         self.plan = part.plan
         engine = StepEngine(part.runner, POLICIES[policy](), end_tokens(part.module), part.tokenizer, part.index)
         super().__init__(engine, part.identity, part.close)
+        part.group.on_end(lambda said: self.give_up(RunError(said)))
 
 
 class Part:
@@ -100,6 +101,7 @@ class Part:
         scratch: str | Path | None = None,
         kv_directory: str | Path | None = None,
     ) -> None:
+        self.group = group
         limit = parse_size(memory) if memory is not None else _free_memory() // group.here
         request = ServeRequest(limit, context, concurrency, step_tokens, weights)
         if kv_directory is not None and group.size > 1:

@@ -24,6 +24,7 @@ def launch(workers: int, restarts: int = RESTARTS, afterwards: str = CONTINUES, 
 
     Raises RunError naming a worker that is killed once too often, and what to do `afterwards`; ends with the exit code of
     one that has said itself what is wrong."""
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -41,6 +42,7 @@ def launch(workers: int, restarts: int = RESTARTS, afterwards: str = CONTINUES, 
             max_restarts=0,
             shutdown_timeout=ending,
             signals_to_handle="SIGTERM,SIGHUP,SIGQUIT",
+            logs_specs=DefaultLogsSpecs(log_dir=os.devnull),  # or a folder would stay behind
         )
         try:
             elastic_launch(config, sys.executable)("-m", "outsize", *sys.argv[1:])

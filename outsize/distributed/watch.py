@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 
 from torch._C._distributed_c10d import Store
@@ -28,6 +29,8 @@ class Watch:
         self._meeting: Store = meeting.clone()  # pyright: ignore[reportAttributeAccessIssue] - a connection of its own
         self._others = [peer for peer in range(size) if peer != rank]
         self._closing = threading.Event()
+        self.on_end: Callable[[str], None] | None = None
+        """Hears why the process is about to end. `NOTICE` seconds are left for what it does."""
         self._thread = threading.Thread(target=self._look, daemon=True, name="watch")
         self._thread.start()
 
@@ -101,6 +104,9 @@ class Watch:
                 with suppress(RuntimeError):
                     self._meeting.set(_stops(self.rank), "")
                 print(f"outsize: {said}", file=sys.stderr, flush=True)
+                if self.on_end is not None:
+                    self.on_end(said)
+                    time.sleep(NOTICE)
                 os._exit(STOPPED)
 
 

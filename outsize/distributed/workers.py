@@ -93,6 +93,9 @@ class Workers(Several):
     def fail(self, problem: Exception) -> None:
         self._watch.fail(problem)
 
+    def on_end(self, hear: Callable[[str], None]) -> None:
+        self._watch.on_end = hear
+
     def close(self) -> None:
         self.each(0)
         self._watch.close()
