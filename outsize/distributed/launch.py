@@ -24,7 +24,7 @@ def launch(workers: int, restarts: int = RESTARTS, afterwards: str = CONTINUES, 
 
     Raises RunError naming a worker that is killed once too often, and what to do `afterwards`; ends with the exit code of
     one that has said itself what is wrong."""
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -47,6 +47,8 @@ def launch(workers: int, restarts: int = RESTARTS, afterwards: str = CONTINUES, 
         try:
             elastic_launch(config, sys.executable)("-m", "outsize", *sys.argv[1:])
             return
+        except SignalException as told:
+            sys.exit(128 + told.sigval)  # the workers have ended already, each with its message
         except ChildFailedError as failed:
             killed = _killed(failed, left, afterwards)
             print(f"outsize: {killed} All begin again.", file=sys.stderr, flush=True)
