@@ -136,6 +136,11 @@ def planning(
         raise OptionError(f"plan of {task} has no option {unknown[0]!r}; it has {', '.join(sorted(known))}.")
     there = _machine(machine, Path(directory))
     if task == "serve":
+        if (workers or 1) > 1:
+            raise OptionError(
+                "What each of several workers would hold when serving cannot be planned beforehand. Leave out --workers: "
+                "`outsize serve --workers` plans at its start, and refuses what does not fit."
+            )
         from outsize.serving import plan_service
 
         return plan_service(model, machine=there, **request)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
+from importlib.metadata import version as outsize_version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from outsize.errors import OptionError, StorageError
+from outsize.distributed.group import Group
+from outsize.distributed.relay import Relay, Ring
+from outsize.errors import OptionError, RunError, StorageError
 from outsize.machine.allocator import compile_few_kernels, recycle_up_to
 from outsize.machine.describe import describe, process_memory
 from outsize.machine.machine import Machine
@@ -23,8 +27,9 @@ from outsize.memory.transfer import Transfers
 from outsize.model.fingerprint import Summed, fingerprint_model, fingerprint_weights
 from outsize.model.load import ModelSource, open_model
 from outsize.model.units import find_units
-from outsize.plan import INT8, Plan, ServeRequest
-from outsize.planner.serving import plan_serving
+from outsize.plan import INT8, STORED, Plan, ServeRequest
+from outsize.planner.legs import divide, find_route
+from outsize.planner.serving import beside, plan_serving, with_pages
 from outsize.planner.serving_forecast import with_forecast
 from outsize.planner.training import Place
 from outsize.serve.attention import use_paged_attention
@@ -32,7 +37,9 @@ from outsize.serve.constraint import schemas_bytes
 from outsize.serve.engine import Engine as StepEngine
 from outsize.serve.far_index import FarIndex
 from outsize.serve.int8 import Read, use_int8
+from outsize.serve.leg import Leg
 from outsize.serve.request import Sampling
+from outsize.serve.runner import Runner
 from outsize.serve.schedule import POLICIES
 from outsize.serve.service import Completion, Service
 from outsize.serve.weights import bind_for_inference
@@ -49,7 +56,8 @@ class Engine(Service):
     memory before weights do (None: 32, where there is room to spare); `weights` "int8" holds those of linear layers in 8
     bits (approximate), else they are as stored; `policy` is one of fcfs, feedback, fair, priority.
     Keys and values without a place in memory go to `scratch`, or to `kv_directory`, where another engine over the same
-    weights finds them again. `plan` says what was decided. Close it, or use it in a `with` statement.
+    weights finds them again. `plan` says what was decided. Of a `group` of several workers this is the first; the others
+    `follow`. Close it, or use it in a `with` statement.
 
     Raises BudgetError when the memory does not do, ModelError when the model cannot be read or served, OptionError for a
     bad option."""
@@ -62,53 +70,107 @@ class Engine(Service):
         context: int | None = None,
         concurrency: int | None = None,
         step_tokens: int = 512,
-        weights: str = "stored",
+        weights: str = STORED,
         policy: str = "fcfs",
         scratch: str | Path | None = None,
         kv_directory: str | Path | None = None,
+        group: Group | None = None,
     ) -> None:
         if policy not in POLICIES:
             raise OptionError(f"There is no policy {policy!r}; there are {', '.join(POLICIES)}.")
-        limit = parse_size(memory) if memory is not None else _free_memory()
+        part = Part(group or Group(), model, memory, context, concurrency, step_tokens, weights, scratch, kv_directory)
+        self.plan = part.plan
+        engine = StepEngine(part.runner, POLICIES[policy](), end_tokens(part.module), part.tokenizer, part.index)
+        super().__init__(engine, part.identity, part.close)
+        part.group.on_end(lambda said: self.give_up(RunError(said)))
+
+
+class Part:
+    """What one worker of `group` needs to serve: `plan`, and the `runner` over its weights. The first one's engine has it
+    run, and the others `follow`. Options are those of `Engine`, which raises as this does."""
+
+    def __init__(
+        self,
+        group: Group,
+        model: str,
+        memory: str | int | None = None,
+        context: int | None = None,
+        concurrency: int | None = None,
+        step_tokens: int = 512,
+        weights: str = STORED,
+        scratch: str | Path | None = None,
+        kv_directory: str | Path | None = None,
+    ) -> None:
+        self.group = group
+        limit = parse_size(memory) if memory is not None else _free_memory() // group.here
         request = ServeRequest(limit, context, concurrency, step_tokens, weights)
+        if kv_directory is not None and group.size > 1:
+            raise OptionError("--kv-directory keeps the pages of one worker that has all layers; leave it out.")
         compile_few_kernels()
-        source, module, read, tokenizer = _opened(model, weights)
-        units = find_units(module)
+        self.source, self.module, self._read, self.tokenizer = _opened(model, weights)
+        names = [name for name, _ in self.module.named_parameters()]
+        self.identity = fingerprint_weights(self.source.config, names, self._read)
+        if group.size > 1:
+            version = f"{outsize_version('outsize')} on torch {torch.__version__}"
+            group.agree({"version": version, "model": self.identity, **vars(replace(request, memory_bytes=0))})
         with ExitStack() as stack:
-            folder = stack.enter_context(_scratch(scratch))
-            free = min(describe(place).disk_free_bytes for place in (folder, kv_directory or folder))
-            baseline = process_memory().resident_bytes + schemas_bytes(module.config.get_text_config().vocab_size)
-            self.plan: Plan = plan_serving(module, units, request, baseline, free)
-            assert self.plan.serving is not None
-            tiers: dict[str, Tier] = {"host": HostTier(limit), "disk": DiskTier(Path(folder) / "blocks")}
-            recycle_up_to(0)  # of weights that come in, none leaves a hole for others to spread over
-            store = Store(tiers, self.plan.arena_bytes, allocate_slab, Transfers())
-            stack.callback(store.close)
-            summed = Summed(read)
-            bring = read if kv_directory is None else summed.read
-            attachment = bind_for_inference(module, units, self.plan, store, bring, lambda p: users_of(module, p))
-            stack.callback(attachment.detach)
-            recycle_up_to(self.plan.recycle_bytes)
-            index = None
-            if kv_directory is not None:
-                serving = self.plan.serving
-                own = summed.digest(fingerprint_model(source.config), serving.layers, serving.page_bytes)
-                index = FarIndex(Path(kv_directory) / own, serving.far_pages)
-                tiers["kv"] = DiskTier(index.pages)
-            engine = StepEngine(
-                module,
-                attachment,
-                store,
-                self.plan.serving,
-                POLICIES[policy](),
-                end_tokens(module),
-                tokenizer,
-                index,
-            )
-            names = [name for name, _ in module.named_parameters()]
-            identity = fingerprint_weights(source.config, names, read)
-            dismiss_threads()  # the engine computes in a thread of its own, with its own
-            super().__init__(engine, identity, stack.pop_all().close)
+            with _scratch(scratch) as folder:
+                free = min(describe(place).disk_free_bytes for place in (folder, kv_directory or folder)) // group.here
+                # Open, the file outlives its name, and goes with the process, however that ends.
+                tiers: dict[str, Tier] = {"host": HostTier(limit), "disk": DiskTier(Path(folder) / "blocks")}
+            self.plan, self.leg = self._planned(group, request, free)
+            self.index = None
+            self.runner = self._runner(stack, group, tiers, kv_directory)
+            self.close = stack.pop_all().close
+        group.each(0)  # nobody is asked before all are there
+        dismiss_threads()  # the engine computes in a thread of its own, with its own
+
+    def _planned(self, group: Group, request: ServeRequest, disk_free_bytes: int) -> tuple[Plan, Leg | None]:
+        """This worker's plan; how many pages there are is for those who have room for the fewest."""
+        vocabulary = self.module.config.get_text_config().vocab_size
+        baseline = process_memory().resident_bytes + (schemas_bytes(vocabulary) if group.rank == 0 else 0)
+        units, leg = find_units(self.module), None
+        if group.size > 1:
+            rooms = group.tell(request.memory_bytes - baseline - beside(self.module, request))
+            route = find_route(self.module)
+            leg = route.leg(divide(route, units, rooms), group.rank)
+        plan = plan_serving(self.module, units, request, baseline, disk_free_bytes, leg)
+        assert plan.serving is not None
+        counts = group.tell((plan.serving.pages, plan.serving.far_pages))
+        return with_pages(plan, *(min(count) for count in zip(*counts, strict=True))), leg
+
+    def _runner(
+        self, stack: ExitStack, group: Group, tiers: dict[str, Tier], kv_directory: str | Path | None
+    ) -> Runner:
+        plan, module, leg = self.plan, self.module, self.leg
+        assert plan.serving is not None
+        recycle_up_to(0)  # of weights that come in, none leaves a hole for others to spread over
+        store = Store(tiers, plan.arena_bytes, allocate_slab, Transfers(), ledger=group.ledger)
+        stack.callback(store.close)
+        summed = Summed(self._read)
+        read = self._read if kv_directory is None else summed.read
+        units = [unit for unit in find_units(module) if leg is None or leg.has(unit.name)]
+        attachment = bind_for_inference(module, units, plan, store, read, lambda p: users_of(module, p))
+        stack.callback(attachment.detach)
+        recycle_up_to(plan.recycle_bytes)
+        if kv_directory is not None:
+            serving = plan.serving
+            own = summed.digest(fingerprint_model(self.source.config), serving.layers, serving.page_bytes)
+            self.index = FarIndex(Path(kv_directory) / own, serving.far_pages)
+            tiers["kv"] = DiskTier(self.index.pages)
+        relay = Ring(group) if group.size > 1 else Relay()
+        return Runner(module, attachment, store, plan.serving, "disk" if self.index is None else "kv", leg, relay)
+
+
+def follow(group: Group, model: str, **asked: Any) -> None:
+    """Serve as another worker than the first, until that one ends. `asked` is what its engine was asked, `policy` apart.
+    Raises as `Engine` does, and RunError when another worker is lost."""
+    part = Part(group, model, **asked)
+    try:
+        part.runner.follow()
+    finally:
+        part.runner.close()
+        part.close()
 
 
 def _scratch(parent: str | Path | None) -> tempfile.TemporaryDirectory[str]:
@@ -126,7 +188,7 @@ def plan_service(
     context: int | None = None,
     concurrency: int | None = None,
     step_tokens: int = 512,
-    weights: str = "stored",
+    weights: str = STORED,
 ) -> Callable[[str | int], Plan]:
     """What `Engine` would do with `model` within one memory after another, without doing it, and what requests would see on
     `machine`. `model` may be a folder that holds nothing but config.json. Raises as `Engine` does."""

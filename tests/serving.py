@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from models import Family, tiny_model
 
+from outsize.distributed.group import Group
+from outsize.distributed.relay import Relay, Ring
 from outsize.memory.disk import DiskTier
 from outsize.memory.host import HostTier, allocate_slab
 from outsize.memory.store import Store
@@ -19,11 +21,14 @@ from outsize.memory.transfer import Transfers
 from outsize.model.attach import Attachment
 from outsize.model.units import find_units
 from outsize.plan import KvLayer, Plan, Serving
+from outsize.planner.legs import find_route
 from outsize.planner.serving import discover, page_size
 from outsize.serve.attention import use_paged_attention
 from outsize.serve.engine import Engine
 from outsize.serve.far_index import FarIndex
+from outsize.serve.leg import Leg
 from outsize.serve.request import Event, Request, Sampling
+from outsize.serve.runner import Runner
 from outsize.serve.schedule import POLICIES
 from outsize.serve.weights import bind_for_inference
 from outsize.train.job import users_of
@@ -51,6 +56,8 @@ class Bound:
     store: Store
     answers: list[list[int]]
     layers: tuple[KvLayer, ...]
+    leg: Leg | None = None
+    relay: Relay | None = None
 
     @contextmanager
     def engine(
@@ -63,12 +70,11 @@ class Bound:
         token_seconds: tuple[float, float, float] = MOVE,
         directory: Path | None = None,
     ) -> Iterator[Engine]:
-        size = page_size(self.layers)
-        serving = Serving(self.layers, pages, 16, size, step_tokens, seats, 16 * pages, far_pages, token_seconds)
         index = None if directory is None else FarIndex(directory, far_pages)
         if index is not None:
             self.store.tiers["kv"] = DiskTier(index.pages)
-        engine = Engine(self.model, self.attachment, self.store, serving, POLICIES[policy](), index=index)
+        runner = self.runner(pages, seats, step_tokens, far_pages, token_seconds, "disk" if index is None else "kv")
+        engine = Engine(runner, POLICIES[policy](), index=index)
         try:
             yield engine
             engine.check()
@@ -77,6 +83,19 @@ class Bound:
             engine.close()
             if index is not None:
                 self.store.tiers.pop("kv").close()
+
+    def runner(
+        self,
+        pages: int,
+        seats: int,
+        step_tokens: int,
+        far_pages: int = 0,
+        token_seconds: tuple[float, float, float] = MOVE,
+        tier: str = "disk",
+    ) -> Runner:
+        size = page_size(self.layers)
+        serving = Serving(self.layers, pages, 16, size, step_tokens, seats, 16 * pages, far_pages, token_seconds)
+        return Runner(self.model, self.attachment, self.store, serving, tier, self.leg, self.relay)
 
 
 @contextmanager
@@ -92,25 +111,31 @@ def bound_model(
     streamed: bool = False,
     prompts: list[list[int]] = PROMPTS,
     new: int = LONGEST,
+    group: Group | None = None,
+    lengths: tuple[int, ...] = (),
 ) -> Iterator[Bound]:
-    """A model in a store, and the `new` tokens that transformers answers. `make` gives equal models each time."""
+    """A model in a store, and the `new` tokens that transformers answers. `make` gives equal models each time. Of a `group`
+    each worker has so many of the layers."""
     whole = make()
     answers = [_answer(whole, prompt, new) for prompt in prompts]
     weights = {name: parameter.detach() for name, parameter in whole.named_parameters()}
     model = make()
     use_paged_attention(model)
-    units, (layers, _) = find_units(model), discover(model)
-    near = {n for u in units for n, _ in u.parameters if not u.repeated} if streamed else set(weights)
+    units, (layers, _), leg, relay = find_units(model), discover(model), None, None
+    if group is not None and lengths:
+        leg, relay = find_route(model).leg(lengths, group.rank), Ring(group)
+        units, layers = [unit for unit in units if leg.has(unit.name)], layers[slice(*leg.layers)]
+    near = {n for u in units for n, _ in u.parameters if not (streamed and u.repeated)}
     with tempfile.TemporaryDirectory() as folder:
         tiers: dict[str, Tier] = {"host": HostTier(8 << 30), "disk": DiskTier(Path(folder) / "blocks")}
-        store = Store(tiers, 1 << 20, allocate_slab, Transfers())
+        store = Store(tiers, 1 << 20, allocate_slab, Transfers(), ledger=group.ledger if group is not None else None)
         plan = Plan("stored", 1 << 20, frozenset(near))
 
         def read(name: str, start: int, stop: int) -> torch.Tensor:
             return weights[name][start:stop] if weights[name].dim() else weights[name]
 
         attachment = bind_for_inference(model, units, plan, store, read, _users(model))
-        yield Bound(model, attachment, store, answers, layers)
+        yield Bound(model, attachment, store, answers, layers, leg, relay)
         attachment.detach()
         store.check()
         store.close()

@@ -86,5 +86,7 @@ def test_the_command_prints_what_was_asked(folder: Path) -> None:
 def test_options_of_the_other_task_are_refused(folder: Path) -> None:
     with pytest.raises(OptionError, match="plan of serve has no option 'sequence_length'"):
         planned(folder, "1GiB", sequence_length=12)
+    with pytest.raises(OptionError, match="several workers would hold when serving cannot be planned"):
+        planned(folder, "1GiB", workers=2)
     with pytest.raises(OptionError, match="there are train and serve"):
         outsize.plan(str(folder), memory="1GiB", task="serf")

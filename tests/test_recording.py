@@ -108,7 +108,7 @@ def test_what_depends_on_more_than_sizes_has_no_program(forward: Callable[..., t
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "gemma2", "phi3", "mixtral"])
 def test_models_become_programs(family: Family) -> None:
     with bound(family) as served, served.engine(pages=40, seats=8, step_tokens=64) as engine:
-        assert engine.recorded
+        assert engine.runner.recorded
         heard = [ask(engine, prompt, max_new_tokens=5, ignore_end=True)[1] for prompt in PROMPTS[:4]]
         run(engine)
         assert [one.tokens() for one in heard] == [answer[:5] for answer in served.answers[:4]]
@@ -116,4 +116,4 @@ def test_models_become_programs(family: Family) -> None:
 
 def test_weights_that_stream_need_the_module() -> None:
     with bound("llama", streamed=True) as served, served.engine(pages=40, seats=8, step_tokens=64) as engine:
-        assert not engine.recorded
+        assert not engine.runner.recorded

@@ -10,17 +10,21 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from exactness import ACTIVATIONS_OF, Setting, bind_job, make_batches, make_model, make_plan
+from models import tiny_model
+from serving import ask, bound_model, run
 from torch import nn
 from workers import Case
 
 from outsize.distributed.workers import find_group
 from outsize.model.units import find_units
 from outsize.plan import Plan
+from outsize.serve.engine import Engine
 from outsize.train.job import Job, always_near
 from outsize.train.optimizers import OptimizerRule, default_rule
 
@@ -190,7 +194,43 @@ def _on_disk(planned: Callable[..., Plan]) -> Callable[..., Plan]:
     )
 
 
-DO: dict[str, Callable[[Path, dict[str, Any]], None]] = {"train": _train, "run": _run}
+def _answer(folder: Path, told: dict[str, Any]) -> None:
+    """Serve prompts, the first worker asking; what it said, the logits of every step, and what went over the wire."""
+    group = find_group()
+    make = partial(tiny_model, told["family"], tied=told["tied"], layers=5)
+    lengths = tuple(told["lengths"])
+    with bound_model(lambda: make().eval(), told["streamed"], [], group=group, lengths=lengths) as found:
+        if group.rank:
+            follower = found.runner(**told["sizes"])
+            follower.follow()
+            follower.close()
+        else:
+            with found.engine(**told["sizes"]) as engine:
+                said = _asked(engine, told["prompts"], told["sampling"])
+            said |= {"moved": dict(group.ledger.moved), "recorded": engine.runner.recorded}
+            torch.save(said, folder / "said")
+    torch.save({"moved": dict(group.ledger.moved)}, folder / f"ledger-{group.rank}")
+
+
+def _asked(engine: Engine, prompts: list[list[int]], sampling: dict[str, Any]) -> dict[str, Any]:
+    """Twice: the second time some of the pages are known, near or far."""
+    logits, run_alone = [], engine.runner.run
+
+    def noting(*given: Any) -> torch.Tensor:
+        logits.append(run_alone(*given).clone())
+        return logits[-1]
+
+    engine.runner.run = noting
+    tokens, cached = [], 0
+    for _ in range(2):
+        asked = [ask(engine, prompt, **sampling) for prompt in prompts]
+        run(engine)
+        tokens += [[heard.tokens(index) for index in range(request.sampling.n)] for request, heard in asked]
+        cached += sum(request.cached_tokens for request, _ in asked)
+    return {"tokens": tokens, "cached": cached, "logits": logits, "preemptions": engine.scheduler.preemptions}
+
+
+DO: dict[str, Callable[[Path, dict[str, Any]], None]] = {"train": _train, "run": _run, "answer": _answer}
 
 
 if __name__ == "__main__":

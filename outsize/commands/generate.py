@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from outsize.commands import serving_options as options
 from outsize.commands.common import Json, Memory, Model, Weights, interruptible
 from outsize.errors import OptionError
 
@@ -32,6 +33,8 @@ def generate(
     scratch: Annotated[
         Path | None, typer.Option(help="Folder for weights that stream; the system's own otherwise.")
     ] = None,
+    workers: options.Workers = 1,
+    worker_timeout: options.WorkerTimeout = 30.0,
     json_lines: Json = False,
 ) -> None:
     """Continue a text, or a file of them, with a model that may be bigger than memory.
@@ -40,28 +43,30 @@ def generate(
     """
     if (prompt is None) == (input_file is None) or (input_file is None) != (output_file is None):
         raise OptionError("Give either --prompt, or --input and --output.")
+    what_now = "What is in the output file stays; the same command goes on." if output_file else "Nothing was kept."
+    if options.starts(workers, what_now):
+        return
     from outsize.serve.batch import answer_file
     from outsize.serve.chat import chat_tokens
-    from outsize.serving import Engine, Sampling
+    from outsize.serving import Engine, Sampling, follow
 
     sampling = Sampling(max_new_tokens, temperature, top_p=top_p, seed=seed)
     concurrency = 1 if prompt is not None else None
-    with (
-        interruptible(
-            "What is in the output file stays; the same command goes on." if output_file else "Nothing was kept."
-        ),
-        Engine(
-            model, memory=memory, context=context, concurrency=concurrency, weights=weights, scratch=scratch
-        ) as engine,
-    ):
-        if input_file is not None and output_file is not None:
-            count = answer_file(engine, input_file, output_file, sampling)
-            print(json.dumps({"answered": count}) if json_lines else f"{count} answers in {output_file}")
+    asked: dict[str, Any] = {"memory": memory, "context": context, "concurrency": concurrency}
+    asked |= {"weights": weights, "scratch": scratch}
+    with interruptible(what_now), options.joined(worker_timeout, what_now) as group:
+        if group.rank:
+            follow(group, model, **asked)
             return
-        assert prompt is not None
-        asked = chat_tokens(engine.tokenizer, [{"role": "user", "content": prompt}]) if chat else prompt
-        text = ""
-        for event in engine.stream(asked, sampling):
-            text += event.text
-            print("" if json_lines else event.text, end="", flush=True)
-        print(json.dumps({"prompt": prompt, "text": text}) if json_lines else "")
+        with Engine(model, **asked, group=group) as engine:
+            if input_file is not None and output_file is not None:
+                count = answer_file(engine, input_file, output_file, sampling)
+                print(json.dumps({"answered": count}) if json_lines else f"{count} answers in {output_file}")
+                return
+            assert prompt is not None
+            given = chat_tokens(engine.tokenizer, [{"role": "user", "content": prompt}]) if chat else prompt
+            text = ""
+            for event in engine.stream(given, sampling):
+                text += event.text
+                print("" if json_lines else event.text, end="", flush=True)
+            print(json.dumps({"prompt": prompt, "text": text}) if json_lines else "")

@@ -7,10 +7,11 @@ import signal
 import socket
 from ipaddress import ip_address
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from outsize.commands import serving_options as options
 from outsize.commands.common import Memory, Model, Weights, interruptible
 from outsize.errors import OptionError
 from outsize.sizes import parse_size
@@ -49,6 +50,8 @@ def serve(
     kv_directory: Annotated[
         Path | None, typer.Option(help="Folder where keys and values of prompts outlive the server; none otherwise.")
     ] = None,
+    workers: options.Workers = 1,
+    worker_timeout: options.WorkerTimeout = 30.0,
 ) -> None:
     """Serve a model that may be bigger than memory over HTTP, as OpenAI does.
 
@@ -61,27 +64,23 @@ def serve(
         raise OptionError(
             f"Serving needs {problem.name}. Install the extra: pip install 'outsize[serve]'."
         ) from problem
-    from outsize.serving import Engine
-
     limits = Limits(parse_size(max_body), timeout, max_waiting, frozenset(api_key or ()))
-    listening = _listen(host, port)
-    with (
-        interruptible("No request is under way any more."),
-        Engine(
-            model,
-            memory=memory,
-            context=context,
-            concurrency=concurrency,
-            step_tokens=step_tokens,
-            weights=weights,
-            policy=policy,
-            scratch=scratch,
-            kv_directory=kv_directory,
-        ) as engine,
-    ):
-        for reason in engine.plan.reasons:
-            typer.echo(reason, err=True)
-        _run(Server(engine, name or Path(model).stem, limits, engine.plan), listening)
+    what_now = "No request is under way any more."
+    if options.starts(workers, what_now):
+        return
+    from outsize.serving import Engine, follow
+
+    asked: dict[str, Any] = {"memory": memory, "context": context, "concurrency": concurrency}
+    asked |= {"step_tokens": step_tokens, "weights": weights, "scratch": scratch, "kv_directory": kv_directory}
+    with interruptible(what_now), options.joined(worker_timeout, what_now) as group:
+        if group.rank:
+            follow(group, model, **asked)
+            return
+        listening = _listen(host, port)
+        with Engine(model, **asked, policy=policy, group=group) as engine:
+            for reason in engine.plan.reasons:
+                typer.echo(reason, err=True)
+            _run(Server(engine, name or Path(model).stem, limits, engine.plan), listening)
 
 
 def _run(server: Server, listening: socket.socket) -> None:

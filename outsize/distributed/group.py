@@ -103,6 +103,9 @@ class Group:
     def fail(self, problem: Exception) -> None:
         """This worker stops because of `problem`: so will the others, each with its message."""
 
+    def on_end(self, hear: Callable[[str], None]) -> None:
+        """Have `hear`, in another thread, be told why this process ends because of another worker, a second before."""
+
     def close(self) -> None:
         """Nobody will be asked any more."""
 

@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 
 from torch._C._distributed_c10d import Store
@@ -16,17 +17,20 @@ from outsize.errors import RunError
 LOOK_EVERY = 1.0  # seconds
 NOTICE = 1.0  # seconds in which all who live have noticed that one does not
 STOPPED = 1  # exit code
+CONTINUES = "The same command continues at the last step that all have committed."
 
 
 class Watch:
     """A thread of worker `rank` of `size`. `patience`, in seconds, is for a worker that is stopped or cut off; of one that
-    has died, the exchange tells at once."""
+    has died, the exchange tells at once. `afterwards` is what to do when that has ended all."""
 
-    def __init__(self, meeting: Store, rank: int, size: int, patience: float) -> None:
-        self.rank, self._patience = rank, patience
+    def __init__(self, meeting: Store, rank: int, size: int, patience: float, afterwards: str = CONTINUES) -> None:
+        self.rank, self._patience, self._afterwards = rank, patience, afterwards
         self._meeting: Store = meeting.clone()  # pyright: ignore[reportAttributeAccessIssue] - a connection of its own
         self._others = [peer for peer in range(size) if peer != rank]
         self._closing = threading.Event()
+        self.on_end: Callable[[str], None] | None = None
+        """Hears why the process is about to end. `NOTICE` seconds are left for what it does."""
         self._thread = threading.Thread(target=self._look, daemon=True, name="watch")
         self._thread.start()
 
@@ -45,8 +49,7 @@ class Watch:
             names = names or [0]
         reason = str(problem).partition("\n")[0]
         return RunError(
-            f"Worker {names[0] if names else '?'} is lost, and worker {self.rank} stops: {reason} The same command continues "
-            "at the last step that all have committed."
+            f"Worker {names[0] if names else '?'} is lost, and worker {self.rank} stops: {reason} {self._afterwards}"
         )
 
     def fail(self, problem: Exception) -> None:
@@ -94,13 +97,16 @@ class Watch:
             for peer, (_, since) in counts.items():
                 if (number - since) * LOOK_EVERY > self._patience:
                     said = (
-                        f"Worker {peer} has not moved for {self._patience:g} seconds, and worker {self.rank} stops. The "
-                        "same command continues at the last step that all have committed."
+                        f"Worker {peer} has not moved for {self._patience:g} seconds, and worker {self.rank} stops. "
+                        f"{self._afterwards}"
                     )
             if said is not None and not self._closing.is_set():
                 with suppress(RuntimeError):
                     self._meeting.set(_stops(self.rank), "")
                 print(f"outsize: {said}", file=sys.stderr, flush=True)
+                if self.on_end is not None:
+                    self.on_end(said)
+                    time.sleep(NOTICE)
                 os._exit(STOPPED)
 
 

@@ -15,7 +15,7 @@ from outsize.distributed.arrangement import REMOTE, Arrangement
 from outsize.distributed.collectives import Unreachable, exchange
 from outsize.distributed.group import Group, Messages, Several
 from outsize.distributed.meeting import meet
-from outsize.distributed.watch import Watch
+from outsize.distributed.watch import CONTINUES, Watch
 from outsize.errors import OptionError, OutsizeError, RunError
 
 TO_ANSWER = timedelta(minutes=30)  # for a worker that lives: the first one may be preparing data, or writing the model
@@ -24,16 +24,18 @@ TO_ANSWER = timedelta(minutes=30)  # for a worker that lives: the first one may 
 class Workers(Several):
     """Several workers, connected by `torch.distributed`."""
 
-    def __init__(self, rank: int, size: int, local: int, here: int, patience: float) -> None:
-        """`here` is how many there are on this machine, of which this is number `local`; `patience` for one that does not
-        move, in seconds. Raises RunError when they do not all come."""
+    def __init__(
+        self, rank: int, size: int, local: int, here: int, patience: float, afterwards: str, answer: timedelta
+    ) -> None:
+        """`here` is how many there are on this machine, of which this is number `local`; the rest as `find_group` has it.
+        Raises RunError when they do not all come."""
         self.here, self.leads = here, local == 0
         meeting, places = meet(rank, size, f"{rank - local} {here}")
         super().__init__(_arranged(rank, size, here, places))
         try:
-            self._watch = Watch(meeting, rank, size, patience)
-            distributed.init_process_group("gloo", store=meeting, rank=rank, world_size=size, timeout=TO_ANSWER)
-            commits = distributed.new_group(backend="gloo", timeout=TO_ANSWER)
+            self._watch = Watch(meeting, rank, size, patience, afterwards)
+            distributed.init_process_group("gloo", store=meeting, rank=rank, world_size=size, timeout=answer)
+            commits = distributed.new_group(backend="gloo", timeout=answer)
             assert isinstance(commits, distributed.ProcessGroup), "every worker is a member"
             self._commits = commits
         except (RuntimeError, ValueError) as problem:
@@ -90,6 +92,9 @@ class Workers(Several):
     def fail(self, problem: Exception) -> None:
         self._watch.fail(problem)
 
+    def on_end(self, hear: Callable[[str], None]) -> None:
+        self._watch.on_end = hear
+
     def close(self) -> None:
         self.each(0)
         self._watch.close()
@@ -106,8 +111,10 @@ class Workers(Several):
         self.waiting_seconds += self.clock.note("wire", started)
 
 
-def find_group(patience: float = 30.0) -> Group:
-    """The group that torch's launcher has put this process into by environment variables, or a worker alone.
+def find_group(patience: float = 30.0, afterwards: str = CONTINUES, answer: timedelta = TO_ANSWER) -> Group:
+    """The group that torch's launcher has put this process into by environment variables, or a worker alone. `patience`, in
+    seconds, is for a worker that does not move, and `answer` for one that does and says nothing; `afterwards` is the end of
+    the message when one is lost.
 
     Raises OptionError when these are incomplete, RunError when the others cannot be reached."""
     if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
@@ -120,7 +127,7 @@ def find_group(patience: float = 30.0) -> Group:
             "--workers."
         )
     rank, size, local, here = (int(os.environ[name]) for name in names[:4])
-    return Workers(rank, size, local, here, patience) if size > 1 else Group()
+    return Workers(rank, size, local, here, patience, afterwards, answer) if size > 1 else Group()
 
 
 def _arranged(rank: int, size: int, here: int, places: list[str]) -> Arrangement:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import nn
@@ -16,20 +16,21 @@ from outsize.model.units import Unit
 from outsize.model.vocabulary import Table
 from outsize.plan import INT8, KvLayer, Plan, Predicted, ServeRequest, Serving
 from outsize.planner.needs import KERNELS, PACKED, THREADS, changes_of, held_for
-from outsize.planner.rehearsal import bare_copy
 from outsize.planner.serving_forecast import run_step
 from outsize.planner.sizes_of import SMALL
 from outsize.planner.training import TABLE_BLOCK, table_rows
-from outsize.planner.trial import on_fake_tensors
+from outsize.planner.trial import measurable, on_fake_tensors
 from outsize.serve.attention import Discovery, context_limit
 from outsize.serve.cache import page_shape
 from outsize.serve.layout import Span
+from outsize.serve.leg import Leg
 from outsize.serve.products import LinearCalls, can_pack
 from outsize.sizes import format_size
 from outsize.train.job import always_near, users_of
 
 PAGE_TOKENS = 16
 COMPILED = 96 << 20  # bytes: kernels that oneDNN compiles, one for each shape it meets, and never lets go; docs/log.md
+BESIDE = THREADS + KERNELS + COMPILED
 FOR_MANY = (
     4  # while weights stream, one part in so many of the free memory goes to pages for many, if nobody said how many
 )
@@ -46,9 +47,14 @@ BASELINE, TENSORS, KERNEL, WEIGHTS, STREAM, CACHE = (
 
 
 def plan_serving(
-    model: nn.Module, units: list[Unit], request: ServeRequest, baseline_bytes: int, disk_free_bytes: int
+    model: nn.Module,
+    units: list[Unit],
+    request: ServeRequest,
+    baseline_bytes: int,
+    disk_free_bytes: int,
+    leg: Leg | None = None,
 ) -> Plan:
-    """The plan for serving `model`, which attends by `use_paged_attention`.
+    """The plan for serving `model`, which attends by `use_paged_attention`; or its `leg`, on one of several workers.
 
     Memory goes first to what a step needs, then to pages for one sequence of the whole context, then to weights, then to
     pages for all seats. Where weights must stream, pages come before: one pass over the weights serves everybody who has
@@ -57,11 +63,13 @@ def plan_serving(
     Raises BudgetError with the smallest budget that works, OptionError for a context longer than the model's, ModelError
     when the model cannot be served."""
     layers, groups = discover(model)
-    sizes, context = _sizes(model), _context(model, request)
-    tensors = measure_step(model, layers, context, request)
+    if leg is not None:
+        units, layers = [unit for unit in units if leg.has(unit.name)], layers[slice(*leg.layers)]
+    sizes, context = _sizes(units), context_of(model, request)
+    tensors = measure_step(model, layers, context, request, leg)
     headroom = Ceiling.WORTH + tensors
     room = _Room(request, context, page_size(layers))
-    room.taken.update({BASELINE: baseline_bytes, TENSORS: tensors + headroom, KERNEL: THREADS + KERNELS + COMPILED})
+    room.taken.update({BASELINE: baseline_bytes, TENSORS: tensors + headroom, KERNEL: BESIDE})
     whole = room.left >= sum(sizes.values()) + room.least_pages
     placed = _all_near(model, sizes, groups, room) if whole else _streaming(model, units, sizes, groups, room)
     far = sum(nbytes for name, nbytes in sizes.items() if name not in placed.near)
@@ -89,6 +97,21 @@ def plan_serving(
         serving=serving,
         reasons=(*_about_int8(model, request), _about_weights(sum(sizes.values()) - far, far), _about_pages(serving)),
     )
+
+
+def beside(model: nn.Module, request: ServeRequest) -> int:
+    """Bytes that a worker needs besides its weights and pages, at most, whichever leg of the model it has."""
+    tensors = measure_step(model, discover(model)[0], context_of(model, request), request)
+    return 2 * tensors + Ceiling.WORTH + BESIDE
+
+
+def with_pages(plan: Plan, count: int, far: int) -> Plan:
+    """The plan with so many pages, near and far, and no more than it has."""
+    assert plan.serving is not None and plan.predicted is not None
+    serving = replace(plan.serving, pages=count, far_pages=far)
+    memory = {**dict(plan.predicted.memory), CACHE: count * serving.page_bytes}
+    predicted = replace(plan.predicted, host_peak_bytes=sum(memory.values()), memory=tuple(memory.items()))
+    return replace(plan, serving=serving, predicted=predicted, reasons=(*plan.reasons[:-1], _about_pages(serving)))
 
 
 class _Room:
@@ -169,7 +192,8 @@ def _all_near(model: nn.Module, sizes: dict[str, int], groups: list[tuple[str, .
 def _streaming(
     model: nn.Module, units: list[Unit], sizes: dict[str, int], groups: list[tuple[str, ...]], room: _Room
 ) -> _Placed:
-    near, rows = _near(model, units), _tables(model)
+    near = _near(model, units) & sizes.keys()
+    rows = {name: count for name, count in _tables(model).items() if name in sizes}
     largest = max((nbytes for name, nbytes in sizes.items() if name not in near | rows.keys()), default=0)
     room.taken.update({WEIGHTS: sum(sizes[name] for name in near), KERNEL: PACKED * largest})
     wanted, least = _arena(units, sizes, near, rows)
@@ -192,27 +216,30 @@ def discover(model: nn.Module) -> tuple[tuple[KvLayer, ...], list[tuple[str, ...
         with calls.watching(fake):
             fake(input_ids=ids, position_ids=ids, use_cache=False, paged=found)
 
-    measurable = _measurable(model)
+    plain = measurable(model)
     try:
-        with on_fake_tensors(measurable) as fake:
+        with on_fake_tensors(plain) as fake:
             run(fake)
     except RuntimeError:  # the module looks at some output in a way that one beside others cannot be looked at
         found, calls = Discovery(), LinearCalls(beside=False)
-        with on_fake_tensors(measurable) as fake:
+        with on_fake_tensors(plain) as fake:
             run(fake)
     found.complete(model)
     return _in(_dtype(model), tuple(found.layers)), calls.groups()
 
 
-def measure_step(model: nn.Module, layers: tuple[KvLayer, ...], context: int, request: ServeRequest) -> int:
+def measure_step(
+    model: nn.Module, layers: tuple[KvLayer, ...], context: int, request: ServeRequest, leg: Leg | None = None
+) -> int:
     """Bytes beside weights and pages that the C library holds for the largest step: chunks of sequences as long as the
-    context, with logits for every seat."""
-    measurable = _measurable(model)
+    context, with logits for every seat. `layers` are those of the leg, if there is one."""
+    plain = measurable(model)
     count, one = min(request.step_tokens, context), -(-context // PAGE_TOKENS)
     several = min(request.seats, -(-request.step_tokens // count))
     spans = [Span(range(n * one, (n + 1) * one), context - count, count) for n in range(several)]
-    changes = changes_of(run_step(measurable, _in(_dtype(measurable), layers), spans, PAGE_TOKENS, request.seats))
-    wider = max(1, _dtype(model).itemsize // _dtype(measurable).itemsize)
+    layers = _in(_dtype(plain), layers)
+    changes = changes_of(run_step(plain, layers, spans, PAGE_TOKENS, request.seats, leg=leg))
+    wider = max(1, _dtype(model).itemsize // _dtype(plain).itemsize)
     return wider * held_for(changes, LARGEST_RECYCLED)
 
 
@@ -225,16 +252,11 @@ def _in(dtype: torch.dtype, layers: tuple[KvLayer, ...]) -> tuple[KvLayer, ...]:
     return tuple(replace(layer, dtype=str(dtype).removeprefix("torch.")) for layer in layers)
 
 
-def _measurable(model: Any) -> nn.Module:
-    """What to run on fake tensors: torch's fake product of experts knows bf16 only."""
-    return bare_copy(model).to(torch.bfloat16) if model._can_set_experts_implementation() else model
-
-
 def _dtype(model: nn.Module) -> torch.dtype:
     return next(model.parameters()).dtype
 
 
-def _context(model: nn.Module, request: ServeRequest) -> int:
+def context_of(model: nn.Module, request: ServeRequest) -> int:
     most, why = context_limit(model)
     if request.context is not None and request.context > most:
         raise OptionError(f"{why}, not to {request.context}. Give --context {most} or less.")
@@ -272,15 +294,16 @@ def _tables(model: nn.Module) -> dict[str, int]:
     }
 
 
-def _sizes(model: nn.Module) -> dict[str, int]:
-    return {name: pages(p.numel() * p.dtype.itemsize) for name, p in model.named_parameters()}
+def _sizes(units: Iterable[Unit]) -> dict[str, int]:
+    """Bytes of each weight, in whole pages."""
+    return {name: pages(p.numel() * p.dtype.itemsize) for unit in units for name, p in unit.parameters}
 
 
 def _packed(model: nn.Module, groups: list[tuple[str, ...]], near: set[str], spare: int) -> tuple[tuple[str, ...], ...]:
     """The groups that are held as products. One whose weight somebody else needs as it is costs its bytes again: that
     may take `spare` bytes."""
     found = [group for group in groups if near.issuperset(group) and can_pack(model.get_parameter(group[0]).dtype)]
-    spent = sum(_sizes(model)[name] for name in _twice(model, tuple(found)))
+    spent = sum(pages(model.get_parameter(name).nbytes) for name in _twice(model, tuple(found)))
     return tuple(group for group in found if spent <= spare or not _twice(model, (group,)))
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from outsize.distributed.relay import Relay
 from outsize.machine.machine import Machine
 from outsize.memory.null import NullTier
 from outsize.memory.store import Store
@@ -25,6 +26,7 @@ from outsize.planner.trial import Watched, on_fake_tensors
 from outsize.serve.attention import Paged
 from outsize.serve.cache import Cache
 from outsize.serve.layout import Layout, Span
+from outsize.serve.leg import Cut, Leg
 
 
 @dataclass(frozen=True)
@@ -108,15 +110,18 @@ def run_step(
     page_tokens: int,
     seats: int,
     mode: TorchDispatchMode | None = None,
+    leg: Leg | None = None,
 ) -> list[Live]:
-    """One step on fake tensors, with logits for `seats` tokens, under `mode`. Returns what came and went meanwhile, weights
-    and pages not among it."""
+    """One step on fake tensors, with logits for `seats` tokens, under `mode`; or its `leg`, whose `layers` these are.
+    Returns what came and went meanwhile, weights and pages not among it."""
     count = sum(span.count for span in spans)
     page_count = 1 + max(page for span in spans for page in span.pages)
     with on_fake_tensors(model) as fake:
         store = Store({"host": NullTier("host", 1 << 60)}, 0, _fake_bytes, Transfers(readers=0))
-        cache = Cache(store, layers, page_count, page_tokens)
+        cache = Cache(store, layers, page_count, page_tokens, 0 if leg is None else leg.layers[0])
         store.transfers.close()
+        if leg is not None:
+            Cut(fake, leg, ImaginedRelay())
         with Watched([*fake.parameters(), *fake.buffers(), cache.bytes]) as watched:
             layout = Layout(spans, page_tokens, torch.device("cpu"))
             given = {
@@ -128,6 +133,13 @@ def run_step(
             with mode or nullcontext():
                 fake(use_cache=False, **given).logits.float()
         return watched.events
+
+
+class ImaginedRelay(Relay):
+    """Nobody else is there, and what is taken takes memory."""
+
+    def take(self, like: torch.Tensor) -> torch.Tensor:
+        return torch.empty_like(like)
 
 
 def _fake_bytes(nbytes: int) -> torch.Tensor:

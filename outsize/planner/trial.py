@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from outsize.model.units import Unit
 from outsize.planner.live import LiveBytes
-from outsize.planner.rehearsal import Batch, Fakes, fake_copy, same_shape, shortened
+from outsize.planner.rehearsal import Batch, Fakes, bare_copy, fake_copy, same_shape, shortened
 from outsize.planner.script import Live
 
 
@@ -26,6 +26,11 @@ def on_fake_tensors(model: nn.Module) -> Iterator[nn.Module]:
     fake = fake_copy(model, mode)
     with mode, torch.no_grad():
         yield fake
+
+
+def measurable(model: Any) -> nn.Module:
+    """What to run on fake tensors in the model's place: torch's fake product of experts knows bf16 only."""
+    return bare_copy(model).to(torch.bfloat16) if model._can_set_experts_implementation() else model
 
 
 class Watched(TorchDispatchMode):

@@ -56,9 +56,10 @@ class Rows:
 
 
 class Cache:
-    """`bytes` [pages, page bytes] in a block of the store that stays near, and each layer's view of it."""
+    """`bytes` [pages, page bytes] in a block of the store that stays near, and the view of it of each layer, by the layer's
+    number in the model. `layers` are those from number `first` on."""
 
-    def __init__(self, store: Store, layers: Sequence[KvLayer], pages: int, page_tokens: int) -> None:
+    def __init__(self, store: Store, layers: Sequence[KvLayer], pages: int, page_tokens: int, first: int = 0) -> None:
         self.page_tokens, self._store = page_tokens, store
         shape = page_shape(layers, page_tokens)
         block = make_block(BLOCK, [("pages", "kv", torch.uint8, (pages, shape.nbytes))])
@@ -67,9 +68,11 @@ class Cache:
         # Zeroed, so that the operating system gives the memory now and not page by page under the first requests.
         self.bytes = self._lease.tensors["pages"].zero_()
         same = {layer: layer for layer in layers}
-        self.layers = tuple(same[layer] for layer in layers)
-        self.keys = [self._view(at, layer, layer.key_size) for at, layer in zip(shape.keys, layers, strict=True)]
-        self.values = [self._view(at, layer, layer.value_size) for at, layer in zip(shape.values, layers, strict=True)]
+        self.layers = {number: same[layer] for number, layer in enumerate(layers, first)}
+        self.keys, self.values = dict[int, Rows](), dict[int, Rows]()
+        for (number, layer), keys, values in zip(self.layers.items(), shape.keys, shape.values, strict=True):
+            self.keys[number] = self._view(keys, layer, layer.key_size)
+            self.values[number] = self._view(values, layer, layer.value_size)
 
     def _view(self, start: int, layer: KvLayer, size: int) -> Rows:
         row = row_bytes(layer, size, self.page_tokens)

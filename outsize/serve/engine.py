@@ -6,27 +6,21 @@ beginning of the next step. `outsize.serve.service` runs the steps in a thread o
 from __future__ import annotations
 
 from collections import deque
-from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import accumulate
 from time import perf_counter
 from typing import Any
 
 import torch
-from torch import nn
 
 from outsize.errors import OptionError, RunError
-from outsize.memory.store import Store
-from outsize.model.attach import Attachment
-from outsize.plan import Serving
-from outsize.serve.attention import Paged
-from outsize.serve.cache import Cache
 from outsize.serve.far import FarPages
 from outsize.serve.far_index import FarIndex
-from outsize.serve.layout import Layout, Span
+from outsize.serve.layout import Span
 from outsize.serve.pace import Pace
 from outsize.serve.pages import Pages
-from outsize.serve.recording import Forward, Inputs, record
 from outsize.serve.request import Chosen, Event, Request, Sampling, Sequence, State
+from outsize.serve.runner import Runner
 from outsize.serve.sampling import choose
 from outsize.serve.schedule import Policy, Scheduler, Turn
 from outsize.serve.text import TextStream
@@ -35,8 +29,6 @@ NO_NUMBERS = (
     "After {} tokens the model answers with NaN: its weights are damaged, or too large for their precision. Other requests "
     "are not touched; check the model's files."
 )
-TRIALS = (1, 1), (4, 2), (6, 4)  # tokens of a step that is recorded, and how many of them want logits
-COMPARED = 5, 3
 
 
 @dataclass
@@ -50,42 +42,29 @@ class Totals:
 
 
 class Engine:
-    """Serves an attached `model` as `serving` says. `tokenizer`, if there is one, turns tokens into the text that events
-    carry; `end_tokens` finish a completion. `index` is of the tier `kv`, if pages are to outlive the process."""
+    """Serves by what `runner` can do. `tokenizer`, if there is one, turns tokens into the text that events carry;
+    `end_tokens` finish a completion. With an `index` of the runner's far places pages outlive the process."""
 
     def __init__(
         self,
-        model: nn.Module,
-        attachment: Attachment,
-        store: Store,
-        serving: Serving,
+        runner: Runner,
         policy: Policy,
         end_tokens: frozenset[int] = frozenset(),
         tokenizer: Any = None,
         index: FarIndex | None = None,
     ) -> None:
-        self.model, self.store, self.serving = model, store, serving
+        self.runner, self.serving = runner, runner.serving
+        self.model, self.store, self.cache = runner.model, runner.store, runner.cache
         self.end_tokens, self.tokenizer = end_tokens, tokenizer
-        self.cache = Cache(store, serving.layers, serving.pages, serving.page_tokens)
-        self.pace, self.far = Pace.planned(serving), None
-        if serving.far_pages:
-            tier = "kv" if index is not None else "disk"
-            self.far = FarPages(store, self.cache, tier, serving.far_pages, self.pace, index)
-        self.pages = Pages(serving.pages, serving.page_tokens, self.far)
-        self.scheduler = Scheduler(self.pages, policy, serving.seats, serving.step_tokens, self.cache.copy, self.far)
+        self.pace, self.far = Pace.planned(self.serving), None
+        if runner.places is not None:
+            self.far = FarPages(runner.places, self.cache, self.serving.far_pages, self.pace, index)
+        self.pages = Pages(self.serving.pages, self.serving.page_tokens, self.far)
+        seats, step_tokens = self.serving.seats, self.serving.step_tokens
+        self.scheduler = Scheduler(self.pages, policy, seats, step_tokens, runner.copy, self.far)
         self.totals = Totals()
         self._incoming: deque[Request] = deque()
         self._arrivals = 0
-        self._open = ExitStack()
-        self._open.callback(self.cache.close)
-        if self.far is not None:
-            self._open.callback(self.far.close)
-        self._open.callback(self.scheduler.close)
-        self._open.enter_context(attachment.call_by_call("step"))
-        self._ceiling = attachment.ceiling
-        program = None if attachment.streams else self._record()
-        self.recorded = program is not None
-        self._forward: Forward = program or self._through_module
 
     # -- from any thread ------------------------------------------------------------------------------------------
 
@@ -148,43 +127,11 @@ class Engine:
 
     def _run(self, turns: list[Turn]) -> torch.Tensor:
         """One packed forward: logits `[B, vocabulary]` after the last known token of each sequence that comes that far."""
-        layout = Layout([_span(turn) for turn in turns], self.serving.page_tokens, self.cache.device)
-        self.cache.clear(layout.begun())
+        spans = [Span(turn.sequence.pages, turn.sequence.computed, turn.count) for turn in turns]
         tokens = [t for turn in turns for t in turn.sequence.tokens[turn.sequence.computed :][: turn.count]]
-        wanted = [
-            first + turn.count - 1
-            for turn, first in zip(turns, layout.firsts, strict=True)
-            if turn.count == turn.sequence.pending
-        ]
-        self._ceiling.keep()
-        return self._forward(**self._inputs(layout, tokens, wanted or [0]))[0, : len(wanted)]
-
-    def _inputs(self, layout: Layout, tokens: list[int], wanted: list[int]) -> Inputs:
-        """Of a forward pass over `tokens`, with logits where they are `wanted`."""
-        return {
-            "input_ids": torch.tensor([tokens], device=self.cache.device),
-            "position_ids": layout.positions(),
-            "logits_to_keep": torch.tensor(wanted, device=self.cache.device),
-            "paged": Paged(self.cache, layout),
-        }
-
-    def _through_module(self, **inputs: Any) -> torch.Tensor:
-        return self.model(use_cache=False, **inputs).logits
-
-    @torch.inference_mode()
-    def _record(self) -> Forward | None:
-        """The model's calls without the model, learnt in pages that nobody holds yet."""
-        serving, size = self.serving, self.serving.page_tokens
-        most = min(serving.step_tokens, serving.context, serving.pages * size)
-        longer = [(tokens, min(serving.seats, tokens)) for tokens in (most // 4 | 1, most) if tokens > TRIALS[-1][0]]
-        trials = []
-        for tokens, logits in (*TRIALS, *longer, COMPARED):
-            layout = Layout([Span(range(-(-tokens // size)), 0, tokens)], size, self.cache.device)
-            ids = [number % self.model.config.get_text_config().vocab_size for number in range(tokens)]  # pyright: ignore
-            trials.append(self._inputs(layout, ids, list(range(logits))))
-        found = record(self._through_module, trials, _sizes)
-        self.cache.clear(range(-(-most // size)))
-        return found
+        ends = accumulate(turn.count for turn in turns)
+        wanted = [end - 1 for turn, end in zip(turns, ends, strict=True) if turn.count == turn.sequence.pending]
+        return self.runner.run(spans, tokens, wanted)
 
     def _sample(self, ready: list[Sequence], logits: torch.Tensor) -> None:
         """The next token of each; where a request wants several completions, they part ways at the first."""
@@ -257,13 +204,7 @@ class Engine:
             self.far.check()
 
     def close(self) -> None:
-        self._open.close()
-
-
-def _sizes(inputs: Inputs) -> tuple[int, int]:
-    """Tokens of a step, and how many of them want logits."""
-    return inputs["input_ids"].shape[1], inputs["logits_to_keep"].shape[0]
-
-
-def _span(turn: Turn) -> Span:
-    return Span(turn.sequence.pages, turn.sequence.computed, turn.count)
+        self.scheduler.close()
+        if self.far is not None:
+            self.far.close()
+        self.runner.close()

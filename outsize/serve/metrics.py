@@ -46,6 +46,10 @@ class EngineMetrics(Collector):
         for (tier, kind), nbytes in list(engine.store.ledger.held.items()):
             held.add_metric([tier, kind], nbytes)
         yield held
+        moved = CounterMetricFamily("outsize_bytes_moved", "Bytes moved", labels=["source", "target", "kind"])
+        for way, nbytes in list(engine.store.ledger.moved.items()):
+            moved.add_metric(list(way), nbytes)
+        yield moved
         answered = CounterMetricFamily("outsize_http_answers", "HTTP answers", labels=["status"])
         for status, count in list(self.answered.items()):
             answered.add_metric([str(status)], count)

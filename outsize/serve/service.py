@@ -161,9 +161,13 @@ class Service:
                 if self.engine.idle:
                     self.engine.check()
         except BaseException as error:
-            with self._work:
-                self.failure = error
-            self.engine.fail(error)
+            self.give_up(error)
+
+    def give_up(self, error: BaseException) -> None:
+        """Tell everybody that the engine has stopped, which it has, or waits for ever for another worker."""
+        with self._work:
+            self.failure = error
+        self.engine.fail(error)
 
     def _await_work(self) -> bool:
         with self._work:

@@ -69,14 +69,17 @@ class Stats:
         return {"far_pages": far.count, "far": far.known} if far is not None else {"far_pages": 0, "far": 0}
 
     def _weights_by_unit(self) -> dict[str, _Weights]:
-        """Those of each unit; a tied weight counts in the first unit that uses it."""
+        """Those of each unit that this worker has; a tied weight counts in the first unit that uses it."""
         blocks = defaultdict[str, list[Entry]](list)
         for name, entry in self._engine.store.entries.items():
             kind, _, rest = name.partition(":")
             if kind == WEIGHT:
                 blocks[rest.partition(":")[0]].append(entry)
         found, seen = dict[str, _Weights](), set[str]()
+        leg = self._engine.runner.leg
         for unit in find_units(self._engine.model):
+            if leg is not None and not leg.has(unit.name):
+                continue
             own = [(name, parameter) for name, parameter in unit.parameters if name not in seen]
             seen |= {name for name, _ in own}
             entries = tuple(entry for name, _ in own for entry in blocks[name])

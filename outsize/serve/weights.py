@@ -27,15 +27,16 @@ def bind_for_inference(
     users_of: Callable[[nn.Parameter], list[nn.Module]],
     progress: Callable[[str], None] | None = None,
 ) -> Attachment:
-    """Bring a model's weights into the store as the plan says, without gradients or state, and attach the module. Weights
-    of packed products are held by them alone, unless somebody else uses them too."""
+    """Bring the weights of these units into the store as the plan says, without gradients or state, and attach the module.
+    Weights of packed products are held by them alone, unless somebody else uses them too; those of other units by nobody."""
     device = torch.device("cpu")
     leave_meta(model, device)
     weights, rows = {}, dict(plan.table_rows)
     products = {name: len(users_of(model.get_parameter(name))) == 1 for group in plan.packed for name in group}
+    own = {name for unit in units for name, _ in unit.parameters}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(False)
-        if products.get(name, False):
+        if name not in own or products.get(name, False):
             continue
         home = "host" if name in plan.near_weights else "disk"
         weight = weights[name] = make_weight(name, parameter, parameter.dtype, home, rows.get(name))

@@ -1,0 +1,54 @@
+"""What `generate` and `serve` have in common: options, and how several workers are started."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from outsize.distributed.group import Group
+
+Workers = Annotated[
+    int, typer.Option(min=1, help="Processes on this machine that divide the model's layers; --memory is for each.")
+]
+WorkerTimeout = Annotated[
+    float, typer.Option(min=1.0, help="Seconds after which the others give up a worker that does not move.")
+]
+ENDING = 30  # seconds in which workers who are told to end finish what is under way
+
+
+def starts(workers: int, afterwards: str) -> bool:
+    """This process only starts so many workers; by now they are done. What is to be done when one is killed is said
+    `afterwards`."""
+    from outsize.distributed.launch import is_worker, launch
+
+    if workers == 1 or is_worker():
+        return False
+    # They take turns: each computes with all cores, as one worker would.
+    os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+    launch(workers, restarts=0, afterwards=afterwards, ending=ENDING)
+    return True
+
+
+@contextmanager
+def joined(patience: float, afterwards: str) -> Iterator[Group]:
+    """The group that this process is in. What ends this worker ends all."""
+    import signal
+    from datetime import timedelta
+
+    from outsize.distributed.workers import find_group
+    from outsize.errors import OutsizeError
+
+    group = find_group(patience, afterwards, timedelta(days=3650))  # nobody may ask anything for long
+    if group.rank:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)  # the first worker says when it is over
+    try:
+        yield group
+    except OutsizeError as problem:
+        group.fail(problem)
+        raise
