@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -24,12 +24,13 @@ from outsize.memory.shared import dismiss
 from outsize.model.companions import COMPANIONS, keep_companions
 from outsize.model.fingerprint import fingerprint_model, fingerprint_tokenizer, fingerprint_weights
 from outsize.model.load import ModelSource, open_model
-from outsize.model.units import Unit, describe_units, find_units
+from outsize.model.units import Unit, find_units
 from outsize.plan import Plan, Request, in_proportion
 from outsize.planner.check import check_plan, read_plan
 from outsize.planner.remembered import circumstances, recall, recall_slowness, remember, remember_slowness
 from outsize.planner.training import Place, Task, check_disk, plan_training
 from outsize.planner.workers import Worker, alike_disks, plan_workers
+from outsize.reporting import report_run
 from outsize.train.data import PackedDataset, prepare
 from outsize.train.import_state import bring_optimizer, check_optimizer
 from outsize.train.interrupt import finishing_the_step
@@ -39,7 +40,6 @@ from outsize.train.optimizers import OptimizerRule
 from outsize.train.precision import find_precision
 from outsize.train.progress import Progress, Silent
 from outsize.train.recipe import optimizer_rule, scheduler_for
-from outsize.train.report import each_line, held_by_tier, measured, moved_a_step, write_report
 from outsize.train.retention import Retention
 from outsize.train.run import Run, Schedule, check_loss, export
 from outsize.train.settings import TrainSettings, continues, forget_beginning, read_settings, record
@@ -136,7 +136,7 @@ class _Training:
         first = self._recovered(run)
         if not self._trained(run, data, evaluation, first):
             return None
-        report = _report(self.settings, self.folder, run, units, self.settings.steps - first)
+        report = report_run(self.settings, self.folder, run, units, self.settings.steps - first)
         return report if self.speaks else {}
 
     # -- what it begins with ----------------------------------------------------------------------------------------
@@ -375,35 +375,3 @@ def _show(plan: Plan) -> None:
     from rich.console import Console
 
     Console(stderr=True).print(str(plan), markup=False, highlight=False)
-
-
-def _report(settings: TrainSettings, folder: Path, run: Run, units: list[Unit], steps_done: int) -> dict[str, Any]:
-    from outsize.planner.pictures import draw_step, write_trace
-    from outsize.train.pictures import draw
-
-    job, plan = run.job, run.job.plan
-    held = held_by_tier(job.store.ledger.held)
-    moved = moved_a_step(run.moved, max(steps_done, 1))
-    assert plan.predicted is not None
-    planned = {
-        name: value for name, value in asdict(plan.predicted).items() if value is None or isinstance(value, int | float)
-    }
-    planned["mean_seconds_per_step"] = plan.predicted.seconds_per_step
-    steps = {"predicted": plan.predicted.timeline, "measured": run.timeline()}
-    found = measured(each_line(folder / "metrics.jsonl")) | {"disk_bytes": job.store.tiers["disk"].used}
-    job.close()
-    give_back()  # what the steps' tensors took is room for the pictures
-    facts = {
-        "model": settings.model,
-        "optimizer": settings.optimizer,
-        "precision": settings.precision,
-        "exactness": plan.exactness,
-        "units": describe_units(units),
-        **dict(reason.split(": ", 1) for reason in plan.reasons),
-    }
-    write_report(folder, planned, found, facts, memory_bytes=plan.memory_bytes, held=held, moved=moved)
-    write_trace(steps, folder / "trace.json")
-    if folder == settings.out:
-        draw(folder)
-        draw_step(steps, plan, folder / "timeline.png")
-    return {"planned": planned, "measured": found}

@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "outsize"
 FLOOR = {
     "errors": 0,
     "sizes": 0,
+    "fields": 0,
     "plan": 0,
     "machine": 1,
     "memory": 2,
@@ -24,6 +25,7 @@ FLOOR = {
     "api": 7,
     "serving": 7,
     "training": 7,
+    "reporting": 7,
     "commands": 8,
     "cli": 9,
     "__init__": 7,
