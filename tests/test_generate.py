@@ -76,6 +76,20 @@ def test_killed_and_continued_the_file_comes_out_the_same(model: Path, tmp_path:
         answered(other, {})
 
 
+def test_two_workers_answer_as_one_does(model: Path, tmp_path: Path) -> None:
+    lines = [{"prompt": f"w{n} w{n + 1}", "max_new_tokens": 8, "temperature": n % 2, "n": 1 + n % 2} for n in range(8)]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    arguments = ["--model", model, "--input", tmp_path / "in.jsonl"]
+    answers = [tmp_path / "one.jsonl", tmp_path / "two.jsonl"]
+    for workers, target in enumerate(answers, 1):
+        done = generate(*arguments, "--output", target, "--workers", workers)
+        assert done.returncode == 0, done.stderr
+    assert answers[0].read_bytes() == answers[1].read_bytes()
+    done = generate(*arguments, "--output", tmp_path / "three.jsonl", "--workers", 4)
+    assert done.returncode == 1 and "3 layers cannot be divided among 4 workers" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_answers_to_what_was_asked_before_are_not_taken(model: Path, tmp_path: Path) -> None:
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     lines = [{"prompt": f"w{n} w{n + 1}", "max_new_tokens": 4, "ignore_end": True} for n in range(3)]
