@@ -18,6 +18,7 @@ from outsize.commands.plan import plan
 from outsize.commands.probe import probe
 from outsize.commands.serve import serve
 from outsize.commands.train import train
+from outsize.distributed.launch import is_worker
 from outsize.errors import OutsizeError
 from outsize.machine.allocator import use_one_heap
 
@@ -60,5 +61,8 @@ def main() -> None:
     except OutsizeError as error:
         if "--debug" in sys.argv:
             raise
-        print(f"outsize: {error}", file=sys.stderr)
+        print(f"outsize: {error}", file=sys.stderr, flush=True)
+        if is_worker():
+            sys.stdout.flush()
+            os._exit(1)  # a worker whose connections are broken is aborted by Gloo when Python takes it down
         sys.exit(1)
