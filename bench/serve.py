@@ -71,9 +71,12 @@ def past(bench: Bench, trial: Trial, model: str) -> None:
 
 
 def conversations(bench: Bench, trial: Trial, model: str) -> None:
-    for name, far in (("moved", True), ("computed again", False)):
-        options = {"memory": 3 << 30, "count": trial.talks, "room": trial.talks // 4, "turns": 3, "far": far}
-        bench.measure(f"conversations, {name}", "served", "conversations", STREAMED, model=model, **options)
+    exact = str(bench.folder / "float32")
+    bench.measure("float32", "served", "write_float32", model=model, folder=exact)
+    for what, of, count in (("conversations", model, trial.talks), ("in float32", exact, 8)):
+        for name, far in (("moved", True), ("computed again", False)):
+            options = {"memory": 3 << 30, "count": count, "room": count // 4, "turns": 3, "far": far}
+            bench.measure(f"{what}, {name}", "served", "conversations", STREAMED, model=of, **options)
 
 
 GROUPS: dict[str, Callable[[Bench, Trial, str], None]] = {

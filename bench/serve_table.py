@@ -75,9 +75,11 @@ def _lines(results: Results, title: str) -> Iterator[str]:
     yield "| | at least | measured | |\n|---|---:|---:|---|"
     for what, target, measured in _targets(results):
         yield f"| {what} | {target:.3g} | {measured:.3g} | {'reached' if measured >= target else '**missed**'} |"
-    talks = [row["said"] for row in _talks(results).values()]
-    if len(talks) == 2:
-        yield f"\nConversations, moved or computed again: {'the same' if len(set(talks)) == 1 else '**other**'} tokens."
+    for what, how in (("conversations", "32 in bf16"), ("in float32", "8 in float32")):
+        said = {row["said"] for name, row in results.items() if name.startswith(what) and "said" in row}
+        if said:
+            same = "the same tokens" if len(said) == 1 else "**other** tokens"
+            yield f"\nConversations, moved or computed again, {how}: {same}."
 
 
 def _shape(results: Results) -> Iterator[str]:

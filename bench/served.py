@@ -213,7 +213,6 @@ def losses(model: str, tokens: int) -> dict[str, Any]:
     import torch
 
     from outsize.model.load import open_model
-    from outsize.model.weights import leave_meta
     from outsize.serve.int8 import use_int8
 
     source = open_model(model)
@@ -224,15 +223,38 @@ def losses(model: str, tokens: int) -> dict[str, Any]:
     for weights in ("stored", "int8"):
         module = source.build(torch.bfloat16)
         read = source.read if weights == "stored" else use_int8(module, source.read)
-        leave_meta(module, torch.device("cpu"))
-        for name, parameter in module.named_parameters():
-            parameter.data = read(name, 0, parameter.shape[0]).to(parameter.dtype)
+        _fill(module, read)
         with torch.inference_mode():
             found[weights] = statistics.fmean(float(module(one[None], labels=one[None]).loss) for one in ids)
     return found
 
 
+def _fill(module: Any, read: Callable[[str, int, int], Any]) -> None:
+    import torch
+
+    from outsize.model.weights import leave_meta
+
+    leave_meta(module, torch.device("cpu"))
+    for name, parameter in module.named_parameters():
+        parameter.data = read(name, 0, parameter.shape[0]).to(parameter.dtype)
+
+
 # -- conversations ------------------------------------------------------------------------------------------------------
+
+
+def write_float32(model: str, folder: str) -> dict[str, Any]:
+    """The same model, in which sums in another order decide between no two tokens."""
+    import torch
+
+    from outsize.model.load import open_model
+
+    source = open_model(model)
+    module, tokenizer = source.build(torch.float32), source.tokenizer()
+    assert tokenizer is not None
+    _fill(module, source.read)
+    module.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return {}
 
 
 def conversations(model: str, memory: int, count: int, room: int, turns: int, far: bool) -> dict[str, Any]:

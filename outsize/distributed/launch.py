@@ -7,10 +7,10 @@ import os
 import signal
 import sys
 
-from outsize.distributed.watch import CONTINUES
 from outsize.errors import RunError
 
 RESTARTS = 3  # after a worker was killed
+CONTINUES = "The same command continues at the last step that all have committed."
 
 
 def is_worker() -> bool:

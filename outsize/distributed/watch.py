@@ -12,12 +12,12 @@ from contextlib import suppress
 
 from torch._C._distributed_c10d import Store
 
+from outsize.distributed.launch import CONTINUES
 from outsize.errors import RunError
 
 LOOK_EVERY = 1.0  # seconds
 NOTICE = 1.0  # seconds in which all who live have noticed that one does not
 STOPPED = 1  # exit code
-CONTINUES = "The same command continues at the last step that all have committed."
 
 
 class Watch:

@@ -14,8 +14,9 @@ from torch import distributed
 from outsize.distributed.arrangement import REMOTE, Arrangement
 from outsize.distributed.collectives import Unreachable, exchange
 from outsize.distributed.group import Group, Messages, Several
+from outsize.distributed.launch import CONTINUES
 from outsize.distributed.meeting import meet
-from outsize.distributed.watch import CONTINUES, Watch
+from outsize.distributed.watch import Watch
 from outsize.errors import OptionError, OutsizeError, RunError
 
 TO_ANSWER = timedelta(minutes=30)  # for a worker that lives: the first one may be preparing data, or writing the model
