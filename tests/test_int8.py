@@ -81,7 +81,7 @@ def with_rounded_weights(folder: Path, target: Path) -> Path:
     return target
 
 
-@pytest.mark.parametrize("memory", ["2GiB", "smallest"])
+@pytest.mark.parametrize("memory", ["8GiB", "smallest"])
 def test_answers_are_those_of_the_rounded_weights(folder: Path, tmp_path: Path, memory: str) -> None:
     """Resident and streamed. Greedy, in float32, where sums in another order decide nothing."""
     prompts = [[3, 5, 7, 11, 13], [2], list(range(40, 100))]
@@ -95,15 +95,15 @@ def test_answers_are_those_of_the_rounded_weights(folder: Path, tmp_path: Path, 
         assert "approximate: " in engine.plan.reasons[0] and "rounded to 8 bits" in engine.plan.reasons[0]
         found = [answer.tokens for answer in engine.generate(prompts, **options)]
         streamed = engine.engine.store.ledger.total_moved("disk", "host") > 0
-        assert streamed == (memory != "2GiB")
-    with outsize.Engine(str(with_rounded_weights(folder, tmp_path / "rounded")), memory="2GiB", context=128) as engine:
+        assert streamed == (memory != "8GiB")
+    with outsize.Engine(str(with_rounded_weights(folder, tmp_path / "rounded")), memory="8GiB", context=128) as engine:
         assert engine.plan.exactness != "approximate"
         assert found == [answer.tokens for answer in engine.generate(prompts, **options)]
 
 
 def test_a_plan_holds_a_quarter_of_the_bytes(folder: Path) -> None:
     def weights(how: str) -> int:
-        plan = outsize.plan(str(folder), memory="2GiB", task="serve", machine="laptop", context=128, weights=how)
+        plan = outsize.plan(str(folder), memory="8GiB", task="serve", machine="laptop", context=128, weights=how)
         assert plan.predicted is not None
         return dict(plan.predicted.memory)["for weights that stay"]
 

@@ -37,7 +37,7 @@ def cluster(bytes_per_second: float, nodes: int = 2) -> Machine:
 
 
 def planned(model: str, machine: Machine, workers: int | None, zero: int = 3) -> Plan:
-    memory = "2GiB"
+    memory = "8GiB"
     return outsize.plan(
         model, memory=memory, machine=machine, workers=workers, zero=zero, sequence_length=32, accumulate=4
     )
@@ -134,15 +134,15 @@ def test_a_small_disk_has_what_it_holds_and_workers_alike_have_equal_shares(mode
 def test_unlike_nodes_of_a_described_cluster_have_shares_of_their_own(model: str, tmp_path: Path) -> None:
     even = planned(model, cluster(1e9), None)
     assert even.predicted is not None
-    small = Unlike(disk=int(0.75 * even.predicted.disk_bytes), host=1 << 30)
+    small = Unlike(disk=int(0.75 * even.predicted.disk_bytes), host=4 << 30)
     machine = replace(cluster(1e9), unlike=(small,))
     write_machine(machine, tmp_path / "cluster.toml")
     assert read_machine(tmp_path / "cluster.toml") == machine
-    found = outsize.plan(model, memory="2GiB", machine=tmp_path / "cluster.toml", sequence_length=32, accumulate=4)
+    found = outsize.plan(model, memory="8GiB", machine=tmp_path / "cluster.toml", sequence_length=32, accumulate=4)
     assert found.shares[0] > found.shares[1]
     told = " ".join(str(found).split())
-    assert "worker 0 " in told and "of 2.00 GiB memory" in told
+    assert "worker 0 " in told and "of 8.00 GiB memory" in told
     assert (
         f"worker 1 {found.shares[1] / sum(found.shares):.1%} of what is divided" in told
-        and "of 1.00 GiB memory" in told
+        and "of 4.00 GiB memory" in told
     )
