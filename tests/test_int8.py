@@ -96,6 +96,8 @@ def test_answers_are_those_of_the_rounded_weights(folder: Path, tmp_path: Path, 
         found = [answer.tokens for answer in engine.generate(prompts, **options)]
         streamed = engine.engine.store.ledger.total_moved("disk", "host") > 0
         assert streamed == (memory != "8GiB")
+    held = sum(parameter.untyped_storage().nbytes() for parameter in engine.engine.model.parameters())
+    assert held < 1 << 20, "a closed engine has copied its weights, for which its budget has no room"
     with outsize.Engine(str(with_rounded_weights(folder, tmp_path / "rounded")), memory="8GiB", context=128) as engine:
         assert engine.plan.exactness != "approximate"
         assert found == [answer.tokens for answer in engine.generate(prompts, **options)]

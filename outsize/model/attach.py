@@ -296,14 +296,14 @@ class Attachment:
         self._handles.append(handle)
 
     def detach(self) -> None:
-        """Take all hooks off. The parameters keep pointing where they do: read them from the store first."""
+        """Take all hooks off. Whoever wants the weights reads them from the store first: parameters hold nothing then."""
         self.leave_all()
         for handle in self._handles:
             handle.remove()
         for attached in self.units:
             attached.unit.module.__dict__.pop("forward", None)
         for name, lease in self._resident.items():
-            self.weights[name].parameter.data = lease.tensors[WEIGHT].clone()
+            self.weights[name].parameter.data = placeholder(self.weights[name], self.device)
             lease.release()
         self._resident.clear()
 
