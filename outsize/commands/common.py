@@ -19,12 +19,6 @@ Memory = Annotated[
     str | None,
     typer.Option(help="Peak memory of the whole process, such as 4GiB or 800MiB. Without it: what is free now."),
 ]
-Weights = Annotated[
-    str,
-    typer.Option(
-        help="Of linear layers when serving: as stored, or int8 (approximate): half of bf16's bytes to hold and to stream."
-    ),
-]
 Json = Annotated[bool, typer.Option("--json", help="Print machine-readable lines only.")]
 
 

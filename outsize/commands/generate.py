@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from outsize.commands import serving_options as options
-from outsize.commands.common import Json, Memory, Model, Weights, interruptible
+from outsize.commands.common import Json, Memory, Model, interruptible
 from outsize.errors import OptionError
 
 
@@ -23,16 +23,14 @@ def generate(
         Path | None, typer.Option("--output", help="Answers as JSON lines; run again, it goes on with what is missing.")
     ] = None,
     memory: Memory = None,
-    context: Annotated[int | None, typer.Option(min=2, help="Tokens of prompt and answer together, at most.")] = None,
-    weights: Weights = "stored",
+    context: options.Context = None,
+    weights: options.Weights = "stored",
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 100,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token every time.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Send the prompt through the model's chat template.")] = False,
-    scratch: Annotated[
-        Path | None, typer.Option(help="Folder for weights that stream; the system's own otherwise.")
-    ] = None,
+    scratch: options.Scratch = None,
     workers: options.Workers = 1,
     worker_timeout: options.WorkerTimeout = 30.0,
     json_lines: Json = False,

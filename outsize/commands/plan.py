@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from outsize.commands import serving_options as serving
 from outsize.commands import training_options as options
-from outsize.commands.common import Json, Model, Weights, interruptible, read_options
+from outsize.commands.common import Json, Model, interruptible, read_options
 from outsize.errors import BudgetError, OptionError, StorageError
 from outsize.sizes import format_size, parse_size
 
@@ -57,10 +58,10 @@ def plan(
     workers: WorkersThere = None,
     zero: options.Zero = 3,
     block_class: options.BlockClass = None,
-    context: Annotated[int | None, typer.Option(min=2, help="serve: tokens of prompt and answer together.")] = None,
-    concurrency: Annotated[int | None, typer.Option(min=1, help="serve: requests computed at once, at most.")] = None,
-    step_tokens: Annotated[int, typer.Option(min=1, help="serve: tokens computed at once.")] = 512,
-    weights: Weights = "stored",
+    context: serving.Context = None,
+    concurrency: serving.Concurrency = None,
+    step_tokens: serving.StepTokens = 512,
+    weights: serving.Weights = "stored",
     compare: Annotated[str | None, typer.Option(help="Other memory sizes, as 2GiB,4GiB,8GiB, in one table.")] = None,
     picture: Annotated[Path | None, typer.Option(help="Draw the step, or time against memory with --compare.")] = None,
     trace: Annotated[Path | None, typer.Option(help="Write the step as a trace that Perfetto opens.")] = None,

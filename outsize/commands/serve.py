@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from outsize.commands import serving_options as options
-from outsize.commands.common import Memory, Model, Weights, interruptible
+from outsize.commands.common import Memory, Model, interruptible
 from outsize.errors import OptionError
 from outsize.sizes import parse_size
 
@@ -27,15 +27,10 @@ def serve(
         str, typer.Option(help="Address to listen at; by default only this computer can ask.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any that is free.")] = 8000,
-    context: Annotated[int | None, typer.Option(min=2, help="Tokens of prompt and answer together, at most.")] = None,
-    concurrency: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Sequences computed at once, at most; memory goes to them before weights. [default: 32]"
-        ),
-    ] = None,
-    step_tokens: Annotated[int, typer.Option(min=1, help="Tokens computed at once; prompts are cut so.")] = 512,
-    weights: Weights = "stored",
+    context: options.Context = None,
+    concurrency: options.Concurrency = None,
+    step_tokens: options.StepTokens = 512,
+    weights: options.Weights = "stored",
     policy: Annotated[str, typer.Option(help="Who goes first: fcfs, feedback, fair or priority.")] = "fcfs",
     name: Annotated[str | None, typer.Option(help="The model's name for clients; its file's name otherwise.")] = None,
     api_key: Annotated[
@@ -44,9 +39,7 @@ def serve(
     max_waiting: Annotated[int, typer.Option(min=1, help="Requests that may wait before others get a 429.")] = 256,
     max_body: Annotated[str, typer.Option(help="Largest request, such as 4MiB.")] = "4MiB",
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds in which a request must be finished.")] = 600.0,
-    scratch: Annotated[
-        Path | None, typer.Option(help="Folder for weights that stream; the system's own otherwise.")
-    ] = None,
+    scratch: options.Scratch = None,
     kv_directory: Annotated[
         Path | None, typer.Option(help="Folder where keys and values of prompts outlive the server; none otherwise.")
     ] = None,

@@ -1,10 +1,11 @@
-"""What `generate` and `serve` have in common: options, and how several workers are started."""
+"""What the commands that serve have in common: options, and how several workers are started."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,6 +13,24 @@ import typer
 if TYPE_CHECKING:
     from outsize.distributed.group import Group
 
+Context = Annotated[
+    int | None, typer.Option(min=2, help="When serving: tokens of prompt and answer together, at most.")
+]
+Concurrency = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="When serving: sequences computed at once, at most; memory goes to them before weights. [default: 32]",
+    ),
+]
+StepTokens = Annotated[int, typer.Option(min=1, help="When serving: tokens computed at once; prompts are cut so.")]
+Weights = Annotated[
+    str,
+    typer.Option(
+        help="Of linear layers when serving: as stored, or int8 (approximate): half of bf16's bytes to hold and to stream."
+    ),
+]
+Scratch = Annotated[Path | None, typer.Option(help="Folder for weights that stream; the system's own otherwise.")]
 Workers = Annotated[
     int, typer.Option(min=1, help="Processes on this machine that divide the model's layers; --memory is for each.")
 ]

@@ -31,9 +31,7 @@ from outsize.train.job import always_near, users_of
 PAGE_TOKENS = 16
 COMPILED = 96 << 20  # bytes: kernels that oneDNN compiles, one for each shape it meets, and never lets go; docs/log.md
 BESIDE = THREADS + KERNELS + COMPILED
-FOR_MANY = (
-    4  # while weights stream, one part in so many of the free memory goes to pages for many, if nobody said how many
-)
+FOR_MANY = 4  # of what is free while weights stream, one part in so many goes to pages if nobody said for how many
 FAR_TIMES = 8  # as many pages as near may lie on disk, at most
 FAR_DISK = 4  # and take one part in so many of what the disk has free
 BASELINE, TENSORS, KERNEL, WEIGHTS, STREAM, CACHE = (
@@ -147,18 +145,20 @@ class _Room:
         """As many as there is room for, of each unit all or none, evenly spread: while those that stay compute, those that
         stream are read. What then is left takes single weights."""
         share = min(1.0, self.left / max(1, sum(sum(sizes.values()) for sizes in groups)))
-        taken: dict[str, int] = {}
-        due = 0.0
+        taken: set[str] = set()
+        total, due = 0, 0.0
         for sizes in groups:
             nbytes = sum(sizes.values())
             due += share * nbytes
-            if sum(taken.values()) + nbytes / 2 <= due and sum(taken.values()) + nbytes <= self.left:
-                taken |= sizes
+            if total + nbytes / 2 <= due and nbytes <= self.left:
+                taken |= sizes.keys()
+                total += nbytes
+                self.taken[WEIGHTS] += nbytes
         for name, nbytes in (item for sizes in groups for item in sizes.items()):
-            if name not in taken and sum(taken.values()) + nbytes <= self.left:
-                taken[name] = nbytes
-        self.taken[WEIGHTS] += sum(taken.values())
-        return set(taken)
+            if name not in taken and nbytes <= self.left:
+                taken.add(name)
+                self.taken[WEIGHTS] += nbytes
+        return taken
 
     def too_small(self, arena: int) -> BudgetError:
         """For what is taken, an arena, and one sequence."""
