@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from models import tiny_model
+from transformers import LlamaConfig
 
 import outsize
 from outsize.errors import BudgetError, OptionError
@@ -54,9 +55,12 @@ def test_more_memory_serves_more_and_faster(folder: Path) -> None:
     assert "16 at once with 256 tokens each" in str(large) and "first token" in str(large)
 
 
-def test_who_says_how_many_gets_room_for_them_before_weights_do(folder: Path) -> None:
-    memory = smallest(folder) + (40 << 20)  # planning itself leaves some behind each time
-    unsaid, said = planned(folder, memory, context=256), planned(folder, memory, context=256, concurrency=32)
+def test_who_says_how_many_gets_room_for_them_before_weights_do(folder: Path, tmp_path: Path) -> None:
+    config = LlamaConfig.from_pretrained(folder)
+    config.num_hidden_layers = 24
+    config.save_pretrained(tmp_path)
+    memory = smallest(tmp_path) + (80 << 20)  # a third of the weights; each planning leaves some of its own behind
+    unsaid, said = planned(tmp_path, memory, context=256), planned(tmp_path, memory, context=256, concurrency=32)
     assert unsaid.serving and said.serving and unsaid.predicted and said.predicted
     assert unsaid.serving.seats == said.serving.seats == 32
     assert unsaid.serving.pages < said.serving.pages
