@@ -135,7 +135,7 @@ class Plan:
     stay. `table_rows` says how many rows of a vocabulary's table make a block; a weight that is not in it is one
     block. `hold`: gradients wait in `gradient_home` until the step's end, and the update is a second pass that
     overlaps the next forward. `recycle_bytes`: the C library keeps freed memory of tensors up to this size, until the
-    process holds `headroom_bytes` less than `predicted`: so much may come until it is looked again. `blocked_loss`:
+    process holds what is `predicted`; until it is looked again `headroom_bytes` more may come. `blocked_loss`:
     the head and its loss are computed over blocks of the vocabulary. `shared_bytes`: all blocks together, when they
     stay near in memory that outlives the process, each with a twin; 0: they do not. Of several `workers` each has its
     share of every optimizer state; from the level `zero` 2 on also of gradients that wait, and of `split_weights`. Of
@@ -189,13 +189,13 @@ class Plan:
 
     @property
     def ceiling_bytes(self) -> int:
-        """Where the process is to give back what the C library keeps: `headroom_bytes` below the predicted peak; where the
-        budget has room, below a twentieth more, so that a prediction somewhat too low costs no time."""
+        """Where the process is to give back what the C library keeps: at the predicted peak; where the budget has room, a
+        twentieth above, so that a prediction somewhat too low costs no time."""
         if self.predicted is None:
             return sys.maxsize
         most = self.predicted.host_peak_bytes
-        room = int((1 - SPARE) * (self.memory_bytes or 0))
-        return max(most, min(int((1 + LATITUDE) * most), room)) - self.headroom_bytes
+        room = int((1 - SPARE) * (self.memory_bytes or 0)) - self.headroom_bytes
+        return max(most, min(int((1 + LATITUDE) * most), room))
 
     @property
     def alike(self) -> tuple[Any, ...]:

@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 PROCESS = Path("/proc/self")
@@ -75,11 +76,18 @@ def process_memory() -> ProcessMemory:
 
 
 def resident_bytes() -> int:
-    """What this process holds now, told fast."""
+    """What this process holds now, told fast: it is asked hundreds of times a step."""
     try:
-        return int((PROCESS / "statm").read_bytes().split()[1]) * resource.getpagesize()
+        return int(os.pread(_statm(os.getpid()), 256, 0).split()[1]) * resource.getpagesize()
     except OSError:
         return process_memory().resident_bytes
+
+
+@cache
+def _statm(process: int) -> int:
+    """A file descriptor that stays open: to open the file anew takes ten times as long as to read it. A child that was
+    forked opens its own."""
+    return os.open(PROCESS / "statm", os.O_RDONLY)
 
 
 def open_files() -> int:

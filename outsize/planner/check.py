@@ -87,10 +87,12 @@ def _check_shared(plan: Plan, job: JobSizes) -> None:
 def _check_memory(plan: Plan, request: Request) -> None:
     predicted = plan.predicted
     assert predicted is not None
-    if predicted.host_peak_bytes > request.memory_bytes:
-        causes = ", ".join(f"{format_size(nbytes)} {cause}" for cause, nbytes in predicted.memory)
+    needed = predicted.host_peak_bytes + plan.headroom_bytes
+    if needed > request.memory_bytes:
+        parts = (*predicted.memory, ("for what may come until the process looks again", plan.headroom_bytes))
+        causes = ", ".join(f"{format_size(nbytes)} {cause}" for cause, nbytes in parts)
         raise BudgetError(
-            f"The plan needs {format_size(predicted.host_peak_bytes)} here, more than the "
+            f"The plan needs {format_size(needed)} here, more than the "
             f"{format_size(request.memory_bytes)} allowed: {causes}. Keep less near, or allow more memory."
         )
 

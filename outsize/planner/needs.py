@@ -25,6 +25,9 @@ LOOSE = 1.1  # leases end in another order than they begin, so that free room is
 MANY = 48  # units that the C library is asked about
 THREADS = 4 << 20  # bytes: stacks of the transfer threads and of lanes, and what python keeps for each
 KERNELS = 64 << 20  # bytes that products and OpenMP keep for themselves; fitted, docs/log.md
+PINNED = (
+    96 << 20
+)  # bytes that small allocations keep in the C library's heap where nothing need be given back; docs/log.md
 PACKED = 3  # times a matrix: what may come within one product, its operands packed and its result
 BUFFERS = {"split": 3, "none": 3, "same": 0}  # of a piece in fp32, by how masters are kept: master, gradient, one more
 
@@ -34,8 +37,8 @@ class Needs:
     """Bytes of host memory by cause.
 
     `baseline` is what the process holds before it begins, `tensors` what the C library holds at most for the step's
-    tensors, `scratch` the buffers of the update, of transfers and of products, `headroom` what of it may come between two
-    looks at what the process holds, `always` the weights and states that never leave."""
+    tensors, `scratch` the buffers of the update, of transfers and of products, `headroom` what may come between two looks at
+    what the process holds, `always` the weights and states that never leave."""
 
     baseline: int
     tensors: int
@@ -47,7 +50,7 @@ class Needs:
 
     @property
     def fixed(self) -> int:
-        return self.baseline + self.tensors + self.scratch + self.always
+        return self.baseline + self.tensors + self.scratch + self.headroom + self.always
 
     @property
     def least(self) -> int:
@@ -73,7 +76,7 @@ def find_needs(
     return Needs(
         baseline=baseline,
         tensors=tensor_bytes(rehearsed, bare.recycle_bytes),
-        scratch=scratch + headroom,
+        scratch=scratch,
         least_arena=least,
         good_arena=pages(least + int(1.2 * largest_unit) + READ_AHEAD * largest_chunk),
         always=sum(sizes[name].bytes + sizes[name].state_bytes for name in always),

@@ -65,4 +65,4 @@ def recall(path: Path, now: dict[str, Any], baseline_bytes: int) -> Plan | None:
         return None  # there is none, or another version wrote it
     if plan.predicted is None or plan.memory_bytes is None or said["circumstances"] != now:
         return None
-    return plan if plan.predicted.host_peak_bytes + grown <= plan.memory_bytes else None
+    return plan if plan.predicted.host_peak_bytes + plan.headroom_bytes + grown <= plan.memory_bytes else None

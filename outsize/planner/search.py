@@ -20,7 +20,7 @@ from outsize.plan import KEEP, MOVE, NEAR, RECOMPUTE, SPARE, Activations, Plan, 
 from outsize.planner.clock import Ways
 from outsize.planner.forecast import Forecast, forecast, with_snapshots
 from outsize.planner.keeper import keeper_bytes, twin_bytes
-from outsize.planner.needs import Needs, gradient_bytes
+from outsize.planner.needs import PINNED, Needs, gradient_bytes
 from outsize.planner.rehearsal import Rehearsed, homes
 from outsize.planner.script import Create
 from outsize.planner.sizes_of import WeightSize
@@ -277,6 +277,12 @@ class Search:
         return disk + sum({block.name: block.nbytes for block in created if "gradient" in block.bytes_by_kind}.values())
 
     def _memory(self, placement: Placement) -> tuple[tuple[str, int], ...]:
+        causes = self._causes(placement)
+        left = self.request.memory_bytes - sum(nbytes for _, nbytes in causes) - self.needs.headroom
+        kept = min(PINNED, left - int(SPARE * self.request.memory_bytes))
+        return (*causes, *((("kept between tensors, as there is room", kept),) * (kept > 0)))
+
+    def _causes(self, placement: Placement) -> tuple[tuple[str, int], ...]:
         return (
             ("Python, libraries and the process as it stands", self.needs.baseline),
             ("weights, state and gradients that stay near", self.near_bytes(placement)),

@@ -66,8 +66,8 @@ def plan_serving(
     sizes, context = _sizes(units), context_of(model, request)
     tensors = measure_step(model, layers, context, request, leg)
     headroom = Ceiling.WORTH + tensors
-    room = _Room(request, context, page_size(layers))
-    room.taken.update({BASELINE: baseline_bytes, TENSORS: tensors + headroom, KERNEL: BESIDE})
+    room = _Room(request, context, page_size(layers), headroom)
+    room.taken.update({BASELINE: baseline_bytes, TENSORS: tensors, KERNEL: BESIDE})
     whole = room.left >= sum(sizes.values()) + room.least_pages
     placed = _all_near(model, sizes, groups, room) if whole else _streaming(model, units, sizes, groups, room)
     far = sum(nbytes for name, nbytes in sizes.items() if name not in placed.near)
@@ -113,17 +113,18 @@ def with_pages(plan: Plan, count: int, far: int) -> Plan:
 
 
 class _Room:
-    """Memory still to be given away, and what has been `taken`, by cause, in bytes."""
+    """Memory still to be given away, and what has been `taken`, by cause, in bytes. `headroom` nobody takes."""
 
-    def __init__(self, request: ServeRequest, context: int, page_bytes: int) -> None:
+    def __init__(self, request: ServeRequest, context: int, page_bytes: int, headroom: int) -> None:
         self.taken: Counter[str] = Counter()
+        self._headroom = headroom
         self.page_bytes = page_bytes
         self._request, self._context = request, context
         self._one = -(-context // PAGE_TOKENS)  # pages that a sequence of the whole context holds
 
     @property
     def left(self) -> int:
-        return self._request.memory_bytes - self.taken.total()
+        return self._request.memory_bytes - self.taken.total() - self._headroom
 
     @property
     def for_pages(self) -> int:
@@ -163,6 +164,7 @@ class _Room:
     def too_small(self, arena: int) -> BudgetError:
         """For what is taken, an arena, and one sequence."""
         causes = Counter({**self.taken, STREAM: arena, CACHE: self.least_pages})
+        causes[TENSORS] += self._headroom
         parts = ", ".join(f"{format_size(nbytes)} {cause}" for cause, nbytes in causes.items() if nbytes)
         return BudgetError(
             f"A budget of {format_size(self._request.memory_bytes)} is too small for {self._context} tokens of context: at "
