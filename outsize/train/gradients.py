@@ -252,6 +252,7 @@ class Gradients:
     def _apply(
         self, weight: Weight, block: RowBlock, share: torch.Tensor, scale: float | None, groups: list[dict[str, Any]]
     ) -> None:
+        self.attachment.ceiling.keep()
         lease = self.attachment.leased(weight) if weight.whole and not block.split else None
         if lease is not None:
             self.updater.update(block, share, lease, groups, scale)
