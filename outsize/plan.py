@@ -17,7 +17,7 @@ from outsize.sizes import format_size
 WIDTH = 80  # columns that a plan prints itself on
 SPARE = 0.02  # of the budget: as much as predictions are off, and a plan made elsewhere may find less
 STORED, INT8 = "stored", "int8"  # precisions of a plan for serving
-LATITUDE = 0.05  # of its prediction, by which a peak may be off
+LATITUDE = 0.04  # of its prediction, by which a peak may be above it: less than the 5% by which it may be off
 CAUSES = {
     "compute_seconds": "compute",
     "update_seconds": "update",
@@ -190,7 +190,7 @@ class Plan:
     @property
     def ceiling_bytes(self) -> int:
         """Where the process is to give back what the C library keeps: at the predicted peak; where the budget has room, a
-        twentieth above, so that a prediction somewhat too low costs no time."""
+        little above (`LATITUDE`), so that a prediction somewhat too low costs no time."""
         if self.predicted is None:
             return sys.maxsize
         most = self.predicted.host_peak_bytes
