@@ -103,7 +103,7 @@ class MeasuredPrices:
     def update(self, elements: int, like: Any, make: Callable[[], Callable[[], None]]) -> float:
         if like not in self._updates:
             with _disable_current_modes():
-                self._updates[like] = usual_seconds(make(), _cool)  # the first step makes the optimizer's state
+                self._updates[like] = usual_seconds(make(), _cooling())  # the first step makes the optimizer's state
         return self._updates[like]
 
 
@@ -160,12 +160,12 @@ def _measure(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fl
         try:
             real_args, real_kwargs = tree_map_only(torch.Tensor, _numbers, (args, kwargs))
             # The weight of a product comes from memory, not from a cache.
-            return usual_seconds(partial(function, *real_args, **real_kwargs), _cool if product else lambda: None)
+            return usual_seconds(partial(function, *real_args, **real_kwargs), _cooling() if product else lambda: None)
         except (RuntimeError, IndexError, TypeError, ValueError):
             return None
 
 
-def usual_seconds(function: Callable[[], Any], before: Callable[[], None]) -> float:
+def usual_seconds(function: Callable[[], Any], before: Callable[[], Any]) -> float:
     """Of what has been done once: the median of a few samples, so that one interruption does not count, of those to which
     the operating system gave the fewest fresh pages. Results come from recycled memory, as in a step: fresh pages would take
     as long as many an operation, and it takes the heap some rounds to have room that is used again."""
@@ -185,9 +185,10 @@ def _faults() -> int:
     return getrusage(RUSAGE_SELF).ru_minflt
 
 
-def _cool() -> None:
-    """Leave nothing of use in the processor's caches. A slab lies in huge pages, which come fast."""
-    allocate_slab(COLD).fill_(1)
+def _cooling() -> Callable[[], Any]:
+    """What leaves nothing of use in the processor's caches. Its slab lies in huge pages, which come fast, but only once."""
+    slab = allocate_slab(COLD)
+    return lambda: slab.fill_(1)
 
 
 def _numbers(tensor: torch.Tensor) -> torch.Tensor:

@@ -219,6 +219,11 @@ class Rehearsed:
     def whole(self) -> Script:
         return self.over(self.units) if self.units else self.script
 
+    @cached_property
+    def asked(self) -> Script:
+        """What the whole script asks of the store, when is left open."""
+        return Rehearsed(self.script.bare, self.units).whole
+
 
 def rehearse(
     model: nn.Module,

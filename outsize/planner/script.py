@@ -112,6 +112,11 @@ class Script:
         return Script(_lean(self.setup), tuple(_lean(step) for step in self.steps))
 
     @cached_property
+    def bare(self) -> Script:
+        """What asks something of the store, without what takes time and what tensors come and go."""
+        return Script(_bare(self.setup), tuple(map(_bare, self.steps)))
+
+    @cached_property
     def work(self) -> float:
         """Seconds of compute, update and exchange of one step, which no placement makes shorter."""
         return sum(event.seconds for event in self.steps[-1] if isinstance(event, Spend | Exchanged))
@@ -131,6 +136,10 @@ def _lean(events: Iterable[Event]) -> tuple[Event, ...]:
         elif not isinstance(event, Live):
             found.append(event)
     return tuple(found)
+
+
+def _bare(events: Iterable[Event]) -> tuple[Event, ...]:
+    return tuple(event for event in events if not isinstance(event, Spend | Exchanged | Live))
 
 
 class Scribe(Store):

@@ -22,6 +22,7 @@ from outsize.planner.forecast import Forecast, forecast, with_snapshots
 from outsize.planner.keeper import keeper_bytes, twin_bytes
 from outsize.planner.needs import PINNED, Needs, gradient_bytes
 from outsize.planner.rehearsal import Rehearsed, homes
+from outsize.planner.room import need_room
 from outsize.planner.script import Create
 from outsize.planner.sizes_of import WeightSize
 from outsize.sizes import format_size
@@ -132,6 +133,7 @@ class Search:
             least = found.needs.least_arena
             placement = Placement(always, always, least, "disk", "nothing")
             try:
+                found.need_room(placement)
                 found.tried.append(Choice(placement, found.foretell(placement)))
                 return found
             except BudgetError:
@@ -224,6 +226,11 @@ class Search:
             shared_bytes=self.job.all_bytes if placement.shared else 0,
         )
 
+    def need_room(self, placement: Placement) -> None:
+        """Raises BudgetError when leases find no room in the arena; of a long script, too, all units count."""
+        plan = self.plan(placement)
+        need_room(self.rehearsed.asked, plan.arena_bytes, homes(plan, self.job.always))
+
     def foretell(self, placement: Placement, closely: bool = False) -> Forecast:
         plan = self.plan(placement)
         home_of = homes(plan, self.job.always)
@@ -251,6 +258,8 @@ class Search:
     # -- the plan ---------------------------------------------------------------------------------------------------
 
     def finished(self, choice: Choice) -> Plan:
+        """Raises BudgetError when the choice, looked at closely, finds no room."""
+        self.need_room(choice.placement)
         choice = replace(choice, forecast=self.foretell(choice.placement, closely=True))
         predicted, every = self._predicted(choice), choice.forecast.commit_every
         plan = replace(self.plan(choice.placement), commit_every=every)

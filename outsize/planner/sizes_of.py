@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,7 +22,7 @@ from outsize.plan import Request
 from outsize.train.job import always_near
 from outsize.train.optimizers import OptimizerRule, is_elementwise
 from outsize.train.precision import find_precision
-from outsize.train.update import Updater, shares_for
+from outsize.train.update import Updater, find_kind, shares_for
 
 SMALL = 1 << 16  # elements; so small a weight stays near with its state: reading it costs more than holding it
 
@@ -84,18 +85,34 @@ def sizes_of(
     )
     kind = find_precision(request.precision)
     updater = Updater(store, kind, rule, torch.bfloat16 if request.moments == "bf16" else None, group=group)
-    found = {}
+    found: dict[str, WeightSize] = {}
+    known: dict[
+        Any, WeightSize
+    ] = {}  # one of each shape stands for all: of large models there are many, of many blocks
     for name, parameter in model.named_parameters():
         dtype = kind.compute if parameter.requires_grad else parameter.dtype
         shares = shares_for(rule, name, parameter, group, request.shares or ())
         stage = group.arrangement.stage_of(copies) if name in split else None
         weight = make_weight(name, parameter, dtype, "disk", table_rows.get(name), shares, stage)
-        create_blocks(store, weight)
-        if weight.trainable:
-            updater.add(weight, "disk")
-        found[name] = _size(store, updater, weight, group.arrangement)
+        looks = (
+            weight.shape,
+            dtype,
+            _stepped(updater, weight),
+            tuple((b.shares, b.stage, b.start) for b in weight.blocks),
+        )
+        if looks not in known:
+            create_blocks(store, weight)
+            if weight.trainable:
+                updater.add(weight, "disk")
+            known[looks] = _size(store, updater, weight, group.arrangement)
+        found[name] = replace(known[looks], weight=weight)
     transfers.close()
     return found
+
+
+def _stepped(updater: Updater, weight: Weight) -> int | None:
+    """By which kind of optimizer; None: by none."""
+    return id(find_kind(updater.kinds, *updater.rule(weight.name, weight.parameter))) if weight.trainable else None
 
 
 def _size(store: Store, updater: Updater, weight: Weight, arrangement: Arrangement) -> WeightSize:
