@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -21,6 +22,7 @@ from serving import ask, bound_model, run
 from torch import nn
 from workers import Case
 
+from outsize.distributed.launch import LISTENING
 from outsize.distributed.workers import find_group
 from outsize.model.units import find_units
 from outsize.plan import Plan
@@ -34,7 +36,8 @@ def serve() -> None:
         make_model(family)
     for line in sys.stdin:
         told = json.loads(line)
-        pids = [_fork(rank, told) for rank in range(told["workers"])]
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            pids = [_fork(rank, told, listening) for rank in range(told["workers"])]
         if (kill := told["told"].get("kill")) is not None:
             _strike(pids[kill["rank"]], Path(told["told"]["settings"]["out"]) / "metrics.jsonl", kill)
         codes = dict(_wait(pids, stopped=kill is not None and kill["signal"] == "SIGSTOP"))
@@ -62,7 +65,8 @@ def _wait(pids: list[int], stopped: bool) -> Iterator[tuple[int, int]]:
             os.kill(min(left), signal.SIGKILL)
 
 
-def _fork(rank: int, told: dict[str, Any]) -> int:
+def _fork(rank: int, told: dict[str, Any], listening: socket.socket) -> int:
+    """As the launcher does it, who has taken the port of the meeting point for the first worker."""
     pid = os.fork()
     if pid:
         return pid
@@ -73,7 +77,10 @@ def _fork(rank: int, told: dict[str, Any]) -> int:
     if size > 1:
         here = size // told["told"].get("nodes", 1)
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank % here), LOCAL_WORLD_SIZE=str(here))
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(told["port"]))
+        host, port = listening.getsockname()
+        os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": str(port), LISTENING: str(listening.fileno())}
+        if rank:
+            listening.close()
     signal.alarm(500)  # a worker that waits for ever must not hold up the others' tests
     code = 0
     try:

@@ -96,10 +96,13 @@ class Workers(Several):
     def on_end(self, hear: Callable[[str], None]) -> None:
         self._watch.on_end = hear
 
-    def close(self) -> None:
-        self.each(0)
+    def leave(self) -> None:
         self._watch.close()
         distributed.destroy_process_group()
+
+    def close(self) -> None:
+        self.each(0)
+        self.leave()
 
     def _wait(self, exchange: Callable[[], object]) -> None:
         started = self.clock.now()
