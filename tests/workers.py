@@ -107,4 +107,3 @@ def crew() -> Iterator[Crew]:
         yield made
     finally:
         made.close()
-
