@@ -28,12 +28,18 @@ from outsize.model.fingerprint import Summed, fingerprint_model, fingerprint_wei
 from outsize.model.load import ModelSource, open_model
 from outsize.model.units import find_units
 from outsize.plan import INT8, STORED, Plan, ServeRequest
-from outsize.planner.legs import divide, find_route
-from outsize.planner.serving import beside, plan_serving, with_pages
+from outsize.planner.serving import plan_serving
 from outsize.planner.serving_forecast import with_forecast
+from outsize.planner.serving_workers import (
+    baseline_of,
+    pages_of,
+    plan_leg,
+    plan_together,
+    room_of,
+    with_fewest,
+)
 from outsize.planner.training import Place
 from outsize.serve.attention import use_paged_attention
-from outsize.serve.constraint import schemas_bytes
 from outsize.serve.engine import Engine as StepEngine
 from outsize.serve.far_index import FarIndex
 from outsize.serve.int8 import Read, use_int8
@@ -127,17 +133,13 @@ class Part:
 
     def _planned(self, group: Group, request: ServeRequest, disk_free_bytes: int) -> tuple[Plan, Leg | None]:
         """This worker's plan; how many pages there are is for those who have room for the fewest."""
-        vocabulary = self.module.config.get_text_config().vocab_size
-        baseline = process_memory().resident_bytes + (schemas_bytes(vocabulary) if group.rank == 0 else 0)
-        units, leg = find_units(self.module), None
-        if group.size > 1:
-            rooms = group.tell(request.memory_bytes - baseline - beside(self.module, request))
-            route = find_route(self.module)
-            leg = route.leg(divide(route, units, rooms), group.rank)
-        plan = plan_serving(self.module, units, request, baseline, disk_free_bytes, leg)
-        assert plan.serving is not None
-        counts = group.tell((plan.serving.pages, plan.serving.far_pages))
-        return with_pages(plan, *(min(count) for count in zip(*counts, strict=True))), leg
+        module, rank = self.module, group.rank
+        baseline = baseline_of(module, process_memory().resident_bytes, rank)
+        if group.size == 1:
+            return plan_serving(module, find_units(module), request, baseline, disk_free_bytes), None
+        rooms = group.tell(room_of(module, request, baseline))
+        plan, leg = plan_leg(module, request, baseline, disk_free_bytes, rooms, rank)
+        return with_fewest(plan, group.tell(pages_of(plan))), leg
 
     def _runner(
         self, stack: ExitStack, group: Group, tiers: dict[str, Tier], kv_directory: str | Path | None
@@ -189,15 +191,20 @@ def plan_service(
     concurrency: int | None = None,
     step_tokens: int = 512,
     weights: str = STORED,
+    workers: int = 1,
 ) -> Callable[[str | int], Plan]:
-    """What `Engine` would do with `model` within one memory after another, without doing it, and what requests would see on
-    `machine`. `model` may be a folder that holds nothing but config.json. Raises as `Engine` does."""
+    """What `Engine`, or so many `workers` each within that much, would do with `model` within one memory after another,
+    without doing it, and what requests would see on `machine`. `model` may be a folder that holds nothing but config.json.
+    Raises as `Engine` does."""
     _, module, _, _tokenizer = _opened(model, weights)
     place = Place(machine, process_memory().resident_bytes, machine.capacity("disk"))
 
     def within(memory: str | int) -> Plan:
         request = ServeRequest(parse_size(memory), context, concurrency, step_tokens, weights)
-        found = plan_serving(module, find_units(module), request, place.baseline_bytes, place.disk_free_bytes)
+        if workers > 1:
+            return plan_together(module, request, place, workers)
+        baseline = baseline_of(module, place.baseline_bytes)
+        found = plan_serving(module, find_units(module), request, baseline, place.disk_free_bytes)
         return with_forecast(found, module, machine, place.prices)
 
     return within

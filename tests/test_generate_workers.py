@@ -81,10 +81,15 @@ def test_a_killed_worker_is_named_and_the_other_ends(work: Work) -> None:
         assert f"outsize: Worker 0 was ended by SIGKILL. {STAYS}" in command.said
 
 
-def test_after_all_that_the_answers_are_those_of_an_undisturbed_worker(work: Work) -> None:
-    with launched(work.folder, *work.arguments) as command:
-        assert command.end() == 0
+def test_workers_do_not_outlive_who_has_started_them(work: Work) -> None:
+    with work.under_way() as command:
+        command.process.kill()
+        assert command.end() == -signal.SIGKILL
+
+
+def test_after_all_that_the_answers_are_those_of_an_undisturbed_run(work: Work) -> None:
     undisturbed = work.folder / "undisturbed.jsonl"
     with outsize.Engine(str(work.model), memory="2GiB") as engine:
-        answer_file(engine, work.folder / "prompts.jsonl", undisturbed, Sampling(100, seed=0))
+        for answers, left in ((work.answers, PROMPTS - work.count()), (undisturbed, PROMPTS)):
+            assert answer_file(engine, work.folder / "prompts.jsonl", answers, Sampling(100, seed=0)) == left
     assert work.answers.read_bytes() == undisturbed.read_bytes()

@@ -76,6 +76,11 @@ def test_what_goes_over_the_wire_is_counted(gang: Crew, tmp_path: Path) -> None:
     assert ledgers[0]["host", "peer", "number"] == ledgers[1]["peer", "host", "number"] > 0
 
 
+def test_who_has_served_leaves_no_thread_behind(gang: Crew, tmp_path: Path) -> None:
+    """One that still asks the meeting point when Python ends aborts the process: "terminate called"."""
+    gang.call("join", 2, tmp_path, {})
+
+
 def test_layers_are_divided_in_proportion_to_memory() -> None:
     model = tiny_model("llama", tied=False, layers=12)
     use_paged_attention(model)

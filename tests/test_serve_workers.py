@@ -62,9 +62,3 @@ def test_a_killed_worker_is_named_to_all_and_the_other_ends(model: Path, tmp_pat
         assert "outsize: Worker 1 is lost, and worker 0 stops" in server.said
         assert "outsize: Worker 1 was ended by SIGKILL. No request is under way any more." in server.said
     assert any("Worker 1 is lost" in line for line in heard), heard[-5:]
-
-
-def test_workers_do_not_outlive_who_has_started_them(model: Path, tmp_path: Path) -> None:
-    with answering(model, tmp_path) as (server, _):
-        server.process.kill()
-        assert server.end() == -signal.SIGKILL

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from serving import ask, bound_model, run
 from torch import nn
 from workers import Case
 
+from outsize.commands.serving_options import joined
 from outsize.distributed.launch import LISTENING
 from outsize.distributed.workers import find_group
 from outsize.model.units import find_units
@@ -237,7 +239,15 @@ def _asked(engine: Engine, prompts: list[list[int]], sampling: dict[str, Any]) -
     return {"tokens": tokens, "cached": cached, "logits": logits, "preemptions": engine.scheduler.preemptions}
 
 
-DO: dict[str, Callable[[Path, dict[str, Any]], None]] = {"train": _train, "run": _run, "answer": _answer}
+def _join(folder: Path, told: dict[str, Any]) -> None:
+    """Be a worker that serves, for no time."""
+    with joined(30.0, ""):
+        assert any(thread.name == "watch" for thread in threading.enumerate())
+    assert not any(thread.name == "watch" for thread in threading.enumerate())
+
+
+Doing = Callable[[Path, dict[str, Any]], None]
+DO: dict[str, Doing] = {"train": _train, "run": _run, "answer": _answer, "join": _join}
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ GRACE = 5  # seconds that requests have to be finished when the server is told t
 
 
 class PoliteServer(uvicorn.Server):
-    """Answers at `listening` until a signal comes, or another worker is lost. Requests under way then have `GRACE` seconds, or
-    until a second signal; what is not finished is ended by the engine, with an error that says so."""
+    """Answers at `listening` until a signal comes, or another worker is lost. Requests under way then have `GRACE`
+    seconds, or until a second signal; what is not finished is ended by the engine, with an error that says so."""
 
     def __init__(self, server: Server, listening: socket.socket) -> None:
         super().__init__(
