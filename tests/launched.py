@@ -1,7 +1,8 @@
-"""A command that was started with `--workers`, seen from outside: the launcher, its workers, and what they leave behind."""
+"""A command that several workers carry out, seen from outside: the launcher, its workers, and what they leave behind."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -9,20 +10,29 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
+from models import write_model
+
+import outsize
+from outsize.serve.batch import answer_file
+from outsize.serving import Sampling
+
 PATIENCE = 100  # seconds for anything to happen on a busy machine
+PROMPTS = 800
+SOME = 20  # answers, and then something happens
 
 
 class Launched:
-    """`process` is the launcher's, and `said` what all have said."""
+    """`process` is the launcher's, and `said` what all have said. The command's first word is a module."""
 
     def __init__(self, folder: Path, *command: object) -> None:
         self._log, self.scratch = folder / "said", folder / "scratch"
         self.scratch.mkdir(exist_ok=True)
         with self._log.open("wb") as file:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "outsize", *map(str, command)],
+                [sys.executable, "-m", *map(str, command)],
                 stdout=file,
                 stderr=file,
                 env=os.environ | {"TMPDIR": str(self.scratch)},
@@ -83,3 +93,47 @@ def launched(folder: Path, *command: object) -> Iterator[Launched]:
         yield found
     finally:
         found.kill()
+
+
+@dataclass
+class Work:
+    """Prompts in `folder`, which two workers answer again and again until all are."""
+
+    model: Path
+    folder: Path
+    launcher: tuple[object, ...] = ("outsize",)
+    more: tuple[object, ...] = ("--workers", 2)
+
+    @property
+    def answers(self) -> Path:
+        return self.folder / "answers.jsonl"
+
+    @contextmanager
+    def under_way(self) -> Iterator[Launched]:
+        """With some more answers than there were, and others to come."""
+        before = self.count()
+        files = ("--input", self.folder / "prompts.jsonl", "--output", self.answers)
+        generate = ("generate", "--model", self.model, "--memory", "1GiB", *files, *self.more)
+        with launched(self.folder, *self.launcher, *generate) as command:
+            command.until(lambda: self.count() >= before + SOME)
+            assert self.count() < PROMPTS
+            yield command
+
+    def count(self) -> int:
+        return self.answers.read_bytes().count(b"\n") if self.answers.exists() else 0
+
+    def compare(self) -> None:
+        """Answer what is left, and everything again, without being disturbed; all must be the same."""
+        undisturbed = self.folder / "undisturbed.jsonl"
+        with outsize.Engine(str(self.model), memory="2GiB") as engine:
+            for answers, left in ((self.answers, PROMPTS - self.count()), (undisturbed, PROMPTS)):
+                assert answer_file(engine, self.folder / "prompts.jsonl", answers, Sampling(100, seed=0)) == left
+        assert self.answers.read_bytes() == undisturbed.read_bytes()
+
+
+def make_work(folder: Path, *how: tuple[object, ...]) -> Work:
+    lines = [
+        {"prompt": f"w{n % 99} w{n % 7}", "max_new_tokens": 16 + n % 7, "temperature": n % 2} for n in range(PROMPTS)
+    ]
+    (folder / "prompts.jsonl").write_text("\n".join(json.dumps(line | {"ignore_end": True}) for line in lines))
+    return Work(write_model(folder / "model"), folder, *how)

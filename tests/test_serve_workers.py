@@ -25,7 +25,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def answering(model: Path, folder: Path) -> Iterator[tuple[Launched, list[str]]]:
     """Servers of whom a client hears something already; its lines."""
     options = ["--memory", "1GiB", "--port", 0, "--workers", 2, "--name", "tiny"]
-    with launched(folder, "serve", "--model", model, *options) as server:
+    with launched(folder, "outsize", "serve", "--model", model, *options) as server:
         server.until(lambda: "running on" in server.said)
         url = re.findall(r"running on (http://\S+),", server.said)[0]
         heard: list[str] = []

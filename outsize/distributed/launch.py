@@ -54,9 +54,10 @@ def launch(workers: int, restarts: int = RESTARTS, afterwards: str = CONTINUES, 
 
 @contextmanager
 def _hearing() -> Iterator[list[signal.Signals]]:
-    """Yields the signals that come, in order."""
+    """Yields the signals that come, in order; not those that this process was told to ignore, as `nohup` does."""
     heard: list[signal.Signals] = []
-    before = {number: signal.signal(number, lambda n, _: heard.append(signal.Signals(n))) for number in PASSED_ON}
+    wanted = [number for number in PASSED_ON if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, lambda n, _: heard.append(signal.Signals(n))) for number in wanted}
     try:
         yield heard
     finally:
