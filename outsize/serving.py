@@ -86,7 +86,7 @@ class Engine(Service):
             raise OptionError(f"There is no policy {policy!r}; there are {', '.join(POLICIES)}.")
         part = Part(group or Group(), model, memory, context, concurrency, step_tokens, weights, scratch, kv_directory)
         self.plan = part.plan
-        engine = StepEngine(part.runner, POLICIES[policy](), end_tokens(part.module), part.tokenizer, part.index)
+        engine = StepEngine(part.runner, POLICIES[policy](), end_tokens(part.module), part.tokenizer)
         super().__init__(engine, part.identity, part.close)
         part.group.on_end(lambda said: self.give_up(RunError(said)))
 
@@ -110,22 +110,20 @@ class Part:
         self.group = group
         limit = parse_size(memory) if memory is not None else _free_memory() // group.here
         request = ServeRequest(limit, context, concurrency, step_tokens, weights)
-        if kv_directory is not None and group.size > 1:
-            raise OptionError("--kv-directory keeps the pages of one worker that has all layers; leave it out.")
         compile_few_kernels()
         self.source, self.module, self._read, self.tokenizer = _opened(model, weights)
         names = [name for name, _ in self.module.named_parameters()]
         self.identity = fingerprint_weights(self.source.config, names, self._read)
         if group.size > 1:
             version = f"{outsize_version('outsize')} on torch {torch.__version__}"
-            group.agree({"version": version, "model": self.identity, **vars(replace(request, memory_bytes=0))})
+            asked = {**vars(replace(request, memory_bytes=0)), "kv_directory": kv_directory is not None}
+            group.agree({"version": version, "model": self.identity, **asked})
         with ExitStack() as stack:
             with _scratch(scratch) as folder:
                 free = min(describe(place).disk_free_bytes for place in (folder, kv_directory or folder)) // group.here
                 # Open, the file outlives its name, and goes with the process, however that ends.
                 tiers: dict[str, Tier] = {"host": HostTier(limit), "disk": DiskTier(Path(folder) / "blocks")}
             self.plan, self.leg = self._planned(group, request, free)
-            self.index = None
             self.runner = self._runner(stack, group, tiers, kv_directory)
             self.close = stack.pop_all().close
         group.each(0)  # nobody is asked before all are there
@@ -155,13 +153,15 @@ class Part:
         attachment = bind_for_inference(module, units, plan, store, read, lambda p: users_of(module, p))
         stack.callback(attachment.detach)
         recycle_up_to(plan.recycle_bytes)
+        index, serving = None, plan.serving
         if kv_directory is not None:
-            serving = plan.serving
-            own = summed.digest(fingerprint_model(self.source.config), serving.layers, serving.page_bytes)
-            self.index = FarIndex(Path(kv_directory) / own, serving.far_pages)
-            tiers["kv"] = DiskTier(self.index.pages)
+            facts = (serving.layers, serving.page_bytes, *([] if leg is None else [leg.span]))
+            own = summed.digest(fingerprint_model(self.source.config), *facts)
+            index = FarIndex(Path(kv_directory) / own, serving.far_pages)
+            index.keep_common(group.tell(index.keys))
+            tiers["kv"] = DiskTier(index.pages)
         relay = Ring(group) if group.size > 1 else Relay()
-        return Runner(module, attachment, store, plan.serving, "disk" if self.index is None else "kv", leg, relay)
+        return Runner(module, attachment, store, serving, leg, relay, index)
 
 
 def follow(group: Group, model: str, **asked: Any) -> None:

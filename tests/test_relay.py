@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,23 @@ def test_what_goes_over_the_wire_is_counted(gang: Crew, tmp_path: Path) -> None:
     assert ledgers[0]["host", "peer", "activation"] == computed * 64 * 4 == ledgers[1]["peer", "host", "activation"]
     assert ledgers[1]["host", "peer", "activation"] == wanted * 64 * 4 == ledgers[0]["peer", "host", "activation"]
     assert ledgers[0]["host", "peer", "number"] == ledgers[1]["peer", "host", "number"] > 0
+
+
+def test_pages_outlive_the_workers_but_for_those_of_which_one_has_lost_its_part(gang: Crew, tmp_path: Path) -> None:
+    sizes = PLENTY | {"seats": 2, "far_pages": 60}
+    found = []
+    for number, damaged in enumerate((None, None, 1, 0)):
+        if damaged is not None:
+            with (tmp_path / "kv" / str(damaged) / "pages").open("r+b") as file:
+                for position in range(100, file.seek(0, os.SEEK_END), 4096):
+                    file.seek(position)
+                    file.write(b"\xff\xff")
+        (tmp_path / str(number)).mkdir()
+        more = {"sampling": SHORT, "directory": str(tmp_path / "kv")}
+        found.append(answers(gang, tmp_path / str(number), "llama", (2, 3), sizes, **more))
+    assert all(said["tokens"] == found[0]["tokens"] for said in found)
+    cold, warm, *damaged = (said["cached"] for said in found)
+    assert warm > cold and max(damaged) < warm
 
 
 def test_who_has_served_leaves_no_thread_behind(gang: Crew, tmp_path: Path) -> None:

@@ -209,12 +209,13 @@ def _answer(folder: Path, told: dict[str, Any]) -> None:
     make = partial(tiny_model, told["family"], tied=told["tied"], layers=5)
     lengths = tuple(told["lengths"])
     with bound_model(lambda: make().eval(), told["streamed"], [], group=group, lengths=lengths) as found:
+        own = Path(told["directory"]) / str(group.rank) if "directory" in told else None
         if group.rank:
-            follower = found.runner(**told["sizes"])
+            follower = found.runner(**told["sizes"], index=found.index(own, told["sizes"].get("far_pages", 0)))
             follower.follow()
             follower.close()
         else:
-            with found.engine(**told["sizes"]) as engine:
+            with found.engine(**told["sizes"], directory=own) as engine:
                 said = _asked(engine, told["prompts"], told["sampling"])
             said |= {"moved": dict(group.ledger.moved), "recorded": engine.runner.recorded}
             torch.save(said, folder / "said")
