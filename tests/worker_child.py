@@ -34,10 +34,11 @@ from outsize.train.optimizers import OptimizerRule, default_rule
 
 
 def serve() -> None:
-    for family in ("llama", "qwen3"):  # imports that the workers then have
-        make_model(family)
+    make_model("llama")  # imports that the workers then have
     for line in sys.stdin:
         told = json.loads(line)
+        if "family" in told["told"]:
+            make_model(told["told"]["family"])
         with socket.create_server(("127.0.0.1", 0)) as listening:
             pids = [_fork(rank, told, listening) for rank in range(told["workers"])]
         if (kill := told["told"].get("kill")) is not None:
