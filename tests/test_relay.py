@@ -48,7 +48,7 @@ def answers(
     [
         ("llama", (2, 3), PLENTY, {"tied": False}),
         ("llama", (1, 4), SCARCE, {"sampling": SAMPLED, "streamed": True}),
-        ("gpt2", (3, 2), SCARCE, {"sampling": SHORT}),
+        ("gpt2", (3, 2), SCARCE, {}),
         ("gpt2", (4, 1), MOVING, {"sampling": SHORT}),
         ("gemma2", (2, 2, 1), MOVING, {"sampling": SHORT}),
         ("mixtral", (2, 3), PLENTY, {"sampling": SAMPLED}),
