@@ -122,7 +122,7 @@ def planning(
     For the `task` train, `request` takes the fields of `outsize.plan.Request` (sequence_length, batch_size, accumulate,
     precision, moments, clip, loss, activations, commit_every, keeper, zero), and its batch is what all `workers` do together
     (None: one for each device of a cluster, or for each of its nodes); for `serve`, context, concurrency, step_tokens and
-    weights.
+    weights, and `workers` divide the model's layers (None: one has all).
     `machine` is the name or file of one described, None this one, whose disk is that of `directory`. `model` may be a
     folder that holds nothing but config.json. Raises OptionError or ModelError; the plans raise BudgetError."""
     known = {
@@ -136,14 +136,9 @@ def planning(
         raise OptionError(f"plan of {task} has no option {unknown[0]!r}; it has {', '.join(sorted(known))}.")
     there = _machine(machine, Path(directory))
     if task == "serve":
-        if (workers or 1) > 1:
-            raise OptionError(
-                "What each of several workers would hold when serving cannot be planned beforehand. Leave out --workers: "
-                "`outsize serve --workers` plans at its start, and refuses what does not fit."
-            )
         from outsize.serving import plan_service
 
-        return plan_service(model, machine=there, **request)
+        return plan_service(model, machine=there, workers=workers or 1, **request)
     nodes = there.nodes.count
     workers = workers or (nodes * places(there) if nodes > 1 else 1)
     asked = Request(0, **request)

@@ -266,8 +266,9 @@ def _service(plan: Plan, served: Served, predicted: Predicted) -> list[tuple[str
     """What a user asks of a server first: for how many, how fast, how soon."""
     budget = "" if plan.memory_bytes is None else f" of {format_size(plan.memory_bytes)}"
     each, context = served.together / served.sequences, plan.serving.context if plan.serving else 0
+    who = "the process" if plan.workers == 1 else f"the fullest of {plan.workers} workers"
     return [
-        ("memory", f"the process peaks at {format_size(predicted.host_peak_bytes)}{budget}"),
+        ("memory", f"{who} peaks at {format_size(predicted.host_peak_bytes)}{budget}"),
         ("requests", f"{served.requests} at once with {context} tokens each; others wait, their turn comes"),
         ("tokens/s", f"{served.alone:,.1f} for one alone"),
         ("", f"{served.together:,.1f} for {served.sequences} together, {each:,.1f} for each"),

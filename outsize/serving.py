@@ -28,12 +28,18 @@ from outsize.model.fingerprint import Summed, fingerprint_model, fingerprint_wei
 from outsize.model.load import ModelSource, open_model
 from outsize.model.units import find_units
 from outsize.plan import INT8, STORED, Plan, ServeRequest
-from outsize.planner.legs import divide, find_route
-from outsize.planner.serving import beside, plan_serving, with_pages
+from outsize.planner.serving import plan_serving
 from outsize.planner.serving_forecast import with_forecast
+from outsize.planner.serving_workers import (
+    baseline_of,
+    pages_of,
+    plan_leg,
+    plan_together,
+    room_of,
+    with_fewest,
+)
 from outsize.planner.training import Place
 from outsize.serve.attention import use_paged_attention
-from outsize.serve.constraint import schemas_bytes
 from outsize.serve.engine import Engine as StepEngine
 from outsize.serve.far_index import FarIndex
 from outsize.serve.int8 import Read, use_int8
@@ -80,7 +86,7 @@ class Engine(Service):
             raise OptionError(f"There is no policy {policy!r}; there are {', '.join(POLICIES)}.")
         part = Part(group or Group(), model, memory, context, concurrency, step_tokens, weights, scratch, kv_directory)
         self.plan = part.plan
-        engine = StepEngine(part.runner, POLICIES[policy](), end_tokens(part.module), part.tokenizer, part.index)
+        engine = StepEngine(part.runner, POLICIES[policy](), end_tokens(part.module), part.tokenizer)
         super().__init__(engine, part.identity, part.close)
         part.group.on_end(lambda said: self.give_up(RunError(said)))
 
@@ -104,22 +110,20 @@ class Part:
         self.group = group
         limit = parse_size(memory) if memory is not None else _free_memory() // group.here
         request = ServeRequest(limit, context, concurrency, step_tokens, weights)
-        if kv_directory is not None and group.size > 1:
-            raise OptionError("--kv-directory keeps the pages of one worker that has all layers; leave it out.")
         compile_few_kernels()
         self.source, self.module, self._read, self.tokenizer = _opened(model, weights)
         names = [name for name, _ in self.module.named_parameters()]
         self.identity = fingerprint_weights(self.source.config, names, self._read)
         if group.size > 1:
             version = f"{outsize_version('outsize')} on torch {torch.__version__}"
-            group.agree({"version": version, "model": self.identity, **vars(replace(request, memory_bytes=0))})
+            asked = {**vars(replace(request, memory_bytes=0)), "kv_directory": kv_directory is not None}
+            group.agree({"version": version, "model": self.identity, **asked})
         with ExitStack() as stack:
             with _scratch(scratch) as folder:
                 free = min(describe(place).disk_free_bytes for place in (folder, kv_directory or folder)) // group.here
                 # Open, the file outlives its name, and goes with the process, however that ends.
                 tiers: dict[str, Tier] = {"host": HostTier(limit), "disk": DiskTier(Path(folder) / "blocks")}
             self.plan, self.leg = self._planned(group, request, free)
-            self.index = None
             self.runner = self._runner(stack, group, tiers, kv_directory)
             self.close = stack.pop_all().close
         group.each(0)  # nobody is asked before all are there
@@ -127,17 +131,13 @@ class Part:
 
     def _planned(self, group: Group, request: ServeRequest, disk_free_bytes: int) -> tuple[Plan, Leg | None]:
         """This worker's plan; how many pages there are is for those who have room for the fewest."""
-        vocabulary = self.module.config.get_text_config().vocab_size
-        baseline = process_memory().resident_bytes + (schemas_bytes(vocabulary) if group.rank == 0 else 0)
-        units, leg = find_units(self.module), None
-        if group.size > 1:
-            rooms = group.tell(request.memory_bytes - baseline - beside(self.module, request))
-            route = find_route(self.module)
-            leg = route.leg(divide(route, units, rooms), group.rank)
-        plan = plan_serving(self.module, units, request, baseline, disk_free_bytes, leg)
-        assert plan.serving is not None
-        counts = group.tell((plan.serving.pages, plan.serving.far_pages))
-        return with_pages(plan, *(min(count) for count in zip(*counts, strict=True))), leg
+        module, rank = self.module, group.rank
+        baseline = baseline_of(module, process_memory().resident_bytes, rank)
+        if group.size == 1:
+            return plan_serving(module, find_units(module), request, baseline, disk_free_bytes), None
+        rooms = group.tell(room_of(module, request, baseline))
+        plan, leg = plan_leg(module, request, baseline, disk_free_bytes, rooms, rank)
+        return with_fewest(plan, group.tell(pages_of(plan))), leg
 
     def _runner(
         self, stack: ExitStack, group: Group, tiers: dict[str, Tier], kv_directory: str | Path | None
@@ -153,13 +153,15 @@ class Part:
         attachment = bind_for_inference(module, units, plan, store, read, lambda p: users_of(module, p))
         stack.callback(attachment.detach)
         recycle_up_to(plan.recycle_bytes)
+        index, serving = None, plan.serving
         if kv_directory is not None:
-            serving = plan.serving
-            own = summed.digest(fingerprint_model(self.source.config), serving.layers, serving.page_bytes)
-            self.index = FarIndex(Path(kv_directory) / own, serving.far_pages)
-            tiers["kv"] = DiskTier(self.index.pages)
+            facts = (serving.layers, serving.page_bytes, *([] if leg is None else [leg.span]))
+            own = summed.digest(fingerprint_model(self.source.config), *facts)
+            index = FarIndex(Path(kv_directory) / own, serving.far_pages)
+            index.keep_common(group.tell(index.keys))
+            tiers["kv"] = DiskTier(index.pages)
         relay = Ring(group) if group.size > 1 else Relay()
-        return Runner(module, attachment, store, plan.serving, "disk" if self.index is None else "kv", leg, relay)
+        return Runner(module, attachment, store, serving, leg, relay, index)
 
 
 def follow(group: Group, model: str, **asked: Any) -> None:
@@ -189,15 +191,20 @@ def plan_service(
     concurrency: int | None = None,
     step_tokens: int = 512,
     weights: str = STORED,
+    workers: int = 1,
 ) -> Callable[[str | int], Plan]:
-    """What `Engine` would do with `model` within one memory after another, without doing it, and what requests would see on
-    `machine`. `model` may be a folder that holds nothing but config.json. Raises as `Engine` does."""
+    """What `Engine`, or so many `workers` each within that much, would do with `model` within one memory after another,
+    without doing it, and what requests would see on `machine`. `model` may be a folder that holds nothing but config.json.
+    Raises as `Engine` does."""
     _, module, _, _tokenizer = _opened(model, weights)
     place = Place(machine, process_memory().resident_bytes, machine.capacity("disk"))
 
     def within(memory: str | int) -> Plan:
         request = ServeRequest(parse_size(memory), context, concurrency, step_tokens, weights)
-        found = plan_serving(module, find_units(module), request, place.baseline_bytes, place.disk_free_bytes)
+        if workers > 1:
+            return plan_together(module, request, place, workers)
+        baseline = baseline_of(module, place.baseline_bytes)
+        found = plan_serving(module, find_units(module), request, baseline, place.disk_free_bytes)
         return with_forecast(found, module, machine, place.prices)
 
     return within

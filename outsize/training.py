@@ -54,7 +54,7 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     stays. On Ctrl-C it commits the step under way and raises KeyboardInterrupt; the second time it stops at once. With
     `replan` it may stop as early, and raise PlanAgain: to go on with another plan is for a process with a clean heap.
 
-    A process that torch's launcher has started is one of several workers; each calls it with the same settings, and the
+    A process that a launcher has started is one of several workers; each calls it with the same settings, and the
     first one gets the report."""
     recycle_up_to(0)  # what comes before the steps does not come again: the heap is to stay small
     rule = optimizer_rule(settings)

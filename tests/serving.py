@@ -58,6 +58,7 @@ class Bound:
     layers: tuple[KvLayer, ...]
     leg: Leg | None = None
     relay: Relay | None = None
+    group: Group = field(default_factory=Group)
 
     @contextmanager
     def engine(
@@ -70,11 +71,8 @@ class Bound:
         token_seconds: tuple[float, float, float] = MOVE,
         directory: Path | None = None,
     ) -> Iterator[Engine]:
-        index = None if directory is None else FarIndex(directory, far_pages)
-        if index is not None:
-            self.store.tiers["kv"] = DiskTier(index.pages)
-        runner = self.runner(pages, seats, step_tokens, far_pages, token_seconds, "disk" if index is None else "kv")
-        engine = Engine(runner, POLICIES[policy](), index=index)
+        index = self.index(directory, far_pages)
+        engine = Engine(self.runner(pages, seats, step_tokens, far_pages, token_seconds, index), POLICIES[policy]())
         try:
             yield engine
             engine.check()
@@ -84,6 +82,15 @@ class Bound:
             if index is not None:
                 self.store.tiers.pop("kv").close()
 
+    def index(self, directory: Path | None, far_pages: int) -> FarIndex | None:
+        """Of the places of a worker in its own directory."""
+        if directory is None:
+            return None
+        index = FarIndex(directory, far_pages)
+        index.keep_common(self.group.tell(index.keys))
+        self.store.tiers["kv"] = DiskTier(index.pages)
+        return index
+
     def runner(
         self,
         pages: int,
@@ -91,11 +98,11 @@ class Bound:
         step_tokens: int,
         far_pages: int = 0,
         token_seconds: tuple[float, float, float] = MOVE,
-        tier: str = "disk",
+        index: FarIndex | None = None,
     ) -> Runner:
         size = page_size(self.layers)
         serving = Serving(self.layers, pages, 16, size, step_tokens, seats, 16 * pages, far_pages, token_seconds)
-        return Runner(self.model, self.attachment, self.store, serving, tier, self.leg, self.relay)
+        return Runner(self.model, self.attachment, self.store, serving, self.leg, self.relay, index)
 
 
 @contextmanager
@@ -135,7 +142,7 @@ def bound_model(
             return weights[name][start:stop] if weights[name].dim() else weights[name]
 
         attachment = bind_for_inference(model, units, plan, store, read, _users(model))
-        yield Bound(model, attachment, store, answers, layers, leg, relay)
+        yield Bound(model, attachment, store, answers, layers, leg, relay, group or Group())
         attachment.detach()
         store.check()
         store.close()

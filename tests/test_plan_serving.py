@@ -67,6 +67,33 @@ def test_who_says_how_many_gets_room_for_them_before_weights_do(folder: Path, tm
     assert unsaid.predicted.bytes_read < said.predicted.bytes_read
 
 
+def test_several_workers_hold_what_one_must_stream(folder: Path) -> None:
+    """They take turns, so that nothing is faster but what would have to be read."""
+    memory = smallest(folder) + (8 << 20)
+    alone, pair = (planned(folder, memory, context=256, concurrency=4, workers=count) for count in (1, 2))
+    assert alone.predicted and alone.served and pair.predicted and pair.served and pair.workers == 2
+    assert 0 <= pair.predicted.bytes_read < alone.predicted.bytes_read
+    assert pair.predicted.host_peak_bytes <= memory and pair.served.alone > alone.served.alone
+    assert Plan.from_json(pair.to_json()) == pair
+    told = " ".join(str(pair).split())
+    first, second = told.index("worker 0 model.embed_tokens, model.layers.0"), told.index("worker 1 model.layers.")
+    assert "lm_head; peaks at" in told[first:second] and "model.norm; peaks at" in told[second:]
+    assert "the fullest of 2 workers peaks at" in told
+    rich = [planned(folder, "8GiB", context=256, concurrency=4, workers=count) for count in (1, 2, 3)]
+    seconds = [plan.served.step_seconds for plan in rich if plan.served is not None]
+    assert seconds[0] < seconds[1] < seconds[2] < 2 * seconds[0]
+    assert {plan.near_weights for plan in rich} == {rich[0].near_weights}
+    assert len({plan.serving.layers for plan in rich if plan.serving is not None}) == 1
+
+
+def test_workers_who_have_too_little_are_named(folder: Path) -> None:
+    with pytest.raises(BudgetError, match="Worker 0: A budget of .* Give --memory") as refused:
+        planned(folder, "300MiB", context=256, workers=2)
+    assert refused.value.least is not None and refused.value.least > 300 << 20
+    with pytest.raises(OptionError, match="6 layers cannot be divided among 7 workers"):
+        planned(folder, "1GiB", workers=7)
+
+
 def test_the_command_prints_what_was_asked(folder: Path) -> None:
     command = [
         sys.executable,
@@ -81,16 +108,15 @@ def test_the_command_prints_what_was_asked(folder: Path) -> None:
         "laptop",
     ]
     command += ["--concurrency", "4", "--context", "128"]
-    done = subprocess.run([*command, "--memory", "4GiB", "--json"], capture_output=True, text=True, timeout=240)
+    command += ["--memory", "4GiB", "--workers", "2", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["served"]["requests"] == 4
+    assert json.loads(done.stdout)["served"]["requests"] == 4 and json.loads(done.stdout)["workers"] == 2
     assert json.loads(done.stdout)["memory_bytes"] == parse_size("4GiB")
 
 
 def test_options_of_the_other_task_are_refused(folder: Path) -> None:
     with pytest.raises(OptionError, match="plan of serve has no option 'sequence_length'"):
         planned(folder, "1GiB", sequence_length=12)
-    with pytest.raises(OptionError, match="several workers would hold when serving cannot be planned"):
-        planned(folder, "1GiB", workers=2)
     with pytest.raises(OptionError, match="there are train and serve"):
         outsize.plan(str(folder), memory="1GiB", task="serf")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -21,6 +23,8 @@ from serving import ask, bound_model, run
 from torch import nn
 from workers import Case
 
+from outsize.commands.serving_options import joined
+from outsize.distributed.launch import LISTENING
 from outsize.distributed.workers import find_group
 from outsize.model.units import find_units
 from outsize.plan import Plan
@@ -30,11 +34,13 @@ from outsize.train.optimizers import OptimizerRule, default_rule
 
 
 def serve() -> None:
-    for family in ("llama", "qwen3"):  # imports that the workers then have
-        make_model(family)
+    make_model("llama")  # imports that the workers then have
     for line in sys.stdin:
         told = json.loads(line)
-        pids = [_fork(rank, told) for rank in range(told["workers"])]
+        if "family" in told["told"]:
+            make_model(told["told"]["family"])
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            pids = [_fork(rank, told, listening) for rank in range(told["workers"])]
         if (kill := told["told"].get("kill")) is not None:
             _strike(pids[kill["rank"]], Path(told["told"]["settings"]["out"]) / "metrics.jsonl", kill)
         codes = dict(_wait(pids, stopped=kill is not None and kill["signal"] == "SIGSTOP"))
@@ -62,7 +68,8 @@ def _wait(pids: list[int], stopped: bool) -> Iterator[tuple[int, int]]:
             os.kill(min(left), signal.SIGKILL)
 
 
-def _fork(rank: int, told: dict[str, Any]) -> int:
+def _fork(rank: int, told: dict[str, Any], listening: socket.socket) -> int:
+    """As the launcher does it, who has taken the port of the meeting point for the first worker."""
     pid = os.fork()
     if pid:
         return pid
@@ -73,7 +80,10 @@ def _fork(rank: int, told: dict[str, Any]) -> int:
     if size > 1:
         here = size // told["told"].get("nodes", 1)
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank % here), LOCAL_WORLD_SIZE=str(here))
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(told["port"]))
+        host, port = listening.getsockname()
+        os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": str(port), LISTENING: str(listening.fileno())}
+        if rank:
+            listening.close()
     signal.alarm(500)  # a worker that waits for ever must not hold up the others' tests
     code = 0
     try:
@@ -200,12 +210,13 @@ def _answer(folder: Path, told: dict[str, Any]) -> None:
     make = partial(tiny_model, told["family"], tied=told["tied"], layers=5)
     lengths = tuple(told["lengths"])
     with bound_model(lambda: make().eval(), told["streamed"], [], group=group, lengths=lengths) as found:
+        own = Path(told["directory"]) / str(group.rank) if "directory" in told else None
         if group.rank:
-            follower = found.runner(**told["sizes"])
+            follower = found.runner(**told["sizes"], index=found.index(own, told["sizes"].get("far_pages", 0)))
             follower.follow()
             follower.close()
         else:
-            with found.engine(**told["sizes"]) as engine:
+            with found.engine(**told["sizes"], directory=own) as engine:
                 said = _asked(engine, told["prompts"], told["sampling"])
             said |= {"moved": dict(group.ledger.moved), "recorded": engine.runner.recorded}
             torch.save(said, folder / "said")
@@ -230,7 +241,15 @@ def _asked(engine: Engine, prompts: list[list[int]], sampling: dict[str, Any]) -
     return {"tokens": tokens, "cached": cached, "logits": logits, "preemptions": engine.scheduler.preemptions}
 
 
-DO: dict[str, Callable[[Path, dict[str, Any]], None]] = {"train": _train, "run": _run, "answer": _answer}
+def _join(folder: Path, told: dict[str, Any]) -> None:
+    """Be a worker that serves, for no time."""
+    with joined(30.0, ""):
+        assert any(thread.name == "watch" for thread in threading.enumerate())
+    assert not any(thread.name == "watch" for thread in threading.enumerate())
+
+
+Doing = Callable[[Path, dict[str, Any]], None]
+DO: dict[str, Doing] = {"train": _train, "run": _run, "answer": _answer, "join": _join}
 
 
 if __name__ == "__main__":

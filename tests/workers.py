@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -90,7 +89,7 @@ class Crew:
     def attempt(self, do: str, workers: int, folder: Path, told: dict[str, Any]) -> list[int]:
         """How they ended."""
         assert self._process.stdin is not None and self._process.stdout is not None
-        line = {"do": do, "workers": workers, "folder": str(folder), "port": free_port(), "told": told}
+        line = {"do": do, "workers": workers, "folder": str(folder), "told": told}
         self._process.stdin.write(json.dumps(line) + "\n")
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
@@ -108,9 +107,3 @@ def crew() -> Iterator[Crew]:
         yield made
     finally:
         made.close()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

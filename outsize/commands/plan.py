@@ -23,14 +23,17 @@ Machine = Annotated[
 ]
 WorkersThere = Annotated[
     int | None,
-    typer.Option(min=1, help="Who do a step together. Otherwise one for each node of a cluster, or for each device."),
+    typer.Option(
+        min=1,
+        help="Who do a step together. Otherwise one for each node of a cluster, or for each device; one when serving.",
+    ),
 ]
 ASKED = {
     "train": {
         *("sequence_length", "batch_size", "accumulate", "precision", "moments", "optimizer", "clip", "loss"),
         *("activations", "commit_every", "keeper", "workers", "zero", "block_class"),
     },
-    "serve": {"context", "concurrency", "step_tokens", "weights"},
+    "serve": {"context", "concurrency", "step_tokens", "weights", "workers"},
 }
 """Parameters that say what is to be done, by task; others say where, or how it is shown."""
 TRAINED = ["peak", "s/step", "tokens/s", "waiting", "read", "written", "numbers"]

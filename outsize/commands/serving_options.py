@@ -71,3 +71,4 @@ def joined(patience: float, afterwards: str) -> Iterator[Group]:
     except OutsizeError as problem:
         group.fail(problem)
         raise
+    group.leave()  # a thread that still asks the meeting point when Python ends would abort the process

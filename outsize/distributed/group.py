@@ -106,8 +106,11 @@ class Group:
     def on_end(self, hear: Callable[[str], None]) -> None:
         """Have `hear`, in another thread, be told why this process ends because of another worker, a second before."""
 
+    def leave(self) -> None:
+        """Whatever others still do, they need nothing of this worker."""
+
     def close(self) -> None:
-        """Nobody will be asked any more."""
+        """Nobody will be asked any more; return when nobody needs to."""
 
 
 class Several(Group):

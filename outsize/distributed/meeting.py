@@ -7,9 +7,10 @@ import socket
 import time
 from datetime import timedelta
 
-from torch._C._distributed_c10d import Store
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from torch.distributed.rendezvous import rendezvous
 
+from outsize.distributed.launch import LISTENING
 from outsize.distributed.watch import NOTICE
 from outsize.errors import RunError
 
@@ -26,13 +27,23 @@ def meet(rank: int, size: int, place: str) -> tuple[Store, list[str]]:
     try:
         if rank:
             _reach(host, int(port), end)
-        meeting, _, _ = next(rendezvous("env://", rank, 1, timeout=timedelta(seconds=TO_MEET)))  # it waits for nobody
+        meeting = _open(rank, host, int(port), timedelta(seconds=TO_MEET))
         return meeting, _everyone(meeting, rank, size, place, end)
     except (RuntimeError, ValueError, OSError, OverflowError) as problem:
         raise RunError(
             f"Worker {rank} of {size} cannot reach the meeting point {host}:{port}: {problem}. Give all workers the address "
             "of the first, and open that port to them."
         ) from problem
+
+
+def _open(rank: int, host: str, port: int, timeout: timedelta) -> Store:
+    """It waits for nobody. What an attempt before left at a meeting point that outlives it is not seen."""
+    if rank == 0 and LISTENING in os.environ:
+        bound = int(os.environ[LISTENING])
+        meeting = TCPStore(host, port, is_master=True, timeout=timeout, wait_for_workers=False, master_listen_fd=bound)
+    else:
+        meeting, _, _ = next(rendezvous("env://", rank, 1, timeout=timeout))
+    return PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", meeting)
 
 
 def _reach(host: str, port: int, end: float) -> None:

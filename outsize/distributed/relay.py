@@ -38,6 +38,10 @@ class Relay:
     def pass_on(self, hidden: torch.Tensor) -> None:
         """Hidden states for the worker after this one."""
 
+    def confirm(self, well: bool) -> bool:
+        """The first worker hears whether it went `well` for all, who call this too; what others hear is always yes."""
+        return well
+
     @contextmanager
     def rehearsing(self) -> Iterator[None]:
         """Within it nobody else takes part: what is passed on goes nowhere, and what is taken are some numbers."""
@@ -73,6 +77,13 @@ class Ring(Relay):
     def pass_on(self, hidden: torch.Tensor) -> None:
         if not self._rehearses:
             self._send({(self.rank + 1) % self.size: hidden.contiguous()}, HIDDEN)
+
+    def confirm(self, well: bool) -> bool:
+        said = torch.tensor([well], dtype=torch.uint8)
+        if self.rank:
+            self._send({0: said}, NUMBER)
+            return True
+        return all([well, *(bool(self._receive(other, said.clone(), NUMBER)) for other in range(1, self.size))])
 
     @contextmanager
     def rehearsing(self) -> Iterator[None]:

@@ -103,7 +103,8 @@ class Watch:
             if said is not None and not self._closing.is_set():
                 with suppress(RuntimeError):
                     self._meeting.set(_stops(self.rank), "")
-                print(f"outsize: {said}", file=sys.stderr, flush=True)
+                with suppress(OSError):  # who would read it may be gone too
+                    print(f"outsize: {said}", file=sys.stderr, flush=True)
                 if self.on_end is not None:
                     self.on_end(said)
                     time.sleep(NOTICE)

@@ -96,10 +96,13 @@ class Workers(Several):
     def on_end(self, hear: Callable[[str], None]) -> None:
         self._watch.on_end = hear
 
-    def close(self) -> None:
-        self.each(0)
+    def leave(self) -> None:
         self._watch.close()
         distributed.destroy_process_group()
+
+    def close(self) -> None:
+        self.each(0)
+        self.leave()
 
     def _wait(self, exchange: Callable[[], object]) -> None:
         started = self.clock.now()
@@ -113,7 +116,7 @@ class Workers(Several):
 
 
 def find_group(patience: float = 30.0, afterwards: str = CONTINUES, answer: timedelta = TO_ANSWER) -> Group:
-    """The group that torch's launcher has put this process into by environment variables, or a worker alone. `patience`, in
+    """The group that a launcher has put this process into by environment variables, or a worker alone. `patience`, in
     seconds, is for a worker that does not move, and `answer` for one that does and says nothing; `afterwards` is the end of
     the message when one is lost.
 

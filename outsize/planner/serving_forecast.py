@@ -14,7 +14,9 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from outsize.distributed.arrangement import PEER, REMOTE
 from outsize.distributed.relay import Relay
+from outsize.distributed.wire import NO_WIRE, Wire
 from outsize.machine.machine import Machine
 from outsize.memory.null import NullTier
 from outsize.memory.store import Store
@@ -30,39 +32,85 @@ from outsize.serve.leg import Cut, Leg
 
 
 @dataclass(frozen=True)
+class Turn:
+    """One worker's part of each step: its `leg` of the model, or all of it, by its `plan`."""
+
+    plan: Plan
+    near_bytes: int
+    leg: Leg | None = None
+
+    @classmethod
+    def of(cls, plan: Plan, model: nn.Module, leg: Leg | None = None) -> Turn:
+        near = (p for name, p in model.named_parameters() if name in plan.near_weights)
+        return cls(plan, sum(p.numel() * p.dtype.itemsize for p in near), leg)
+
+    @property
+    def read_bytes(self) -> int:
+        return 0 if self.plan.predicted is None else self.plan.predicted.bytes_read
+
+
+@dataclass(frozen=True)
 class Forecast:
-    """Seconds of steps of `model` under `plan`, on `machine` with these `prices`."""
+    """Seconds of steps of `model` on `machine` with these `prices`, by those who take `turns`, one after the other, and pass
+    hidden states on over the `wire`."""
 
     model: nn.Module
-    plan: Plan
     machine: Machine
     prices: Prices
-    near_bytes: int
+    turns: Sequence[Turn]
+    wire: Wire
     known: dict[tuple[int, int, int], float] = field(default_factory=dict)
 
     def step(self, sequences: int, start: int, count: int) -> float:
         """`sequences` of them compute `count` tokens each, from position `start` on."""
         key = sequences, start, count
         if key not in self.known:
-            assert self.plan.serving is not None and self.plan.predicted is not None
-            serving = self.plan.serving
-            each = -(-(start + count) // serving.page_tokens)
-            spans = [Span(range(n * each, (n + 1) * each), start, count) for n in range(sequences)]
-            meter = Meter(self.prices, self.machine)
-            run_step(self.model, serving.layers, spans, serving.page_tokens, sequences, meter)
-            read = self.plan.predicted.bytes_read / self.machine.link("disk", "host").bytes_per_second
-            # A plain copy reads a byte and writes one; a product only reads its weights.
-            passing = self.near_bytes / (2 * self.machine.processor("host").copy)
-            self.known[key] = max(meter.seconds, passing, read)
+            taken = sum(self._turn(turn, *key) for turn in self.turns) + self._passing(sequences, count)
+            nodes = min(self.machine.nodes.count, len(self.turns))  # workers of a node share a disk
+            self.known[key] = max(taken, self._reading(sum(turn.read_bytes for turn in self.turns)) / nodes)
         return self.known[key]
 
+    def _turn(self, turn: Turn, sequences: int, start: int, count: int) -> float:
+        serving = turn.plan.serving
+        assert serving is not None
+        each = -(-(start + count) // serving.page_tokens)
+        spans = [Span(range(n * each, (n + 1) * each), start, count) for n in range(sequences)]
+        meter = Meter(self.prices, self.machine)
+        run_step(self.model, serving.layers, spans, serving.page_tokens, sequences, meter, turn.leg)
+        # A plain copy reads a byte and writes one; a product only reads its weights.
+        near = turn.near_bytes / (2 * self.machine.processor("host").copy)
+        # While others compute, as much is read ahead as there is room for.
+        ahead = turn.plan.arena_bytes if len(self.turns) > 1 else 0
+        return max(meter.seconds, near, self._reading(turn.read_bytes - ahead))
 
-def with_forecast(plan: Plan, model: nn.Module, machine: Machine, prices: Prices) -> Plan:
-    """The plan with what it means for requests whose context is half full."""
+    def _reading(self, nbytes: int) -> float:
+        return nbytes / self.machine.link("disk", "host").bytes_per_second
+
+    def _passing(self, sequences: int, count: int) -> float:
+        """From each worker to the next, and what is to be continued from the last to the first."""
+        config: Any = self.model.config
+        state = config.get_text_config().hidden_size * next(self.model.parameters()).element_size()
+        here = -(-len(self.turns) // self.machine.nodes.count)
+        seconds = 0.0
+        for rank in range(len(self.turns) if len(self.turns) > 1 else 0):
+            tier = PEER if rank % here else REMOTE if len(self.turns) > here else PEER
+            nbytes = state * sequences * (count if rank else 1)
+            seconds += self.wire[tier].seconds(nbytes, nbytes)
+        return seconds
+
+
+def with_forecast(
+    plan: Plan,
+    model: nn.Module,
+    machine: Machine,
+    prices: Prices,
+    turns: Sequence[Turn] = (),
+    wire: Wire = NO_WIRE,
+) -> Plan:
+    """The plan with what it means for requests whose context is half full; of several workers, each with its turn."""
     assert plan.serving is not None and plan.predicted is not None
-    serving, near = plan.serving, plan.near_weights
-    near_bytes = sum(p.numel() * p.dtype.itemsize for name, p in model.named_parameters() if name in near)
-    forecast = Forecast(model, plan, machine, prices, near_bytes)
+    serving = plan.serving
+    forecast = Forecast(model, machine, prices, turns or [Turn.of(plan, model)], wire)
     tokens = serving.pages * serving.page_tokens
     requests = min(serving.seats, max(1, tokens // serving.context))
     half = max(1, serving.context // 2)

@@ -15,7 +15,6 @@ import torch
 
 from outsize.errors import OptionError, RunError
 from outsize.serve.far import FarPages
-from outsize.serve.far_index import FarIndex
 from outsize.serve.layout import Span
 from outsize.serve.pace import Pace
 from outsize.serve.pages import Pages
@@ -43,7 +42,7 @@ class Totals:
 
 class Engine:
     """Serves by what `runner` can do. `tokenizer`, if there is one, turns tokens into the text that events carry;
-    `end_tokens` finish a completion. With an `index` of the runner's far places pages outlive the process."""
+    `end_tokens` finish a completion."""
 
     def __init__(
         self,
@@ -51,14 +50,13 @@ class Engine:
         policy: Policy,
         end_tokens: frozenset[int] = frozenset(),
         tokenizer: Any = None,
-        index: FarIndex | None = None,
     ) -> None:
         self.runner, self.serving = runner, runner.serving
         self.model, self.store, self.cache = runner.model, runner.store, runner.cache
         self.end_tokens, self.tokenizer = end_tokens, tokenizer
         self.pace, self.far = Pace.planned(self.serving), None
         if runner.places is not None:
-            self.far = FarPages(runner.places, self.cache, self.serving.far_pages, self.pace, index)
+            self.far = FarPages(runner.places, self.serving.far_pages, self.pace)
         self.pages = Pages(self.serving.pages, self.serving.page_tokens, self.far)
         seats, step_tokens = self.serving.seats, self.serving.step_tokens
         self.scheduler = Scheduler(self.pages, policy, seats, step_tokens, runner.copy, self.far)

@@ -10,26 +10,19 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import xxhash
-
 from outsize.errors import StorageError
-from outsize.memory.transfer import Then
-from outsize.serve.cache import Cache
-from outsize.serve.far_index import FarIndex
 from outsize.serve.pace import Pace
 from outsize.serve.places import Move, Places
 
 
 @dataclass(frozen=True)
 class Load:
-    """One page on its way back from its place of the ring. `checksum`: of what an earlier process wrote there; what this
-    one wrote is believed."""
+    """One page on its way back from its place of the ring."""
 
     key: bytes
     page: int
     place: int
     move: Move
-    checksum: int | None
 
 
 @dataclass(frozen=True)
@@ -45,20 +38,19 @@ class Coming:
 
 
 class FarPages:
-    """What is at which of `count` `places`. `pace` says whether moving is worth it. With an `index` what is there outlives
-    the process, and whatever was there before is found again."""
+    """What is at which of `count` `places`. `pace` says whether moving is worth it. If these are `lasting`, what is there
+    outlives the process, and whatever was there before is found again."""
 
-    def __init__(self, places: Places, cache: Cache, count: int, pace: Pace, index: FarIndex | None = None) -> None:
-        self.count, self.lasting = count, index is not None
-        self._there, self._cache, self._pace, self._index = places, cache, pace, index
+    def __init__(self, places: Places, count: int, pace: Pace) -> None:
+        self.count, self.lasting = count, places.index is not None
+        self._there, self._pace = places, pace
         self._keys: list[bytes | None] = [None] * count
         self._places: dict[bytes, int] = {}
         self._leaving: dict[bytes, tuple[Move, int]] = {}
         self._readers: Counter[int] = Counter()
         self._next, self._broken = 0, False
-        self._doubted: dict[bytes, int] = {}  # the checksum of what an earlier process wrote
-        for place, (key, checksum) in (index.found if index is not None else {}).items():
-            self._keys[place], self._places[key], self._doubted[key] = key, place, checksum
+        for place, key in places.found.items():
+            self._keys[place], self._places[key] = key, place
         while places.count <= max(self._places.values(), default=-1):
             places.make()
 
@@ -78,14 +70,7 @@ class FarPages:
         place = self._claim()
         if place is None:
             return
-        self._leaving[key] = self._there.save(page, place, self._noting(place, key, page)), place
-
-    def _noting(self, place: int, key: bytes, page: int) -> Then | None:
-        """What the transfer's thread does when the page is written: whatever happens next, it can be found."""
-        if self._index is None:
-            return None
-        index, checksum = self._index, self._checksum(page)
-        return lambda error: index.add(place, key, checksum) if error is None else None
+        self._leaving[key] = self._there.save(page, place, key), place
 
     def _claim(self) -> int | None:
         """The next place of the ring that nobody reads or writes; what was there is forgotten."""
@@ -110,7 +95,6 @@ class FarPages:
         key, self._keys[place] = self._keys[place], None
         if key is not None:
             del self._places[key]
-            self._doubted.pop(key, None)
 
     def settle(self, key: bytes) -> None:
         move, place = self._leaving.pop(key, (None, 0))
@@ -142,13 +126,13 @@ class FarPages:
     def _load(self, key: bytes, page: int) -> Load:
         place = self._places[key]
         self._readers[place] += 1
-        return Load(key, page, place, self._there.load(place, page), self._doubted.get(key))
+        return Load(key, page, place, self._there.load(place, page))
 
     def finish(self, coming: Coming) -> list[tuple[bytes, int]]:
         """Wait until they are there. Returns (key, page) of those that came back as they were."""
         sound = []
         for load in coming.loads:
-            well = _succeeds(load.move) and (load.checksum is None or load.checksum == self._checksum(load.page))
+            well = _succeeds(load.move)
             self._readers[load.place] -= 1
             if well:
                 sound.append((load.key, load.page))
@@ -156,15 +140,11 @@ class FarPages:
                 self._forget(load.place)
         return sound
 
-    def _checksum(self, page: int) -> int:
-        return xxhash.xxh3_64_intdigest(memoryview(self._cache.bytes[page].numpy()))  # pyright: ignore[reportArgumentType]
-
     # -- the whole --------------------------------------------------------------------------------------------------
 
     def check(self) -> None:
         """Integrity: raises AssertionError unless keys and places agree."""
         assert {key: place for place, key in enumerate(self._keys) if key is not None} == self._places
-        assert self._doubted.keys() <= self._places.keys()
         assert all(readers >= 0 for readers in self._readers.values())
         self._there.check()
 
@@ -173,8 +153,6 @@ class FarPages:
         for key in list(self._leaving):
             self.settle(key)
         assert not +self._readers, "pages are still on their way"
-        if self._index is not None:
-            self._index.close()
 
 
 def _succeeds(move: Move) -> bool:

@@ -46,6 +46,16 @@ class FarIndex:
             os.close(self._lock)
             raise StorageError(f"{directory} is in use by another process. Choose another --kv-directory.") from problem
 
+    @property
+    def keys(self) -> dict[int, bytes]:
+        """What was there, by place."""
+        return {place: key for place, (key, _) in self.found.items()}
+
+    def keep_common(self, others: list[dict[int, bytes]]) -> None:
+        """Believe only what all workers have at the same place, each its part of the page."""
+        same = {place for place, key in self.keys.items() if all(other.get(place) == key for other in others)}
+        self.found = {place: found for place, found in self.found.items() if place in same}
+
     def add(self, place: int, key: bytes, checksum: int) -> None:
         """The page is written. Errors are not told: what is not in the index is computed again."""
         with suppress(OSError):

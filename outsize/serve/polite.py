@@ -12,14 +12,15 @@ from types import FrameType
 
 import uvicorn
 
+from outsize.errors import RunError
 from outsize.serve.http import Server
 
 GRACE = 5  # seconds that requests have to be finished when the server is told to stop
 
 
 class PoliteServer(uvicorn.Server):
-    """Answers at `listening` until a signal comes. Requests under way then have `GRACE` seconds, or until a second signal;
-    what is not finished is ended by the engine, with an error that says so."""
+    """Answers at `listening` until a signal comes, or another worker is lost. Requests under way then have `GRACE`
+    seconds, or until a second signal; what is not finished is ended by the engine, with an error that says so."""
 
     def __init__(self, server: Server, listening: socket.socket) -> None:
         super().__init__(
@@ -30,11 +31,21 @@ class PoliteServer(uvicorn.Server):
         self._closing = threading.Thread(target=self._service.close)
 
     def answer(self) -> signal.Signals:
-        """Returns the first signal that came."""
+        """Returns the first signal that came. Raises RunError when another worker is lost."""
         self.run(sockets=[self._listening])
         if self._closing.ident is not None:
             self._closing.join()  # or its scratch files would stay behind
+        if self._lost is not None and not self._signals:
+            raise self._lost
         return signal.Signals(self._signals[0])
+
+    @property
+    def _lost(self) -> RunError | None:
+        failure = self._service.failure
+        return failure if isinstance(failure, RunError) else None
+
+    async def on_tick(self, counter: int) -> bool:
+        return await super().on_tick(counter) or self._lost is not None
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -15,6 +15,7 @@ from outsize.model.attach import Attachment
 from outsize.plan import Serving
 from outsize.serve.attention import Paged
 from outsize.serve.cache import Cache
+from outsize.serve.far_index import FarIndex
 from outsize.serve.layout import Layout, Span
 from outsize.serve.leg import Cut, Leg
 from outsize.serve.places import Places
@@ -27,7 +28,7 @@ END = "end"  # the last order
 
 class Runner:
     """Runs the attached `model` as `serving` says, or its `leg` of it, beside other workers on the `relay`. Far pages lie on
-    `tier`."""
+    the tier `disk`, or if there is an `index` of them on `kv`, and outlive the process."""
 
     def __init__(
         self,
@@ -35,9 +36,9 @@ class Runner:
         attachment: Attachment,
         store: Store,
         serving: Serving,
-        tier: str = "disk",
         leg: Leg | None = None,
         relay: Relay | None = None,
+        index: FarIndex | None = None,
     ) -> None:
         self.model, self.store, self.serving, self.leg = model, store, serving, leg
         self.relay = relay or Relay()
@@ -47,7 +48,8 @@ class Runner:
         self._open.callback(self.cache.close)
         self.places = None
         if serving.far_pages:
-            self.places = Places(store, self.cache, tier, serving.far_pages, self.relay.tell)
+            tier = "disk" if index is None else "kv"
+            self.places = Places(store, self.cache, tier, serving.far_pages, self.relay, index)
             self._open.callback(self.places.close)
         self._open.enter_context(attachment.call_by_call("step"))
         if leg is not None:
