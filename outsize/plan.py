@@ -75,6 +75,7 @@ class Activations:
             raise OptionError(f"Activations {self.saved!r} cannot be saved; there are all, products and input.")
 
 
+PIPELINES = ("gpipe", "1f1b")  # orders in which stages take micro-batches, forward and backward
 KEEP, RECOMPUTE, MOVE = Activations(), Activations("input"), Activations("all", "disk")
 
 
@@ -141,8 +142,10 @@ class Plan:
     share of every optimizer state; from the level `zero` 2 on also of gradients that wait, and of `split_weights`. Of
     these all together have `weight_copies`: one, or one on each of several `nodes`. What is divided is so in proportion to
     `shares`, equally if there are none, and so are a step's sequences to `sequences`; the plan is that of worker `rank`.
-    `packed`: weights near, in groups that are multiplied at once, which are held as the processor's matrix products
-    read them. `serving`: what a plan for serving says beside, and `served` what that means for requests."""
+    With `legs` each worker has a stage of a pipeline instead: so many of the repeated units; micro-batches go from stage to
+    stage in the order of `pipeline`. `packed`: weights near, in groups that are multiplied at once, which are held as the
+    processor's matrix products read them. `serving`: what a plan for serving says beside, and `served` what that means for
+    requests."""
 
     precision: str
     arena_bytes: int
@@ -169,6 +172,8 @@ class Plan:
     sequences: tuple[int, ...] = ()
     shares: tuple[int, ...] = ()
     rank: int = 0
+    legs: tuple[int, ...] = ()
+    pipeline: str = "1f1b"
     packed: tuple[tuple[str, ...], ...] = ()
     memory_bytes: int | None = None
     predicted: Predicted | None = None
@@ -186,6 +191,12 @@ class Plan:
             raise OptionError(
                 f"A plan's shares cannot be {list(self.shares)} for {self.workers} workers; each has one, of at least 1."
             )
+        if self.pipeline not in PIPELINES:
+            raise OptionError(f"A plan's pipeline cannot be {self.pipeline!r}; there are {', '.join(PIPELINES)}.")
+        if self.legs and (len(self.legs) != self.workers or min(self.legs) < 1):
+            raise OptionError(
+                f"A plan's legs cannot be {list(self.legs)} for {self.workers} workers; each has at least one unit."
+            )
 
     @property
     def ceiling_bytes(self) -> int:
@@ -202,7 +213,14 @@ class Plan:
         """What must be the same in the plans of all workers of a run."""
         return (
             *(self.activations, self.table_rows, self.blocked_loss, self.hold, self.commit_every),
-            *(tuple(sorted(self.split_weights)), self.weight_copies, self.shares, self.sequences),
+            *(
+                tuple(sorted(self.split_weights)),
+                self.weight_copies,
+                self.shares,
+                self.sequences,
+                self.legs,
+                self.pipeline,
+            ),
         )
 
     @property
@@ -314,7 +332,8 @@ class Request:
     gradients too (2), weights too (3).
 
     `keeper`: memory that outlives the process is to hold the last step. `weight_copies`: how many there are already, as a
-    plan has it, and `sequences` and `shares`, too. `rank`: the worker that is planned for."""
+    plan has it, and `sequences` and `shares`, too. `rank`: the worker that is planned for. `legs`: how many of the
+    repeated units each worker has, where they divide these and nothing else."""
 
     memory_bytes: int
     sequence_length: int = 512
@@ -335,12 +354,23 @@ class Request:
     sequences: tuple[int, ...] = ()
     shares: tuple[int, ...] | None = None
     rank: int = 0
+    legs: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.zero not in (1, 2, 3):
             raise OptionError(f"ZeRO has no level {self.zero}; there are 1, 2 and 3.")
         if self.workers % self.nodes:
             raise OptionError(f"{self.workers} workers cannot be equally many on each of {self.nodes} nodes.")
+
+    @property
+    def pipeline(self) -> str:
+        """The order that lets each stage hold the fewest micro-batches' activations, where there are as many as stages."""
+        return "1f1b" if self.accumulate >= len(self.legs) else "gpipe"
+
+    @property
+    def underway(self) -> int:
+        """Micro-batches between their forward and their backward, at most."""
+        return min(self.accumulate, len(self.legs) - self.rank) if self.legs else self.accumulate
 
     def divided(self, sequences: tuple[int, ...], nodes: int) -> Request:
         """What the worker with most to do does of the step that this one asks of all together, of which each is to do so

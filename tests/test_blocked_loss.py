@@ -29,7 +29,7 @@ from torch import nn
 from torch.nn import functional
 
 from outsize.errors import ModelError, RunError
-from outsize.train.job import base_model
+from outsize.train.ending import base_model
 from outsize.train.loss import Head, HeadBlock, blocked_cross_entropy, next_tokens
 from outsize.train.optimizers import default_rule
 

@@ -19,10 +19,10 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from outsize.errors import ModelError, OptionError
+from outsize.model.route import Route, hidden_of
 from outsize.model.units import Unit, find_units
 from outsize.planner.trial import measurable, on_fake_tensors
 from outsize.serve.attention import Discovery
-from outsize.serve.leg import Route, hidden_of
 
 
 @dataclass

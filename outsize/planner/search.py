@@ -81,6 +81,8 @@ class JobSizes:
             sequences=request.sequences,
             shares=request.shares or (),
             rank=request.rank,
+            legs=request.legs,
+            pipeline=request.pipeline,
             memory_bytes=request.memory_bytes,
         )
 
@@ -352,6 +354,11 @@ class Search:
         if request.workers == 1:
             return ()
         divided = ", ".join(("optimizer state", "gradients", "weights")[: request.zero])
+        if request.legs:
+            return (
+                f"stages: {', '.join(map(str, request.legs))} layers; this is number {request.rank + 1}, and the "
+                f"{request.accumulate} micro-batches of a step go through them as {plan.pipeline} has it",
+            )
         copies = f"; of the weights each of {plan.weight_copies} nodes has a copy" if plan.weight_copies > 1 else ""
         links = (
             f"{format_size(int(link.bytes_per_second))}/s and {1e6 * link.latency:.0f} us to workers of "
