@@ -75,7 +75,6 @@ class Activations:
             raise OptionError(f"Activations {self.saved!r} cannot be saved; there are all, products and input.")
 
 
-PIPELINES = ("gpipe", "1f1b")  # orders in which stages take micro-batches, forward and backward
 KEEP, RECOMPUTE, MOVE = Activations(), Activations("input"), Activations("all", "disk")
 
 
@@ -143,9 +142,9 @@ class Plan:
     these all together have `weight_copies`: one, or one on each of several `nodes`. What is divided is so in proportion to
     `shares`, equally if there are none, and so are a step's sequences to `sequences`; the plan is that of worker `rank`.
     With `legs` each worker has a stage of a pipeline instead: so many of the repeated units; micro-batches go from stage to
-    stage in the order of `pipeline`. `packed`: weights near, in groups that are multiplied at once, which are held as the
-    processor's matrix products read them. `serving`: what a plan for serving says beside, and `served` what that means for
-    requests."""
+    stage in the order of `pipeline` (gpipe or 1f1b). `packed`: weights near, in groups that are multiplied at once, which
+    are held as the processor's matrix products read them. `serving`: what a plan for serving says beside, and `served` what
+    that means for requests."""
 
     precision: str
     arena_bytes: int
@@ -191,12 +190,6 @@ class Plan:
             raise OptionError(
                 f"A plan's shares cannot be {list(self.shares)} for {self.workers} workers; each has one, of at least 1."
             )
-        if self.pipeline not in PIPELINES:
-            raise OptionError(f"A plan's pipeline cannot be {self.pipeline!r}; there are {', '.join(PIPELINES)}.")
-        if self.legs and (len(self.legs) != self.workers or min(self.legs) < 1):
-            raise OptionError(
-                f"A plan's legs cannot be {list(self.legs)} for {self.workers} workers; each has at least one unit."
-            )
 
     @property
     def ceiling_bytes(self) -> int:
@@ -211,16 +204,11 @@ class Plan:
     @property
     def alike(self) -> tuple[Any, ...]:
         """What must be the same in the plans of all workers of a run."""
+        if self.legs:
+            return self.legs, self.pipeline, self.blocked_loss, self.hold, self.commit_every
         return (
             *(self.activations, self.table_rows, self.blocked_loss, self.hold, self.commit_every),
-            *(
-                tuple(sorted(self.split_weights)),
-                self.weight_copies,
-                self.shares,
-                self.sequences,
-                self.legs,
-                self.pipeline,
-            ),
+            *(tuple(sorted(self.split_weights)), self.weight_copies, self.shares, self.sequences),
         )
 
     @property
@@ -371,6 +359,10 @@ class Request:
     def underway(self) -> int:
         """Micro-batches between their forward and their backward, at most."""
         return min(self.accumulate, len(self.legs) - self.rank) if self.legs else self.accumulate
+
+    def in_stages(self, legs: tuple[int, ...], nodes: int) -> Request:
+        """Each worker has so many of the repeated units, and does its part of the whole step."""
+        return replace(self, workers=len(legs), nodes=nodes, legs=legs)
 
     def divided(self, sequences: tuple[int, ...], nodes: int) -> Request:
         """What the worker with most to do does of the step that this one asks of all together, of which each is to do so

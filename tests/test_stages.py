@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from exactness import VOCABULARY
 from workers import Case, Crew, Found, crew
+
+from outsize.distributed.stage import order_of
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +33,7 @@ def assert_same(found: Found, expected: Found) -> None:
         assert torch.equal(found.weights[name], weight), name
 
 
-STAGED = Case(legs=(2, 2))
+STAGED = Case(legs=(2, 2), steps=2)
 
 
 @pytest.mark.parametrize(
@@ -46,3 +50,58 @@ STAGED = Case(legs=(2, 2))
 def test_stages_give_the_bits_of_one_worker(gang: Crew, tmp_path: Path, case: Case) -> None:
     expected = gang.run(alone(case), tmp_path / "one")
     assert_same(gang.run(case, tmp_path / "stages"), expected)
+
+
+def test_clipping_by_the_norm_of_all_stages(gang: Crew, tmp_path: Path) -> None:
+    """Squares are added by stage first: of n weights, the norm's relative difference is at most that of two sums of n terms
+    in fp32, n eps. A step of gradient descent without momentum moves weights by no more than that differs."""
+    case = replace(STAGED, clip=0.1, optimizer="sgd", steps=1, tied=True, table_rows=40)
+    expected, found = gang.run(alone(case), tmp_path / "one"), gang.run(case, tmp_path / "stages")
+    slack = len(expected.weights) * torch.finfo(torch.float32).eps
+    assert found.norms == pytest.approx(expected.norms, rel=slack) and found.norms != [None]
+    for name, weight in expected.weights.items():
+        torch.testing.assert_close(found.weights[name], weight, rtol=2 * slack, atol=2 * slack * 0.1 * 0.05)
+    assert gang.run(case, tmp_path / "again").norms == found.norms
+
+
+def test_what_goes_over_the_wire(gang: Crew, tmp_path: Path) -> None:
+    """Of each micro-batch its hidden states one way and their gradient the other; of a tied table, its gradient both ways."""
+    case = replace(STAGED, tied=True, table_rows=40, steps=2)
+    hidden, table = 4 * 16 * 64 * 4, 4 * VOCABULARY * 64
+    for moved in (each["moved"] for each in gang.run(case, tmp_path / "stages").ledgers):
+        for way in (("host", "peer"), ("peer", "host")):
+            assert moved[(*way, "activation")] == case.steps * hidden
+            assert moved[(*way, "gradient")] == case.steps * table
+
+
+class Recorder:
+    """What torch's schedules ask of a stage, without a model."""
+
+    has_backward, device, submod, chunks = True, "cpu", None, 0
+
+    def __init__(self, stages: int, stage: int) -> None:
+        self.num_stages, self.stage_index = stages, stage
+        self.is_first, self.is_last = stage == 0, stage == stages - 1
+        self.order: list[tuple[bool, int]] = []
+
+    def forward_one_chunk(self, number: int, *given: Any, **named: Any) -> torch.Tensor:
+        self.order.append((True, number))
+        return torch.zeros(1)
+
+    def backward_one_chunk(self, number: int, *given: Any, **named: Any) -> None:
+        self.order.append((False, number))
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *given, **named: []
+
+
+@pytest.mark.parametrize(("pipeline", "schedule"), [("gpipe", "ScheduleGPipe"), ("1f1b", "Schedule1F1B")])
+def test_micro_batches_come_in_the_order_of_torch_s_schedules(pipeline: str, schedule: str) -> None:
+    from torch.distributed.pipelining import schedules
+
+    for stages, count in ((1, 1), (2, 4), (3, 3), (4, 7)):
+        for stage in range(stages):
+            asked: Any = Recorder(stages, stage)
+            torchs = getattr(schedules, schedule)(asked, count, loss_fn=lambda output, target: output.sum())
+            torchs._step_microbatches([()] * count, [{}] * count, [None] * count)
+            assert order_of(pipeline, stages, stage, count) == asked.order

@@ -34,7 +34,7 @@ from outsize.train.precision import find_precision
 
 def serve() -> None:
     for family in ("llama", "qwen3"):  # imports that the workers then have
-        make_model(family)
+        find_route(make_model(family))
     for line in sys.stdin:
         told = json.loads(line)
         pids = [_fork(rank, told) for rank in range(told["workers"])]

@@ -103,8 +103,8 @@ def _check_absence(model: nn.Module, name: str, calls: _Calls) -> None:
 
 def _undivided(model: nn.Module, why: str) -> ModelError:
     return ModelError(
-        f"{type(model).__name__} cannot be served by several workers: {why}. Serve it with one, which streams what does "
-        "not fit."
+        f"{type(model).__name__} cannot be divided among workers by its layers: {why}. Give it to one, which streams what "
+        "does not fit."
     )
 
 

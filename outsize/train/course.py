@@ -5,17 +5,33 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
+from outsize.distributed.group import Group
 from outsize.distributed.stage import Stage, order_of
+from outsize.model.attach import Attachment
 from outsize.model.route import hidden_of, with_hidden
 from outsize.train.ending import Batch, Counts, Ending, hidden_states
 
-if TYPE_CHECKING:
-    from outsize.train.job import Job
+
+class Steps(Protocol):
+    """What a course asks of the job whose steps it takes (`outsize.train.job.Job`)."""
+
+    model: nn.Module
+    attachment: Attachment
+    group: Group
+    ending: Ending
+
+    def forward(self, bodies: list[Callable[[], Any]]) -> list[Any]: ...
+    def backward(self, bodies: list[Callable[[], None]]) -> None: ...
+    def update_unentered(self) -> None: ...
+    def apply_held(self) -> None: ...
+    def finish_tables(self) -> None: ...
+    def check_finite(self, loss: float) -> float: ...
+    def check_loss(self, part: float) -> float: ...
 
 
 class Course(Protocol):
@@ -31,7 +47,7 @@ class Course(Protocol):
 class UnitByUnit:
     """All micro-batches go through a unit while its weights are near; then through the next one."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Steps) -> None:
         self._job = job
 
     def step(self, micro_batches: list[Batch], counts: Counts) -> float:
@@ -63,7 +79,7 @@ class StageByStage:
     """Each micro-batch goes through all units of this worker's stage, then on to the next; in the order of a pipeline's
     schedule. Units are leased for one micro-batch at a time: what fits near is read once."""
 
-    job: Job
+    job: Steps
     stage: Stage
     pipeline: str
     entrance: nn.Module | None

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import nn
 
-from outsize.train.loss import blocked_cross_entropy, blocked_sums, next_tokens
-
-if TYPE_CHECKING:
-    from outsize.train.job import Job
+from outsize.train.loss import Head, blocked_cross_entropy, blocked_sums, next_tokens
 
 Batch = dict[str, torch.Tensor]
 
@@ -54,8 +51,8 @@ class Ending(Protocol):
 class ModuleLoss:
     """The module's own head and loss, of which each micro-batch has its share of the learnt tokens."""
 
-    def __init__(self, job: Job) -> None:
-        self._model = job.model
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
 
     def forward(self, batch: Batch) -> torch.Tensor:
         return self._model(**batch).loss
@@ -73,17 +70,18 @@ class ModuleLoss:
 
 
 class BlockedLoss:
-    """The base model's hidden states, then head and loss over blocks of the vocabulary; backward from the hidden states."""
+    """The base model's hidden states, then head and loss over blocks of the vocabulary; backward from the hidden states.
+    `head(lanes, count)` is the head for these of the `count` micro-batches of a step."""
 
-    def __init__(self, job: Job) -> None:
-        self._job = job
+    def __init__(self, model: nn.Module, head: Callable[[range, int], Head]) -> None:
+        self._model, self._head = model, head
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        return hidden_states(self._job.model, batch)
+        return hidden_states(self._model, batch)
 
     def ends(self, outputs: Sequence[torch.Tensor], batches: Sequence[Batch], counts: Counts, first: int = 0) -> Ends:
         picked = [next_tokens(o.detach(), batch["labels"]) for o, batch in zip(outputs, batches, strict=True)]
-        head = self._job.head(range(first, first + len(picked)), len(counts.by_lane))
+        head = self._head(range(first, first + len(picked)), len(counts.by_lane))
         sums, gradients = blocked_sums([p[0] for p in picked], [p[1] for p in picked], head, counts.everyone)
         backward = []
         for output, gradient, (_, _, where) in zip(outputs, gradients, picked, strict=bool(gradients)):
@@ -97,7 +95,7 @@ class BlockedLoss:
 
     def evaluate(self, batch: Batch) -> float:
         hidden, targets, _ = next_tokens(self.forward(batch), batch["labels"])
-        return float(blocked_cross_entropy([hidden], [targets], self._job.head(range(0), 0), gradient=False)[0])
+        return float(blocked_cross_entropy([hidden], [targets], self._head(range(0), 0), gradient=False)[0])
 
 
 def hidden_states(model: nn.Module, batch: Batch) -> torch.Tensor:

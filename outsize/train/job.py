@@ -101,7 +101,7 @@ class Job:
         self.random_state = torch.get_rng_state()
         self.on_complete: Callable[[int], None] | None = None
         self.repeat: Repeat = each_time
-        self.ending: Ending = BlockedLoss(self) if plan.blocked_loss else ModuleLoss(self)
+        self.ending: Ending = BlockedLoss(model, self.head) if plan.blocked_loss else ModuleLoss(model)
         self.course: Course = UnitByUnit(self)
         if plan.legs:
             entrance = next(unit.module for unit in units if unit.repeated)

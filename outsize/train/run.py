@@ -308,7 +308,7 @@ def check_loss(job: Job, data: PackedDataset) -> None:
     batch["labels"] = batch["input_ids"].clone()
     blocked = job.evaluate(iter([batch]))
     with torch.no_grad(), job.evaluation_mode(), job.attachment.traversal():
-        own = job.course.evaluate(batch, ModuleLoss(job))
+        own = job.course.evaluate(batch, ModuleLoss(job.model))
     tolerance = 2 * torch.finfo(next(iter(job.weights.values())).dtype).eps * max(abs(own), 1.0)
     if abs(own - blocked) > tolerance:
         raise OptionError(

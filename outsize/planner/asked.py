@@ -1,0 +1,51 @@
+"""What `outsize train` was told, as a request to the planner."""
+
+from __future__ import annotations
+
+from outsize.distributed.group import Group
+from outsize.errors import OptionError
+from outsize.plan import Request
+from outsize.train.settings import TrainSettings
+
+
+def request_of(
+    settings: TrainSettings, memory: int, group: Group, copies: int | None, shares: tuple[int, ...] | None
+) -> Request:
+    """Of all workers together. `copies`: how many of split weights there are already; `shares`: in which proportion state is
+    divided, if that is settled. Raises OptionError for what several workers cannot do."""
+    _check_stages(settings, group)
+    for option, given in (("--keeper", settings.keeper), ("--replan", settings.replan)):
+        if given and group.size > 1:
+            raise OptionError(f"{option} is for one worker, and there are {group.size}. Leave it out, or --workers.")
+    return Request(
+        memory,
+        settings.sequence_length,
+        settings.batch_size,
+        settings.accumulate,
+        settings.precision,
+        settings.moments,
+        settings.clip,
+        loss=settings.loss,
+        activations=settings.activations,
+        commit_every=settings.commit_every,
+        keeper=settings.keeper,
+        zero=settings.zero,
+        weight_copies=copies,
+        shares=shares,
+    )
+
+
+def _check_stages(settings: TrainSettings, group: Group) -> None:
+    """Raises OptionError for what stages cannot do."""
+    if settings.stages == 1:
+        return
+    if settings.stages != group.size:
+        raise OptionError(
+            f"--stages {settings.stages} is for as many workers, each with a stage, and there are {group.size}. Give "
+            f"--workers {settings.stages}, or leave --stages out."
+        )
+    for option, given in (("--plan", settings.plan), ("--sample-prompt", settings.sample_prompt)):
+        if given is not None:
+            raise OptionError(
+                f"{option} is for a whole model on each worker, and --stages divides it. Leave one of them out."
+            )
