@@ -141,8 +141,8 @@ class Plan:
     share of every optimizer state; from the level `zero` 2 on also of gradients that wait, and of `split_weights`. Of
     these all together have `weight_copies`: one, or one on each of several `nodes`. What is divided is so in proportion to
     `shares`, equally if there are none, and so are a step's sequences to `sequences`; the plan is that of worker `rank`.
-    With `legs` each worker has a stage of a pipeline instead: so many of the repeated units; micro-batches go from stage to
-    stage in the order of `pipeline` (gpipe or 1f1b). `packed`: weights near, in groups that are multiplied at once, which
+    With `legs` they are a pipeline instead: each has so many of the repeated units, and micro-batches go from one to the
+    next in the order of `schedule` (gpipe or 1f1b). `packed`: weights near, in groups that are multiplied at once, which
     are held as the processor's matrix products read them. `serving`: what a plan for serving says beside, and `served` what
     that means for requests."""
 
@@ -172,7 +172,7 @@ class Plan:
     shares: tuple[int, ...] = ()
     rank: int = 0
     legs: tuple[int, ...] = ()
-    pipeline: str = "1f1b"
+    schedule: str = "1f1b"
     packed: tuple[tuple[str, ...], ...] = ()
     memory_bytes: int | None = None
     predicted: Predicted | None = None
@@ -205,7 +205,7 @@ class Plan:
     def alike(self) -> tuple[Any, ...]:
         """What must be the same in the plans of all workers of a run."""
         if self.legs:
-            return self.legs, self.pipeline, self.blocked_loss, self.hold, self.commit_every
+            return self.legs, self.schedule, self.blocked_loss, self.hold, self.commit_every
         return (
             *(self.activations, self.table_rows, self.blocked_loss, self.hold, self.commit_every),
             *(tuple(sorted(self.split_weights)), self.weight_copies, self.shares, self.sequences),
@@ -351,8 +351,8 @@ class Request:
             raise OptionError(f"{self.workers} workers cannot be equally many on each of {self.nodes} nodes.")
 
     @property
-    def pipeline(self) -> str:
-        """The order that lets each stage hold the fewest micro-batches' activations, where there are as many as stages."""
+    def schedule(self) -> str:
+        """The order in which each worker of a pipeline holds the activations of the fewest micro-batches."""
         return "1f1b" if self.accumulate >= len(self.legs) else "gpipe"
 
     @property
@@ -360,7 +360,7 @@ class Request:
         """Micro-batches between their forward and their backward, at most."""
         return min(self.accumulate, len(self.legs) - self.rank) if self.legs else self.accumulate
 
-    def in_stages(self, legs: tuple[int, ...], nodes: int) -> Request:
+    def in_line(self, legs: tuple[int, ...], nodes: int) -> Request:
         """Each worker has so many of the repeated units, and does its part of the whole step."""
         return replace(self, workers=len(legs), nodes=nodes, legs=legs)
 

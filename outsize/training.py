@@ -28,8 +28,8 @@ from outsize.model.units import Unit, find_units
 from outsize.plan import Plan, Request, in_proportion
 from outsize.planner.asked import request_of
 from outsize.planner.check import check_plan, read_plan
+from outsize.planner.pipeline import even_legs, leave_leg, plan_line
 from outsize.planner.remembered import circumstances, recall, recall_slowness, remember, remember_slowness
-from outsize.planner.stages import even_legs, leave_stage, plan_stages
 from outsize.planner.training import Place, Task, check_disk, plan_training
 from outsize.planner.workers import Worker, alike_disks, plan_workers
 from outsize.reporting import report_run
@@ -133,7 +133,7 @@ class _Training:
         begin = self._beginning(model)
         plan = self._planned(model, units, data)
         if plan.legs:
-            units = leave_stage(model, plan, self.settings.block_class)
+            units = leave_leg(model, plan, self.settings.block_class)
         job = self._placed(model, units, plan, begin)
         if job.plan.blocked_loss and not self.continuing:
             check_loss(job, data)
@@ -209,9 +209,9 @@ class _Training:
             *(model, units, self.rule, self._asked(begun, committed is not None), []),
             *(self.source.stored_dtype, settings.block_class),
         )
-        if settings.stages > 1:
-            legs = group.first(lambda: tuple(begun.get("legs", ())) or even_legs(task, settings.stages))
-            request = task.request.in_stages(legs, group.nodes)
+        if settings.pipeline and group.size > 1:
+            legs = group.first(lambda: tuple(begun.get("legs", ())) or even_legs(task, group.size))
+            request = task.request.in_line(legs, group.nodes)
         else:
             sequences = group.first(lambda: tuple(begun.get("sequences", ())) or self._sequences())
             request = task.request.divided(sequences, group.nodes)
@@ -224,11 +224,10 @@ class _Training:
     def _asked(self, begun: dict[str, Any], committed: bool) -> Request:
         """Of all workers together; `begun` is what the last committed step says."""
         settings, group = self.settings, self.group
-        staged = len(begun.get("legs", ())) or 1
-        if committed and staged != settings.stages:
+        if committed and group.size > 1 and bool(begun.get("legs")) != settings.pipeline:
             raise RunError(
-                f"The {group.size} workers of {settings.out} were {staged} stages, and --stages is {settings.stages}. Say "
-                "what it was, or start another number of workers."
+                f"The {group.size} workers of {settings.out} {'divided state' if settings.pipeline else 'were a pipeline'}. "
+                f"{'Leave out --pipeline' if settings.pipeline else 'Give --pipeline'}, or another number of workers."
             )
         copies = begun.get("weight_copies", 1) if committed else None
         shares = group.first(lambda: tuple(begun.get("shares", ())) if committed else self._told("shares"))
@@ -278,7 +277,7 @@ class _Training:
         places = [place.beside(machine, disk) for machine, disk in zip(found, disks, strict=True)]
         workers = [Worker(memory, place) for memory, place in zip(self.memories, places, strict=True)]
         if task.request.legs:
-            return plan_stages(task, workers, settled=self.state.read() is not None)
+            return plan_line(task, workers, settled=self.state.read() is not None)
         make = plan_training if settings.plan is None else partial(check_plan, read_plan(settings.plan))
         return plan_workers(task, workers, make)
 

@@ -111,7 +111,7 @@ def plan_of(model: nn.Module, case: Case) -> Plan:
     if case.workers == 1:
         return plan
     if case.legs:
-        return replace(plan, workers=case.workers, legs=tuple(case.legs), pipeline=case.pipeline)
+        return replace(plan, workers=case.workers, legs=tuple(case.legs), schedule=case.schedule)
     whole = {name for name, _ in plan.table_rows} | always_near(find_units(model))
     large = {name for name, p in model.named_parameters() if p.numel() > case.split and name not in whole}
     split = frozenset(large) if case.zero == 3 else frozenset()
@@ -127,15 +127,15 @@ def plan_of(model: nn.Module, case: Case) -> Plan:
     )
 
 
-def in_stages(model: nn.Module, plan: Plan, stage: int) -> Plan:
-    """Leave of the model, and of the plan, what this stage has."""
+def in_line(model: nn.Module, plan: Plan, rank: int) -> Plan:
+    """Leave of the model, and of the plan, what this worker has."""
     route = find_route(model)
-    leg = route.stage(plan.legs, stage, shared_with_head(model, route))
+    leg = route.leg_to_train(plan.legs, rank, shared_with_head(model, route))
     keep_leg(model, leg, find_precision(plan.precision).compute)
     own = dict(model.named_parameters())
     return replace(
         plan,
-        rank=stage,
+        rank=rank,
         activations=tuple((name, how) for name, how in plan.activations if leg.has(name)),
         table_rows=tuple((name, rows) for name, rows in plan.table_rows if name in own),
     )
@@ -146,7 +146,7 @@ def _train(folder: Path, told: dict[str, Any]) -> None:
     model = make_model(case.family, case.tied, hidden=case.hidden)
     plan = plan_of(model, case)
     if case.legs:
-        plan = in_stages(model, plan, group.rank)
+        plan = in_line(model, plan, group.rank)
     own = folder / f"worker-{group.rank}"
     own.mkdir()
     job = bind_job(model, optimizer(case.optimizer), plan, own, group)

@@ -44,12 +44,12 @@ class Case:
     copies: int = 1
     parts: tuple[int, ...] = ()
     legs: tuple[int, ...] = ()
-    pipeline: str = "1f1b"
+    schedule: str = "1f1b"
 
 
 @dataclass
 class Found:
-    """What the workers found: losses, norms and weights (of stages, of each), and what each held, moved and waited for."""
+    """What the workers found: losses, norms and weights (of a pipeline, of all), and what each held, moved and waited for."""
 
     losses: list[float]
     norms: list[float | None]

@@ -31,7 +31,7 @@ class Route:
         last = self.after if worker == len(lengths) - 1 else ()
         return self._leg(lengths, worker, first, last)
 
-    def stage(self, lengths: Sequence[int], worker: int, shared: Sequence[str]) -> Leg:
+    def leg_to_train(self, lengths: Sequence[int], worker: int, shared: Sequence[str]) -> Leg:
         """As `leg`, of a worker that trains: the last one has the head. What is `shared` (`shared_with_head`) the first and
         the last both have."""
         ends = worker == len(lengths) - 1

@@ -13,7 +13,7 @@ def request_of(
 ) -> Request:
     """Of all workers together. `copies`: how many of split weights there are already; `shares`: in which proportion state is
     divided, if that is settled. Raises OptionError for what several workers cannot do."""
-    _check_stages(settings, group)
+    _check_pipeline(settings)
     for option, given in (("--keeper", settings.keeper), ("--replan", settings.replan)):
         if given and group.size > 1:
             raise OptionError(f"{option} is for one worker, and there are {group.size}. Leave it out, or --workers.")
@@ -35,17 +35,10 @@ def request_of(
     )
 
 
-def _check_stages(settings: TrainSettings, group: Group) -> None:
-    """Raises OptionError for what stages cannot do."""
-    if settings.stages == 1:
-        return
-    if settings.stages != group.size:
-        raise OptionError(
-            f"--stages {settings.stages} is for as many workers, each with a stage, and there are {group.size}. Give "
-            f"--workers {settings.stages}, or leave --stages out."
-        )
+def _check_pipeline(settings: TrainSettings) -> None:
+    """Raises OptionError for what a pipeline cannot do."""
     for option, given in (("--plan", settings.plan), ("--sample-prompt", settings.sample_prompt)):
-        if given is not None:
+        if settings.pipeline and given is not None:
             raise OptionError(
-                f"{option} is for a whole model on each worker, and --stages divides it. Leave one of them out."
+                f"{option} is for a whole model on each worker, and --pipeline divides it. Leave one of them out."
             )

@@ -82,7 +82,7 @@ class JobSizes:
             shares=request.shares or (),
             rank=request.rank,
             legs=request.legs,
-            pipeline=request.pipeline,
+            schedule=request.schedule,
             memory_bytes=request.memory_bytes,
         )
 
@@ -356,8 +356,8 @@ class Search:
         divided = ", ".join(("optimizer state", "gradients", "weights")[: request.zero])
         if request.legs:
             return (
-                f"stages: {', '.join(map(str, request.legs))} layers; this is number {request.rank + 1}, and the "
-                f"{request.accumulate} micro-batches of a step go through them as {plan.pipeline} has it",
+                f"pipeline: {', '.join(map(str, request.legs))} layers each, this is number {request.rank + 1}; the "
+                f"{request.accumulate} micro-batches of a step go through them in the order of {plan.schedule}",
             )
         copies = f"; of the weights each of {plan.weight_copies} nodes has a copy" if plan.weight_copies > 1 else ""
         links = (

@@ -50,7 +50,7 @@ class Task:
     source_dtype: torch.dtype = torch.bfloat16
     block_class: str | None = None
     whole: Task | None = None
-    """Of all stages, where this is one of them."""
+    """Of all workers of a pipeline, where this is what one of them has."""
 
     @cached_property
     def loss(self) -> tuple[bool, dict[str, int]]:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from outsize.distributed.group import Group
-from outsize.distributed.stage import Stage, order_of
+from outsize.distributed.pipeline import Pipeline, order_of
 from outsize.model.attach import Attachment
 from outsize.model.route import hidden_of, with_hidden
 from outsize.train.ending import Batch, Counts, Ending, hidden_states
@@ -75,13 +75,13 @@ class Passage:
 
 
 @dataclass
-class StageByStage:
-    """Each micro-batch goes through all units of this worker's stage, then on to the next; in the order of a pipeline's
+class LegByLeg:
+    """Each micro-batch goes through all units of this worker's leg, then on to the next worker; in the order of a pipeline's
     schedule. Units are leased for one micro-batch at a time: what fits near is read once."""
 
     job: Steps
-    stage: Stage
-    pipeline: str
+    pipeline: Pipeline
+    schedule: str
     entrance: nn.Module | None
     """The first of the repeated units here, where the model begins at another worker."""
     _came: torch.Tensor | None = None
@@ -94,7 +94,7 @@ class StageByStage:
             self.job.attachment.until_detached(handle)
 
     def _enter(self, module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        self._came = self.stage.take(hidden_of(given, named))
+        self._came = self.pipeline.take(hidden_of(given, named))
         return with_hidden(self._came.requires_grad_(torch.is_grad_enabled()), given, named)
 
     def step(self, micro_batches: list[Batch], counts: Counts) -> float:
@@ -102,7 +102,7 @@ class StageByStage:
         self._open, self._parts = {}, []
         with job.attachment.traversal():
             job.update_unentered()
-            for forward, number in order_of(self.pipeline, self.stage.count, self.stage.index, len(micro_batches)):
+            for forward, number in order_of(self.schedule, self.pipeline.size, self.pipeline.rank, len(micro_batches)):
                 if forward:
                     self._forward(number, micro_batches[number], counts)
                 else:
@@ -113,11 +113,11 @@ class StageByStage:
         return job.check_loss(float(job.ending.total(self._parts, counts)) if self._parts else 0.0)
 
     def _forward(self, number: int, batch: Batch, counts: Counts) -> None:
-        job, last = self.job, self.stage.last
+        job, last = self.job, self.pipeline.last
         output = job.ending.forward(batch) if last else hidden_states(job.model, batch)
         if number == 0:
             job.apply_held()  # all units have been entered
-        passage = Passage(self._came, output, (lambda: None) if last else self.stage.pass_on(output))
+        passage = Passage(self._came, output, (lambda: None) if last else self.pipeline.pass_on(output))
         if last:
             ends = job.ending.ends([output], [batch], counts, number)
             self._parts += ends.parts
@@ -128,18 +128,18 @@ class StageByStage:
 
     def _backward(self, number: int) -> Callable[[], None]:
         passage = self._open.pop(number)
-        gradient = None if passage.backward else self.stage.take_back(passage.left)
+        gradient = None if passage.backward else self.pipeline.take_back(passage.left)
         passage.gone()
         with torch.random.fork_rng(devices=[]):  # units that run again restore what they drew
             passage.backward() if passage.backward else passage.left.backward(gradient)
         came = passage.came
-        return (lambda: None) if came is None or came.grad is None else self.stage.pass_back(came.grad)
+        return (lambda: None) if came is None or came.grad is None else self.pipeline.pass_back(came.grad)
 
     def evaluate(self, batch: Batch, ending: Ending) -> float:
         loss = 0.0
-        if self.stage.last:
+        if self.pipeline.last:
             loss = ending.evaluate(batch)
         else:
-            self.stage.pass_on(hidden_states(self.job.model, batch))()
+            self.pipeline.pass_on(hidden_states(self.job.model, batch))()
         self._came = None
         return self.job.group.each(loss)[-1][0]

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from outsize.distributed.stage import Stage
+from outsize.distributed.pipeline import Pipeline
 from outsize.errors import RunError
 from outsize.memory.block import make_block
 from outsize.memory.store import Lease, Store
@@ -39,7 +39,7 @@ class Gradients:
     """Takes gradients of `weights`. `hold` keeps them until `settle`; `home` is the tier of those that must wait. With
     `exchange_late` (ZeRO 1) held gradients wait whole, and workers exchange them in `settle`; otherwise as they come. With
     `added_up` some workers have several micro-batches, if not all. `apart`: so many come one after the other,
-    and between them sums go home; 0: all of them together, unit by unit. `stage` is this worker's."""
+    and between them sums go home; 0: all of them together, unit by unit. `pipeline`: what legs of the model are where."""
 
     def __init__(
         self,
@@ -51,12 +51,12 @@ class Gradients:
         exchange_late: bool = False,
         added_up: bool = False,
         apart: int = 0,
-        stage: Stage | None = None,
+        pipeline: Pipeline | None = None,
     ) -> None:
         self.store, self.attachment, self.updater, self.hold = store, attachment, updater, hold
         self.group, self._late, self._added_up = updater.group, exchange_late, added_up
         self.groups: list[dict[str, Any]] = []
-        self._home, self._apart, self._stage = home, apart, stage or Stage()
+        self._home, self._apart, self._pipeline = home, apart, pipeline or Pipeline()
         self._arrived: dict[str, int] = {}
         self._open: dict[str, Lease] = {}
         self._partial: set[str] = set()  # blocks to whose gradient micro-batches are being added
@@ -116,13 +116,13 @@ class Gradients:
             if block.name not in self._partial:
                 self._add(table.weight, block, None)
             target = self._lease(table.weight, block).tensors[GRADIENT]
-            with self._stage.both_ends(target) if table.heads else nullcontext():
+            with self._pipeline.both_ends(target) if table.heads else nullcontext():
                 for rows, gradient in arrived:
                     inside = ((rows >= block.start) & (rows < block.stop)).nonzero().view(-1)
                     target.index_add_(0, rows[inside] - block.start, gradient[inside].to(target.dtype))
             self._complete(table.weight, block)
-            if not self._stage.first:
-                self._norms.pop(block.name, None)  # the first stage has it, too
+            if not self._pipeline.first:
+                self._norms.pop(block.name, None)  # the first worker has it, too
 
     def _check_finite(self, weight: Weight, gradient: torch.Tensor) -> None:
         if not torch.isfinite(gradient.sum()):
@@ -214,10 +214,10 @@ class Gradients:
 
     def norm(self) -> torch.Tensor:
         """The global norm of what is held: of the norms by weight, as `torch.nn.utils.clip_grad_norm_` computes it; of
-        several stages, of theirs."""
+        several legs, of theirs."""
         order = [block.name for weight in self.attachment.weights.values() for block in weight.blocks]
         own = torch.stack([self._norms[name] for name in order if name in self._norms]).tolist()
-        return self._stage.norm(torch.linalg.vector_norm(torch.tensor(self.group.each(*own))))
+        return self._pipeline.norm(torch.linalg.vector_norm(torch.tensor(self.group.each(*own))))
 
     def settle(self, groups: list[dict[str, Any]], clip: float | None) -> float | None:
         """Held gradients belong to a step now: each is applied before its weight is next used. Returns their norm."""

@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from outsize.distributed.group import Group
-from outsize.distributed.stage import OneOf, Stage
+from outsize.distributed.pipeline import Line, Pipeline
 from outsize.errors import RunError
 from outsize.memory.store import Store
 from outsize.model.attach import Attachment
@@ -21,7 +21,7 @@ from outsize.model.units import Unit
 from outsize.model.vocabulary import Table
 from outsize.model.weights import WEIGHT, RowBlock, Weight, create_blocks, fill_blocks, leave_meta, make_weight
 from outsize.plan import Plan
-from outsize.train.course import Course, StageByStage, UnitByUnit
+from outsize.train.course import Course, LegByLeg, UnitByUnit
 from outsize.train.ending import BlockedLoss, Counts, Ending, ModuleLoss
 from outsize.train.gradients import Gradients
 from outsize.train.loss import Head, HeadBlock, Repeat, each_time
@@ -88,11 +88,11 @@ class Job:
         resident -= tables.keys() | plan.split_weights
         self.attachment = Attachment(model, store, units, weights, resident, plan, device)
         self.tables = [Table(weights[name], store, users_of(model, weights[name].parameter), device) for name in tables]
-        stage = OneOf(self.group) if plan.legs else Stage()
+        pipeline = Line(self.group) if plan.legs else Pipeline()
         apart = plan.accumulate if plan.legs else 0
         self.gradients = Gradients(
             *(store, self.attachment, updater, plan.gradient_home, plan.hold, plan.zero == 1, plan.accumulate > 1),
-            *(apart, stage),
+            *(apart, pipeline),
         )
         for table in self.tables:
             table.take_rows = self.gradients.take_rows
@@ -105,7 +105,7 @@ class Job:
         self.course: Course = UnitByUnit(self)
         if plan.legs:
             entrance = next(unit.module for unit in units if unit.repeated)
-            self.course = StageByStage(self, stage, plan.pipeline, None if stage.first else entrance)
+            self.course = LegByLeg(self, pipeline, plan.schedule, None if pipeline.first else entrance)
         self._own_loop: Any = None
 
     # -- a step of ours ---------------------------------------------------------------------------------------------

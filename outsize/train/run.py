@@ -319,7 +319,7 @@ def check_loss(job: Job, data: PackedDataset) -> None:
 
 def export(job: Job, directory: Path) -> None:
     """Write the job's weights, in the dtype they compute in, and its persistent buffers, as safetensors. Of several workers
-    the first one writes, and all read along, as what is split comes from everyone, and other stages' weights from those."""
+    the first one writes, and all read along, as what is split comes from everyone, and other workers' legs from those."""
     buffers = persistent_buffers(job.model)
     own = {name: (weight.shape, weight.dtype) for name, weight in job.weights.items()}
     own |= {name: (tuple(buffer.shape), buffer.dtype) for name, buffer in buffers.items()}

@@ -1,4 +1,4 @@
-"""Runs in stages as a user has them: gone on with by other numbers of workers, killed, and told nonsense."""
+"""Pipelines as a user has them: gone on with by other numbers of workers, killed, and told nonsense."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return make_settings(tmp_path_factory.mktemp("inputs")) | {"steps": STEPS}
 
 
-def run(gang: Crew, settings: dict[str, Any], stages: int, folder: Path) -> Path:
+def run(gang: Crew, settings: dict[str, Any], workers: int, folder: Path) -> Path:
     folder.mkdir(exist_ok=True)
-    told = {"settings": settings | {"out": str(folder / "run"), "stages": stages}}
-    gang.call("run", stages, folder, told)
+    told = {"settings": settings | {"out": str(folder / "run"), "pipeline": workers > 1}}
+    gang.call("run", workers, folder, told)
     return folder / "run"
 
 
@@ -38,7 +38,7 @@ def alone(gang: Crew, settings: dict[str, Any], tmp_path_factory: pytest.TempPat
     return run(gang, settings, 1, tmp_path_factory.mktemp("alone"))
 
 
-def test_two_stages_write_the_model_that_one_worker_writes(
+def test_two_workers_in_line_write_the_model_that_one_worker_writes(
     gang: Crew, settings: dict[str, Any], alone: Path, tmp_path: Path
 ) -> None:
     found = run(gang, settings, 2, tmp_path)
@@ -46,28 +46,28 @@ def test_two_stages_write_the_model_that_one_worker_writes(
     assert list(weights_of(found)) == list(weights_of(alone))
 
 
-def test_a_run_goes_on_with_other_numbers_of_stages_and_without_any(
+def test_a_run_goes_on_with_other_numbers_of_workers(
     gang: Crew, settings: dict[str, Any], alone: Path, tmp_path: Path
 ) -> None:
-    """All have the bits of one worker. A stage that is killed is named by the others."""
-    for stages, line, victim in ((2, 1, 1), (1, 2, 0), (3, 3, 1), (3, STEPS, None)):
-        told: dict[str, Any] = {"settings": settings | {"out": str(tmp_path / "run"), "stages": stages}}
+    """All have the bits of one worker. A worker that is killed is named by the others."""
+    for workers, line, victim in ((2, 1, 1), (1, 2, 0), (3, 3, 1), (3, STEPS, None)):
+        told: dict[str, Any] = {"settings": settings | {"out": str(tmp_path / "run"), "pipeline": workers > 1}}
         if victim is not None:
             told["kill"] = {"rank": victim, "line": line, "signal": "SIGKILL"}
-        codes = gang.attempt("run", stages, tmp_path, told)
+        codes = gang.attempt("run", workers, tmp_path, told)
         if victim is None:
-            assert not any(codes), said(tmp_path, stages)
+            assert not any(codes), said(tmp_path, workers)
             break
         assert codes[victim] == -signal.SIGKILL
-        for rank in set(range(stages)) - {victim}:
-            assert codes[rank] == 1 and f"Worker {victim} is lost" in said(tmp_path, stages)[rank]
+        for rank in set(range(workers)) - {victim}:
+            assert codes[rank] == 1 and f"Worker {victim} is lost" in said(tmp_path, workers)[rank]
     assert_same(tmp_path / "run", alone)
     state = tmp_path / "run" / "state"
     assert sorted(path.name for path in state.glob("worker*")) == [f"worker-{rank}-of-3" for rank in range(3)]
 
 
 def test_tied_tables_clipping_and_evaluation(gang: Crew, settings: dict[str, Any], tmp_path: Path) -> None:
-    """The norm is that of the stages' norms, so that clipping scales a little otherwise than one worker's."""
+    """The norm is that of the legs' norms, so that clipping scales a little otherwise than one worker's."""
     inputs = make_settings(tmp_path, tied=True)
     given = inputs | {"loss": "blocked", "clip": 0.5, "eval_data": inputs["data"], "eval_every": 2, "steps": 3}
     expected = run(gang, given, 1, tmp_path / "alone")
@@ -85,25 +85,24 @@ def numbers(run: Path) -> list[float]:
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"stages": 3}, "--stages 3 is for as many workers"),
         ({"sample_prompt": "w1"}, "--sample-prompt is for a whole model on each worker"),
         ({"model": "tied", "loss": "module"}, "have one weight"),
     ],
 )
-def test_what_stages_cannot_do_is_refused(
+def test_what_a_pipeline_cannot_do_is_refused(
     gang: Crew, settings: dict[str, Any], tmp_path: Path, more: dict[str, Any], message: str
 ) -> None:
     if more.get("model") == "tied":
         more = make_settings(tmp_path, tied=True) | {"loss": "module"}
-    told = {"settings": settings | {"out": str(tmp_path / "run"), "stages": 2} | more}
+    told = {"settings": settings | {"out": str(tmp_path / "run"), "pipeline": True} | more}
     assert gang.attempt("run", 2, tmp_path, told) == [1, 1]
     assert all(message in log for log in said(tmp_path, 2))
 
 
-def test_stages_stay_stages(gang: Crew, settings: dict[str, Any], tmp_path: Path) -> None:
+def test_a_pipeline_stays_one(gang: Crew, settings: dict[str, Any], tmp_path: Path) -> None:
     """As many workers that divide state instead of layers would find other blocks."""
     short = settings | {"steps": 1}
     run(gang, short, 2, tmp_path)
-    told = {"settings": short | {"out": str(tmp_path / "run"), "steps": 1, "stages": 1}}
+    told = {"settings": short | {"out": str(tmp_path / "run"), "steps": 1}}
     assert gang.attempt("run", 2, tmp_path, told) == [1, 1]
-    assert all("were 2 stages, and --stages is 1" in log for log in said(tmp_path, 2))
+    assert all("were a pipeline. Give --pipeline" in log for log in said(tmp_path, 2))

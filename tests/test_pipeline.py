@@ -1,4 +1,4 @@
-"""A model trained in stages, by real processes over Gloo, beside one worker that has all of it."""
+"""A pipeline of real processes over Gloo, beside one worker that has the whole model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from exactness import VOCABULARY
 from workers import Case, Crew, Found, crew
 
-from outsize.distributed.stage import order_of
+from outsize.distributed.pipeline import order_of
 
 
 @pytest.fixture(scope="module")
@@ -33,30 +33,30 @@ def assert_same(found: Found, expected: Found) -> None:
         assert torch.equal(found.weights[name], weight), name
 
 
-STAGED = Case(legs=(2, 2), steps=2)
+LINE = Case(legs=(2, 2), steps=2)
 
 
 @pytest.mark.parametrize(
     "case",
     [
-        STAGED,
-        replace(STAGED, pipeline="gpipe", placement="near", activations="keep"),
+        LINE,
+        replace(LINE, schedule="gpipe", placement="near", activations="keep"),
         Case(workers=3, legs=(2, 1, 1), precision="mixed", table_rows=40, family="qwen3", activations="move"),
         Case(legs=(1, 3), tied=True, table_rows=40, optimizer="muon", placement="mixed", activations="mixed"),
         Case(workers=4, legs=(1, 1, 1, 1), tied=True, table_rows=40, precision="mixed", sequences=5),
     ],
     ids=str,
 )
-def test_stages_give_the_bits_of_one_worker(gang: Crew, tmp_path: Path, case: Case) -> None:
+def test_a_pipeline_gives_the_bits_of_one_worker(gang: Crew, tmp_path: Path, case: Case) -> None:
     expected = gang.run(alone(case), tmp_path / "one")
-    assert_same(gang.run(case, tmp_path / "stages"), expected)
+    assert_same(gang.run(case, tmp_path / "line"), expected)
 
 
-def test_clipping_by_the_norm_of_all_stages(gang: Crew, tmp_path: Path) -> None:
-    """Squares are added by stage first: of n weights, the norm's relative difference is at most that of two sums of n terms
+def test_clipping_by_the_norm_of_all_legs(gang: Crew, tmp_path: Path) -> None:
+    """Squares are added by leg first: of n weights, the norm's relative difference is at most that of two sums of n terms
     in fp32, n eps. A step of gradient descent without momentum moves weights by no more than that differs."""
-    case = replace(STAGED, clip=0.1, optimizer="sgd", steps=1, tied=True, table_rows=40)
-    expected, found = gang.run(alone(case), tmp_path / "one"), gang.run(case, tmp_path / "stages")
+    case = replace(LINE, clip=0.1, optimizer="sgd", steps=1, tied=True, table_rows=40)
+    expected, found = gang.run(alone(case), tmp_path / "one"), gang.run(case, tmp_path / "line")
     slack = len(expected.weights) * torch.finfo(torch.float32).eps
     assert found.norms == pytest.approx(expected.norms, rel=slack) and found.norms != [None]
     for name, weight in expected.weights.items():
@@ -66,9 +66,9 @@ def test_clipping_by_the_norm_of_all_stages(gang: Crew, tmp_path: Path) -> None:
 
 def test_what_goes_over_the_wire(gang: Crew, tmp_path: Path) -> None:
     """Of each micro-batch its hidden states one way and their gradient the other; of a tied table, its gradient both ways."""
-    case = replace(STAGED, tied=True, table_rows=40, steps=2)
+    case = replace(LINE, tied=True, table_rows=40, steps=2)
     hidden, table = 4 * 16 * 64 * 4, 4 * VOCABULARY * 64
-    for moved in (each["moved"] for each in gang.run(case, tmp_path / "stages").ledgers):
+    for moved in (each["moved"] for each in gang.run(case, tmp_path / "line").ledgers):
         for way in (("host", "peer"), ("peer", "host")):
             assert moved[(*way, "activation")] == case.steps * hidden
             assert moved[(*way, "gradient")] == case.steps * table
@@ -95,13 +95,13 @@ class Recorder:
         return lambda *given, **named: []
 
 
-@pytest.mark.parametrize(("pipeline", "schedule"), [("gpipe", "ScheduleGPipe"), ("1f1b", "Schedule1F1B")])
-def test_micro_batches_come_in_the_order_of_torch_s_schedules(pipeline: str, schedule: str) -> None:
+@pytest.mark.parametrize(("schedule", "torchs"), [("gpipe", "ScheduleGPipe"), ("1f1b", "Schedule1F1B")])
+def test_micro_batches_come_in_the_order_of_torch_s_schedules(schedule: str, torchs: str) -> None:
     from torch.distributed.pipelining import schedules
 
     for stages, count in ((1, 1), (2, 4), (3, 3), (4, 7)):
         for stage in range(stages):
             asked: Any = Recorder(stages, stage)
-            torchs = getattr(schedules, schedule)(asked, count, loss_fn=lambda output, target: output.sum())
-            torchs._step_microbatches([()] * count, [{}] * count, [None] * count)
-            assert order_of(pipeline, stages, stage, count) == asked.order
+            known = getattr(schedules, torchs)(asked, count, loss_fn=lambda output, target: output.sum())
+            known._step_microbatches([()] * count, [{}] * count, [None] * count)
+            assert order_of(schedule, stages, stage, count) == asked.order

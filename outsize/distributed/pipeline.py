@@ -1,4 +1,4 @@
-"""A worker's place in a pipeline, in which each has other units of a model and hidden states go from stage to stage."""
+"""Workers in line, each with a leg of a model: hidden states go from one to the next, and their gradients back."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from outsize.distributed.group import Group
 HIDDEN = "activation"  # in the ledger
 
 
-def order_of(pipeline: str, stages: int, stage: int, micro_batches: int) -> list[tuple[bool, int]]:
-    """What a stage does in a step, one after the other: (forward, or else backward; of which micro-batch).
+def order_of(schedule: str, legs: int, leg: int, micro_batches: int) -> list[tuple[bool, int]]:
+    """What a worker does in a step, one thing after the other: (forward, or else backward; of which micro-batch).
 
     `gpipe` (arXiv 1811.06965): all forward, then all backward. `1f1b` (PipeDream-Flush, arXiv 2006.09503): once the first has
-    come back, each forward follows a backward, so that a stage holds what as many leave behind as stages follow it. As
+    come back, each forward follows a backward, so that no more are under way than workers follow. As
     `torch.distributed.pipelining` has them, whose import alone takes 73 MiB of each worker's memory."""
-    ahead = micro_batches if pipeline == "gpipe" else min(micro_batches, stages - stage)
+    ahead = micro_batches if schedule == "gpipe" else min(micro_batches, legs - leg)
     order = [(True, number) for number in range(ahead)]
     for number in range(micro_batches):
         order.append((False, number))
@@ -27,25 +27,25 @@ def order_of(pipeline: str, stages: int, stage: int, micro_batches: int) -> list
     return order
 
 
-class Stage:
-    """The only one: it has the whole model."""
+class Pipeline:
+    """Of one worker, who has the whole model."""
 
-    index, count = 0, 1
+    rank, size = 0, 1
 
     def take(self, like: torch.Tensor) -> torch.Tensor:
-        """Hidden states of the shape of `like` from the stage before."""
+        """Hidden states of the shape of `like` from the worker before."""
         return like
 
     def take_back(self, like: torch.Tensor) -> torch.Tensor:
-        """The gradient of what went to the stage after this one."""
+        """The gradient of what went to the worker after this one."""
         return like
 
     def pass_on(self, hidden: torch.Tensor) -> Callable[[], None]:
-        """Hidden states for the stage after this one; what is returned waits until they have gone."""
+        """Hidden states for the worker after this one; what is returned waits until they have gone."""
         return lambda: None
 
     def pass_back(self, gradient: torch.Tensor) -> Callable[[], None]:
-        """To the stage before, as `pass_on`."""
+        """To the worker before, as `pass_on`."""
         return lambda: None
 
     @contextmanager
@@ -55,35 +55,35 @@ class Stage:
         yield
 
     def norm(self, own: torch.Tensor) -> torch.Tensor:
-        """Of the norm of this stage's gradients, that of all."""
+        """Of the norm of this leg's gradients, that of all."""
         return own
 
     @property
     def first(self) -> bool:
-        return self.index == 0
+        return self.rank == 0
 
     @property
     def last(self) -> bool:
-        return self.index == self.count - 1
+        return self.rank == self.size - 1
 
 
-class OneOf(Stage):
-    """The stage of a worker of `group`, of whom each has one."""
+class Line(Pipeline):
+    """Of the workers of `group`, in their order."""
 
     def __init__(self, group: Group) -> None:
-        self.index, self.count, self._group = group.rank, group.size, group
+        self.rank, self.size, self._group = group.rank, group.size, group
 
     def take(self, like: torch.Tensor) -> torch.Tensor:
-        return self._take(self.index - 1, torch.empty_like(like).contiguous())
+        return self._take(self.rank - 1, torch.empty_like(like).contiguous())
 
     def take_back(self, like: torch.Tensor) -> torch.Tensor:
-        return self._take(self.index + 1, torch.empty_like(like).contiguous())
+        return self._take(self.rank + 1, torch.empty_like(like).contiguous())
 
     def pass_on(self, hidden: torch.Tensor) -> Callable[[], None]:
-        return self._group.pass_on(self.index + 1, hidden.detach().contiguous(), HIDDEN)
+        return self._group.pass_on(self.rank + 1, hidden.detach().contiguous(), HIDDEN)
 
     def pass_back(self, gradient: torch.Tensor) -> Callable[[], None]:
-        return self._group.pass_on(self.index - 1, gradient.contiguous(), HIDDEN)
+        return self._group.pass_on(self.rank - 1, gradient.contiguous(), HIDDEN)
 
     @contextmanager
     def both_ends(self, gradient: torch.Tensor) -> Iterator[None]:
@@ -92,9 +92,9 @@ class OneOf(Stage):
             yield
             self._group.take(0, gradient, "gradient")
         else:
-            self._group.take(self.count - 1, gradient, "gradient")
+            self._group.take(self.size - 1, gradient, "gradient")
             yield
-            self._group.pass_on(self.count - 1, gradient, "gradient")()
+            self._group.pass_on(self.size - 1, gradient, "gradient")()
 
     def norm(self, own: torch.Tensor) -> torch.Tensor:
         return torch.linalg.vector_norm(torch.tensor(self._group.each(float(own))))
