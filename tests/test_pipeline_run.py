@@ -9,8 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from test_workers_run import assert_same, make_settings, said, weights_of
 from workers import Crew, crew
+
+from outsize.api import export_run
+from outsize.train.optimizer_file import STEM
+from outsize.train.state import StateFolder
 
 STEPS = 5
 
@@ -44,6 +50,15 @@ def test_two_workers_in_line_write_the_model_that_one_worker_writes(
     found = run(gang, settings, 2, tmp_path)
     assert_same(found, alone)
     assert list(weights_of(found)) == list(weights_of(alone))
+    mine, others = states_of(found, tmp_path / "mine"), states_of(alone, tmp_path / "others")
+    assert mine.keys() == others.keys()
+    assert all(torch.equal(tensor, others[name]) for name, tensor in mine.items())
+
+
+def states_of(run: Path, folder: Path) -> dict[str, torch.Tensor]:
+    """The optimizer's, as `outsize checkpoint export --optimizer` writes them."""
+    export_run(run, StateFolder(run / "state"), None, folder, optimizer=True, masters=True, compress=False)
+    return load_file(folder / f"{STEM}.safetensors")
 
 
 def test_a_run_goes_on_with_other_numbers_of_workers(

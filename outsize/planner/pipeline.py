@@ -47,11 +47,11 @@ def plan_line(task: Task, workers: Sequence[Worker], settled: bool) -> list[Plan
     `settled`, the slowest worker gives one to a neighbour as long as that makes steps shorter.
 
     Raises BudgetError naming a worker who has too little, and as `plan_training`."""
-    known: Known = {}
-    found = _line(task, workers, known)
+    route, known = _route(task), {}
+    found = _line(task, route, workers, known)
     for _ in range(0 if settled else TRIES):
         moved = [replace(task, request=replace(task.request, legs=legs)) for legs in found.eased()]
-        best = min([found, *(_line(other, workers, known) for other in moved)], key=lambda line: line.seconds)
+        best = min([found, *(_line(other, route, workers, known) for other in moved)], key=lambda line: line.seconds)
         if best is found:
             break
         found = best
@@ -68,8 +68,13 @@ def leave_leg(model: nn.Module, plan: Plan, block_class: str | None) -> list[Uni
 
 def _route(task: Task) -> Route:
     """Raises ModelError where the model cannot be divided; so, too, where embedding and head have one weight that is no
-    table, as two workers would have a part of its gradient."""
+    table, as two workers would have a part of its gradient, and where the loss is made of what all layers say."""
     route = find_route(task.model)
+    if getattr(task.model.config, "output_router_logits", False):
+        raise ModelError(
+            f"{type(task.model).__name__} adds a loss of the routers of all layers, which no worker of a pipeline has. Set "
+            "output_router_logits to false in its config.json, or leave out --pipeline."
+        )
     shared = shared_with_head(task.model, route)
     if shared and not task.loss[0]:
         raise ModelError(
@@ -113,9 +118,9 @@ class _Line:
         return [as_slow(plan, self.seconds, said) for plan in self.plans]
 
 
-def _line(task: Task, workers: Sequence[Worker], known: Known) -> _Line:
+def _line(task: Task, route: Route, workers: Sequence[Worker], known: Known) -> _Line:
     """The first worker's plan says how often all commit."""
-    route, ends, plans = _route(task), [0, *accumulate(task.request.legs)], []
+    ends, plans = [0, *accumulate(task.request.legs)], []
     for rank, worker in enumerate(workers):
         key = (rank, ends[rank], ends[rank + 1])
         if key not in known:

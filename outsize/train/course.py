@@ -36,7 +36,7 @@ class Steps(Protocol):
 
 class Course(Protocol):
     def step(self, micro_batches: list[Batch], counts: Counts) -> float:
-        """Forward and backward of all; this worker's part of the loss."""
+        """Forward and backward of all. Returns the loss of the step; raises RunError when it is not finite."""
         ...
 
     def evaluate(self, batch: Batch, ending: Ending) -> float:
