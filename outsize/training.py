@@ -132,13 +132,16 @@ class _Training:
         units = find_units(model, self.settings.block_class)
         begin = self._beginning(model)
         plan = self._planned(model, units, data)
+        if self.speaks:
+            keep_companions(self.source, model, self.settings.out / COMPANIONS)
         if plan.legs:
             units = leave_leg(model, plan, self.settings.block_class)
         job = self._placed(model, units, plan, begin)
         if job.plan.blocked_loss and not self.continuing:
             check_loss(job, data)
         run = self._run(job, tokenizer)
-        self._keep_facts(model)
+        if self.speaks:
+            record(self.settings)
         first = self._recovered(run)
         if not self._trained(run, data, evaluation, first):
             return None
@@ -296,12 +299,6 @@ class _Training:
         retention = Retention(self.settings.keep_last, self.settings.keep_every)
         metrics = self.folder / "metrics.jsonl"
         return Run(job, self.state, metrics, self.progress, tokenizer, retention, about)
-
-    def _keep_facts(self, model: nn.Module) -> None:
-        """What a later call, or an export, wants to know of this one."""
-        if self.speaks:
-            keep_companions(self.source, model, self.settings.out / COMPANIONS)
-            record(self.settings)
 
     def _recovered(self, run: Run) -> int:
         """The number of steps that are committed."""

@@ -85,15 +85,16 @@ def shared_with_head(model: nn.Module, route: Route) -> tuple[str, ...]:
 
 class Absent(nn.Module):
     """In the place of a unit that another worker has: it gives back the hidden states that it is given; of an embedding,
-    zeros of their shape. What models ask their layers about themselves it knows."""
+    zeros of their shape, in `dtype` (None: that of its weight). What models ask their layers about themselves it knows."""
 
-    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(self, module: nn.Module, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         own = {"training", *self.__dict__}
         self.__dict__ |= {name: value for name, value in vars(module).items() if name not in own}
         self.__dict__.pop("forward", None)
-        self._width = module.embedding_dim if isinstance(module, nn.Embedding) else None
-        self._dtype = dtype
+        self._width: int | None = None
+        if isinstance(module, nn.Embedding):
+            self._width, self._dtype = module.embedding_dim, dtype or module.weight.dtype
 
     def forward(self, *given: Any, **named: Any) -> Any:
         if self._width is None:

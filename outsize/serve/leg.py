@@ -16,7 +16,7 @@ from torch import nn
 from torch.overrides import handle_torch_function, has_torch_function
 
 from outsize.distributed.relay import Relay
-from outsize.model.route import Leg, hidden_of, with_hidden
+from outsize.model.route import Absent, Leg, hidden_of, with_hidden
 
 Forward = Callable[..., Any]
 
@@ -28,7 +28,7 @@ class Cut:
         self._changed: list[tuple[nn.Module, Any]] = []
         route, (start, stop) = leg.route, leg.span
         for name in leg.others:
-            self._change(model, name, _absent)
+            self._change(model, name, lambda module, forward: Absent(module).forward)
         # On a worker of its own the head is the end of the last leg; the first worker's leg ends before, and goes on there.
         if start == 0:
             self._change(model, route.head, functools.partial(_taking, relay))
@@ -50,14 +50,6 @@ class Cut:
             if before is not None:
                 module.forward = before
         self._changed.clear()
-
-
-def _absent(module: nn.Module, forward: Forward) -> Forward:
-    """Another worker has the unit."""
-    if isinstance(module, nn.Embedding):
-        width, dtype = module.embedding_dim, module.weight.dtype
-        return lambda ids: ids.new_zeros((*ids.shape, width), dtype=dtype)
-    return lambda *given, **named: hidden_of(given, named)
 
 
 def _taking(relay: Relay, module: nn.Module, forward: Forward) -> Forward:
