@@ -135,8 +135,8 @@ def _part(task: Task, route: Route, rank: int) -> Task:
     model = bare_copy(task.model)
     leg = route.leg_to_train(task.request.legs, rank, shared_with_head(task.model, route))
     keep_leg(model, leg, find_precision(task.request.precision).compute)
-    request = replace(task.request, rank=rank)
-    return replace(task, model=model, units=find_units(model, task.block_class), request=request, whole=task)
+    request, units = replace(task.request, rank=rank), find_units(model, task.block_class)
+    return replace(task, model=model, units=units, request=request, micro_batches=task.batches, whole=task)
 
 
 def _plan(task: Task, worker: Worker) -> Plan:
