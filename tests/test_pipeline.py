@@ -17,7 +17,7 @@ from outsize.distributed.pipeline import order_of
 from outsize.errors import OptionError
 from outsize.machine.find import find_machine
 from outsize.model.units import find_units
-from outsize.plan import Plan, Request
+from outsize.plan import Request
 from outsize.planner.cluster import wire_of
 from outsize.planner.pipeline import even_legs, plan_line
 from outsize.planner.training import Place, Task
@@ -85,30 +85,18 @@ def test_what_goes_over_the_wire(gang: Crew, tmp_path: Path) -> None:
 
 
 def test_the_slowest_worker_gives_layers_away() -> None:
-    """One at a time, as long as steps become shorter; or when it has less memory, so that what it has must stream."""
-    model = tiny_model("llama", tied=True, layers=12, hidden=512)
+    """One at a time, as long as steps become shorter."""
+    model = tiny_model("llama", tied=True, layers=6, hidden=512)
     machine = find_machine("laptop")
     place = Place(machine, 200 << 20, 1 << 40, wire_of(machine, 1))
-    request = Request(8 << 30, sequence_length=32, accumulate=8)
+    request = Request(8 << 30, sequence_length=32, accumulate=4, activations="keep")
     task = Task(model, find_units(model), rule_of("adamw", {}), request, source_dtype=torch.float32)
-    assert even_legs(task, 2) == (6, 6) and even_legs(task, 12) == (1,) * 12
-    with pytest.raises(OptionError, match="12 layers cannot be divided among 13 workers"):
-        even_legs(task, 13)
-    begun = replace(task, request=request.in_line((10, 2), 1))
-    workers = [Worker(8 << 30, place)] * 2
-    kept, moved = plan_line(begun, workers, settled=True), plan_line(begun, workers, settled=False)
-    assert [plan.legs for plan in kept] == [(10, 2)] * 2 and [plan.legs for plan in moved] == [(7, 5)] * 2
-    assert [plan.rank for plan in moved] == [0, 1]
-    assert seconds(moved) < seconds(kept)
-    unlike = [workers[0], Worker(700 << 20, place)]
-    narrow = plan_line(replace(task, request=request.in_line((6, 6), 1)), unlike, settled=False)
-    assert narrow[0].legs[0] >= 6 and narrow[1].memory_bytes == 700 << 20
-
-
-def seconds(plans: list[Plan]) -> float:
-    (found,) = {plan.predicted.seconds_per_step for plan in plans if plan.predicted is not None}
-    assert found is not None
-    return found
+    assert even_legs(task, 2) == (3, 3) and even_legs(task, 6) == (1,) * 6
+    with pytest.raises(OptionError, match="6 layers cannot be divided among 7 workers"):
+        even_legs(task, 7)
+    plans = plan_line(replace(task, request=request.in_line((5, 1), 1)), [Worker(8 << 30, place)] * 2)
+    assert [plan.legs for plan in plans] == [(3, 3)] * 2 and [plan.rank for plan in plans] == [0, 1]
+    assert len({plan.predicted.seconds_per_step for plan in plans if plan.predicted is not None}) == 1
 
 
 class Recorder:

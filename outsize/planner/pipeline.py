@@ -42,7 +42,7 @@ def even_legs(task: Task, workers: int) -> tuple[int, ...]:
     return tuple(stop - start for start, stop in pairwise([*cuts, count]))
 
 
-def plan_line(task: Task, workers: Sequence[Worker], settled: bool) -> list[Plan]:
+def plan_line(task: Task, workers: Sequence[Worker], settled: bool = False) -> list[Plan]:
     """A plan for each worker, of which each has so many of the repeated units as the `legs` of `task` say. Unless these are
     `settled`, the slowest worker gives one to a neighbour as long as that makes steps shorter.
 
