@@ -44,13 +44,16 @@ def alone(gang: Crew, settings: dict[str, Any], tmp_path_factory: pytest.TempPat
     return run(gang, settings, 1, tmp_path_factory.mktemp("alone"))
 
 
-def test_two_workers_in_line_write_the_model_that_one_worker_writes(
-    gang: Crew, settings: dict[str, Any], alone: Path, tmp_path: Path
-) -> None:
-    found = run(gang, settings, 2, tmp_path)
-    assert_same(found, alone)
-    assert list(weights_of(found)) == list(weights_of(alone))
-    mine, others = states_of(found, tmp_path / "mine"), states_of(alone, tmp_path / "others")
+@pytest.fixture(scope="module")
+def line(gang: Crew, settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of two."""
+    return run(gang, settings, 2, tmp_path_factory.mktemp("line"))
+
+
+def test_two_workers_in_line_write_the_model_that_one_worker_writes(alone: Path, line: Path, tmp_path: Path) -> None:
+    assert_same(line, alone)
+    assert list(weights_of(line)) == list(weights_of(alone))
+    mine, others = states_of(line, tmp_path / "mine"), states_of(alone, tmp_path / "others")
     assert mine.keys() == others.keys()
     assert all(torch.equal(tensor, others[name]) for name, tensor in mine.items())
 
@@ -88,7 +91,6 @@ def test_tied_tables_clipping_and_evaluation(gang: Crew, settings: dict[str, Any
     expected = run(gang, given, 1, tmp_path / "alone")
     found = run(gang, given, 2, tmp_path / "staged")
     assert numbers(found) == pytest.approx(numbers(expected), rel=1e-5)
-    assert numbers(run(gang, given, 2, tmp_path / "again")) == numbers(found)
 
 
 def numbers(run: Path) -> list[float]:
@@ -114,10 +116,7 @@ def test_what_a_pipeline_cannot_do_is_refused(
     assert all(message in log for log in said(tmp_path, 2))
 
 
-def test_a_pipeline_stays_one(gang: Crew, settings: dict[str, Any], tmp_path: Path) -> None:
+def test_a_pipeline_stays_one(gang: Crew, settings: dict[str, Any], line: Path, tmp_path: Path) -> None:
     """As many workers that divide state instead of layers would find other blocks."""
-    short = settings | {"steps": 1}
-    run(gang, short, 2, tmp_path)
-    told = {"settings": short | {"out": str(tmp_path / "run"), "steps": 1}}
-    assert gang.attempt("run", 2, tmp_path, told) == [1, 1]
+    assert gang.attempt("run", 2, tmp_path, {"settings": settings | {"out": str(line)}}) == [1, 1]
     assert all("were a pipeline. Give --pipeline" in log for log in said(tmp_path, 2))
