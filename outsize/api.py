@@ -127,7 +127,7 @@ def planning(
     folder that holds nothing but config.json. Raises OptionError or ModelError; the plans raise BudgetError."""
     known = {
         "train": {field.name for field in fields(Request)}
-        - {"memory_bytes", "hold", "workers", "nodes", "weight_copies", "sequences", "shares", "rank"},
+        - {"memory_bytes", "hold", "workers", "nodes", "weight_copies", "sequences", "shares", "rank", "legs"},
         "serve": {"context", "concurrency", "step_tokens", "weights"},
     }.get(task)
     if known is None:

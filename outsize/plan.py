@@ -141,8 +141,10 @@ class Plan:
     share of every optimizer state; from the level `zero` 2 on also of gradients that wait, and of `split_weights`. Of
     these all together have `weight_copies`: one, or one on each of several `nodes`. What is divided is so in proportion to
     `shares`, equally if there are none, and so are a step's sequences to `sequences`; the plan is that of worker `rank`.
-    `packed`: weights near, in groups that are multiplied at once, which are held as the processor's matrix products
-    read them. `serving`: what a plan for serving says beside, and `served` what that means for requests."""
+    With `legs` they are a pipeline instead: each has so many of the repeated units, and micro-batches go from one to the
+    next in the order of `schedule` (gpipe or 1f1b). `packed`: weights near, in groups that are multiplied at once, which
+    are held as the processor's matrix products read them. `serving`: what a plan for serving says beside, and `served` what
+    that means for requests."""
 
     precision: str
     arena_bytes: int
@@ -169,6 +171,8 @@ class Plan:
     sequences: tuple[int, ...] = ()
     shares: tuple[int, ...] = ()
     rank: int = 0
+    legs: tuple[int, ...] = ()
+    schedule: str = "1f1b"
     packed: tuple[tuple[str, ...], ...] = ()
     memory_bytes: int | None = None
     predicted: Predicted | None = None
@@ -200,6 +204,8 @@ class Plan:
     @property
     def alike(self) -> tuple[Any, ...]:
         """What must be the same in the plans of all workers of a run."""
+        if self.legs:
+            return self.legs, self.schedule, self.blocked_loss, self.hold, self.commit_every
         return (
             *(self.activations, self.table_rows, self.blocked_loss, self.hold, self.commit_every),
             *(tuple(sorted(self.split_weights)), self.weight_copies, self.shares, self.sequences),
@@ -315,7 +321,8 @@ class Request:
     gradients too (2), weights too (3).
 
     `keeper`: memory that outlives the process is to hold the last step. `weight_copies`: how many there are already, as a
-    plan has it, and `sequences` and `shares`, too. `rank`: the worker that is planned for."""
+    plan has it, and `sequences` and `shares`, too. `rank`: the worker that is planned for. `legs`: how many of the
+    repeated units each worker has, where they divide these and nothing else."""
 
     memory_bytes: int
     sequence_length: int = 512
@@ -336,12 +343,27 @@ class Request:
     sequences: tuple[int, ...] = ()
     shares: tuple[int, ...] | None = None
     rank: int = 0
+    legs: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.zero not in (1, 2, 3):
             raise OptionError(f"ZeRO has no level {self.zero}; there are 1, 2 and 3.")
         if self.workers % self.nodes:
             raise OptionError(f"{self.workers} workers cannot be equally many on each of {self.nodes} nodes.")
+
+    @property
+    def schedule(self) -> str:
+        """The order in which each worker of a pipeline holds the activations of the fewest micro-batches."""
+        return "1f1b" if self.accumulate >= len(self.legs) else "gpipe"
+
+    @property
+    def underway(self) -> int:
+        """Micro-batches between their forward and their backward, at most."""
+        return min(self.accumulate, len(self.legs) - self.rank) if self.legs else self.accumulate
+
+    def in_line(self, legs: tuple[int, ...], nodes: int) -> Request:
+        """Each worker has so many of the repeated units, and does its part of the whole step."""
+        return replace(self, workers=len(legs), nodes=nodes, legs=legs)
 
     def divided(self, sequences: tuple[int, ...], nodes: int) -> Request:
         """What the worker with most to do does of the step that this one asks of all together, of which each is to do so

@@ -26,6 +26,7 @@ from outsize.memory.tier import Tier
 from outsize.memory.transfer import Transfers
 from outsize.model.fingerprint import Summed, fingerprint_model, fingerprint_weights
 from outsize.model.load import ModelSource, open_model
+from outsize.model.route import Leg
 from outsize.model.units import find_units
 from outsize.plan import INT8, STORED, Plan, ServeRequest
 from outsize.planner.serving import plan_serving
@@ -43,7 +44,6 @@ from outsize.serve.attention import use_paged_attention
 from outsize.serve.engine import Engine as StepEngine
 from outsize.serve.far_index import FarIndex
 from outsize.serve.int8 import Read, use_int8
-from outsize.serve.leg import Leg
 from outsize.serve.request import Sampling
 from outsize.serve.runner import Runner
 from outsize.serve.schedule import POLICIES

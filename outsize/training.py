@@ -26,7 +26,9 @@ from outsize.model.fingerprint import fingerprint_model, fingerprint_tokenizer, 
 from outsize.model.load import ModelSource, open_model
 from outsize.model.units import Unit, find_units
 from outsize.plan import Plan, Request, in_proportion
+from outsize.planner.asked import request_of
 from outsize.planner.check import check_plan, read_plan
+from outsize.planner.pipeline import even_legs, leave_leg, plan_line
 from outsize.planner.remembered import circumstances, recall, recall_slowness, remember, remember_slowness
 from outsize.planner.training import Place, Task, check_disk, plan_training
 from outsize.planner.workers import Worker, alike_disks, plan_workers
@@ -35,7 +37,7 @@ from outsize.train.data import PackedDataset, prepare
 from outsize.train.import_state import bring_optimizer, check_optimizer
 from outsize.train.interrupt import finishing_the_step
 from outsize.train.job import Job, bind
-from outsize.train.optimizer_file import read_optimizer
+from outsize.train.optimizer_file import OptimizerState, read_optimizer
 from outsize.train.optimizers import OptimizerRule
 from outsize.train.precision import find_precision
 from outsize.train.progress import Progress, Silent
@@ -128,11 +130,18 @@ class _Training:
             parameter.requires_grad_(True)
         self._agree(model, data)
         units = find_units(model, self.settings.block_class)
-        job = self._placed(model, units, data)
+        begin = self._beginning(model)
+        plan = self._planned(model, units, data)
+        if self.speaks:
+            keep_companions(self.source, model, self.settings.out / COMPANIONS)
+        if plan.legs:
+            units = leave_leg(model, plan, self.settings.block_class)
+        job = self._placed(model, units, plan, begin)
         if job.plan.blocked_loss and not self.continuing:
             check_loss(job, data)
         run = self._run(job, tokenizer)
-        self._keep_facts(model)
+        if self.speaks:
+            record(self.settings)
         first = self._recovered(run)
         if not self._trained(run, data, evaluation, first):
             return None
@@ -170,13 +179,16 @@ class _Training:
 
     # -- what goes where --------------------------------------------------------------------------------------------
 
-    def _placed(self, model: nn.Module, units: list[Unit], data: PackedDataset) -> Job:
+    def _beginning(self, model: nn.Module) -> OptimizerState | None:
+        """The optimizer's state with which the run is to begin, if any."""
+        if self.settings.optimizer_state is None or self.moved is not None or self.state.read() is not None:
+            return None
+        begin = read_optimizer(self.settings.optimizer_state)
+        check_optimizer(begin, model, self.rule)
+        return begin
+
+    def _placed(self, model: nn.Module, units: list[Unit], plan: Plan, begin: OptimizerState | None) -> Job:
         """The job, with all weights and states in the store."""
-        begin = None
-        if self.settings.optimizer_state is not None and self.moved is None and self.state.read() is None:
-            begin = read_optimizer(self.settings.optimizer_state)
-            check_optimizer(begin, model, self.rule)
-        plan = self._planned(model, units, data)
         store = open_store(plan, self.state, group=self.group)
         self.progress.message("bringing the weights into the store")
         bound = partial(bind, model, units, plan, self.rule, store, device=CPU, group=self.group)
@@ -196,17 +208,33 @@ class _Training:
                 f"The {group.size} workers of {settings.out} were on {begun.get('nodes', 1)} nodes, and now they are on "
                 f"{group.nodes}. Start them on as many as before, or another number of workers."
             )
-        sequences = group.first(lambda: tuple(begun.get("sequences", ())) or self._sequences())
-        copies = None if committed is None else begun.get("weight_copies", 1)
-        shares = group.first(lambda: tuple(begun.get("shares", ())) if committed is not None else self._told("shares"))
-        request = _request(settings, self.memory, group, copies, shares).divided(sequences, group.nodes)
+        task = Task(
+            *(model, units, self.rule, self._asked(begun, committed is not None), []),
+            *(self.source.stored_dtype, settings.block_class),
+        )
+        if settings.pipeline and group.size > 1:
+            legs = group.first(lambda: tuple(begun.get("legs", ())) or even_legs(task, group.size))
+            request = task.request.in_line(legs, group.nodes)
+        else:
+            sequences = group.first(lambda: tuple(begun.get("sequences", ())) or self._sequences())
+            request = task.request.divided(sequences, group.nodes)
         sample = data.batch(list(range(min(data.count, request.batch_size))))
-        batches = [sample] * request.accumulate
-        task = Task(model, units, self.rule, request, batches, self.source.stored_dtype, settings.block_class)
-        plan = self._made(task)
+        plan = self._made(replace(task, request=request, micro_batches=[sample] * request.accumulate))
         if self.speaks and not settings.json:
             _show(plan)
         return plan
+
+    def _asked(self, begun: dict[str, Any], committed: bool) -> Request:
+        """Of all workers together; `begun` is what the last committed step says."""
+        settings, group = self.settings, self.group
+        if committed and group.size > 1 and bool(begun.get("legs")) != settings.pipeline:
+            raise RunError(
+                f"The {group.size} workers of {settings.out} {'divided state' if settings.pipeline else 'were a pipeline'}. "
+                f"{'Leave out --pipeline' if settings.pipeline else 'Give --pipeline'}, or another number of workers."
+            )
+        copies = begun.get("weight_copies", 1) if committed else None
+        shares = group.first(lambda: tuple(begun.get("shares", ())) if committed else self._told("shares"))
+        return request_of(settings, self.memory, group, copies, shares)
 
     def _told(self, what: str) -> Any:
         """What a plan that was given says; None if there is none."""
@@ -251,6 +279,8 @@ class _Training:
         place = Place(found[0], baseline, disks[0], self.wire, crowd)
         places = [place.beside(machine, disk) for machine, disk in zip(found, disks, strict=True)]
         workers = [Worker(memory, place) for memory, place in zip(self.memories, places, strict=True)]
+        if task.request.legs:
+            return plan_line(task, workers, settled=self.state.read() is not None)
         make = plan_training if settings.plan is None else partial(check_plan, read_plan(settings.plan))
         return plan_workers(task, workers, make)
 
@@ -269,12 +299,6 @@ class _Training:
         retention = Retention(self.settings.keep_last, self.settings.keep_every)
         metrics = self.folder / "metrics.jsonl"
         return Run(job, self.state, metrics, self.progress, tokenizer, retention, about)
-
-    def _keep_facts(self, model: nn.Module) -> None:
-        """What a later call, or an export, wants to know of this one."""
-        if self.speaks:
-            keep_companions(self.source, model, self.settings.out / COMPANIONS)
-            record(self.settings)
 
     def _recovered(self, run: Run) -> int:
         """The number of steps that are committed."""
@@ -343,32 +367,6 @@ def _memories(settings: TrainSettings, group: Group) -> list[int]:
     free = _free_memory() // group.here if settings.memory is None else 0
     told, found = zip(*group.each(settings.memory or 0, free), strict=True)
     return [int(said or there) for said, there in zip(told, leveled(found), strict=True)]
-
-
-def _request(
-    settings: TrainSettings, memory: int, group: Group, copies: int | None, shares: tuple[int, ...] | None
-) -> Request:
-    """`copies`: how many of split weights there are already; `shares`: in which proportion state is divided, if that is
-    settled."""
-    for option, given in (("--keeper", settings.keeper), ("--replan", settings.replan)):
-        if given and group.size > 1:
-            raise OptionError(f"{option} is for one worker, and there are {group.size}. Leave it out, or --workers.")
-    return Request(
-        memory,
-        settings.sequence_length,
-        settings.batch_size,
-        settings.accumulate,
-        settings.precision,
-        settings.moments,
-        settings.clip,
-        loss=settings.loss,
-        activations=settings.activations,
-        commit_every=settings.commit_every,
-        keeper=settings.keeper,
-        zero=settings.zero,
-        weight_copies=copies,
-        shares=shares,
-    )
 
 
 def _show(plan: Plan) -> None:

@@ -19,6 +19,7 @@ from outsize.memory.store import Store
 from outsize.memory.tier import Tier
 from outsize.memory.transfer import Transfers
 from outsize.model.attach import Attachment
+from outsize.model.route import Leg
 from outsize.model.units import find_units
 from outsize.plan import KvLayer, Plan, Serving
 from outsize.planner.legs import find_route
@@ -26,7 +27,6 @@ from outsize.planner.serving import discover, page_size
 from outsize.serve.attention import use_paged_attention
 from outsize.serve.engine import Engine
 from outsize.serve.far_index import FarIndex
-from outsize.serve.leg import Leg
 from outsize.serve.request import Event, Request, Sampling
 from outsize.serve.runner import Runner
 from outsize.serve.schedule import POLICIES

@@ -29,7 +29,7 @@ from torch import nn
 from torch.nn import functional
 
 from outsize.errors import ModelError, RunError
-from outsize.train.job import base_model
+from outsize.train.ending import base_model
 from outsize.train.loss import Head, HeadBlock, blocked_cross_entropy, next_tokens
 from outsize.train.optimizers import default_rule
 
@@ -213,6 +213,17 @@ def test_a_held_update_comes_before_the_rows_of_a_table_in_one_block_are_gathere
         job.flush()
         assert_idle(job)
     assert found[0] == found[1]
+
+
+def test_micro_batches_share_a_table_in_one_block(tmp_path: Path) -> None:
+    """Each gathers rows of its own, whichever of them runs."""
+    found = []
+    for rows in (VOCABULARY, ROWS):
+        setting = Setting("fp32", "near", 2, table_rows=rows)
+        (tmp_path / str(rows)).mkdir()
+        job = make_job(make_model("llama", True), ADAMW, setting, tmp_path / str(rows))
+        found.append([job.train_step(micro_batches).loss for micro_batches in make_batches(3, 2)])
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
 def test_a_frozen_table_is_left_alone(tmp_path: Path) -> None:

@@ -26,15 +26,19 @@ from workers import Case
 from outsize.commands.serving_options import joined
 from outsize.distributed.launch import LISTENING
 from outsize.distributed.workers import find_group
+from outsize.model.route import keep_leg, shared_with_head
 from outsize.model.units import find_units
 from outsize.plan import Plan
+from outsize.planner.legs import find_route
 from outsize.serve.engine import Engine
 from outsize.train.job import Job, always_near
 from outsize.train.optimizers import OptimizerRule, default_rule
+from outsize.train.precision import find_precision
 
 
 def serve() -> None:
-    make_model("llama")  # imports that the workers then have
+    for family in ("llama", "qwen3"):  # imports that the workers then have
+        find_route(make_model(family))
     for line in sys.stdin:
         told = json.loads(line)
         if "family" in told["told"]:
@@ -99,8 +103,13 @@ def optimizer(name: str) -> OptimizerRule:
     return default_rule(name, {"lr": 0.05 if name == "sgd" else 0.01})
 
 
+def sharers(case: Case) -> int:
+    """Workers that divide a step's sequences."""
+    return 1 if case.legs else case.workers
+
+
 def plan_of(model: nn.Module, case: Case) -> Plan:
-    micro_batches = -(-case.sequences // (case.workers * case.batch))
+    micro_batches = -(-case.sequences // (sharers(case) * case.batch))
     setting = Setting(
         case.precision,
         case.placement,
@@ -112,6 +121,8 @@ def plan_of(model: nn.Module, case: Case) -> Plan:
     plan = make_plan(model, setting)
     if case.workers == 1:
         return plan
+    if case.legs:
+        return replace(plan, workers=case.workers, legs=tuple(case.legs), schedule=case.schedule)
     whole = {name for name, _ in plan.table_rows} | always_near(find_units(model))
     large = {name for name, p in model.named_parameters() if p.numel() > case.split and name not in whole}
     split = frozenset(large) if case.zero == 3 else frozenset()
@@ -127,12 +138,29 @@ def plan_of(model: nn.Module, case: Case) -> Plan:
     )
 
 
+def in_line(model: nn.Module, plan: Plan, rank: int) -> Plan:
+    """Leave of the model, and of the plan, what this worker has."""
+    route = find_route(model)
+    leg = route.leg_to_train(plan.legs, rank, shared_with_head(model, route))
+    keep_leg(model, leg, find_precision(plan.precision).compute)
+    own = dict(model.named_parameters())
+    return replace(
+        plan,
+        rank=rank,
+        activations=tuple((name, how) for name, how in plan.activations if leg.has(name)),
+        table_rows=tuple((name, rows) for name, rows in plan.table_rows if name in own),
+    )
+
+
 def _train(folder: Path, told: dict[str, Any]) -> None:
     case, group = Case(**told), find_group()
     model = make_model(case.family, case.tied, hidden=case.hidden)
+    plan = plan_of(model, case)
+    if case.legs:
+        plan = in_line(model, plan, group.rank)
     own = folder / f"worker-{group.rank}"
     own.mkdir()
-    job = bind_job(model, optimizer(case.optimizer), plan_of(model, case), own, group)
+    job = bind_job(model, optimizer(case.optimizer), plan, own, group)
     losses, norms = [], []
     start = dict(group.ledger.moved)
     for micro_batches in batches_of(case, group.rank):
@@ -154,7 +182,9 @@ def _train(folder: Path, told: dict[str, Any]) -> None:
 def batches_of(case: Case, rank: int) -> Iterator[list[dict[str, torch.Tensor]]]:
     """The micro-batches of a worker, step by step."""
     for sequences in make_batches(case.steps, case.sequences, sequences=1):
-        mine = range(len(sequences) * rank // case.workers, len(sequences) * (rank + 1) // case.workers)
+        mine = range(len(sequences))
+        if not case.legs:
+            mine = range(len(sequences) * rank // case.workers, len(sequences) * (rank + 1) // case.workers)
         yield [
             {
                 key: torch.cat([sequences[index][key] for index in mine[first : first + case.batch]])

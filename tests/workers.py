@@ -22,7 +22,7 @@ class Case:
     """A job that `workers` train for `steps` steps over `sequences` sequences a step, in micro-batches of `batch`.
 
     `split`: of ZeRO 3, weights of more elements than this, of which there are so many `copies`. `parts`:
-    in which proportion they divide state."""
+    in which proportion they divide state. `legs`: how many layers each has instead, in a pipeline."""
 
     workers: int = 2
     zero: int = 3
@@ -42,11 +42,13 @@ class Case:
     nodes: int = 1
     copies: int = 1
     parts: tuple[int, ...] = ()
+    legs: tuple[int, ...] = ()
+    schedule: str = "1f1b"
 
 
 @dataclass
 class Found:
-    """What the workers found: losses, norms and weights of the first, and what each held, moved and waited for."""
+    """What the workers found: losses, norms and weights (of a pipeline, of all), and what each held, moved and waited for."""
 
     losses: list[float]
     norms: list[float | None]
@@ -76,8 +78,8 @@ class Crew:
         folder.mkdir(parents=True)
         self.call("train", case.workers, folder, asdict(case))
         found = [torch.load(folder / f"found-{rank}", weights_only=False) for rank in range(case.workers)]
-        said = [found[0][what] for what in ("losses", "norms", "weights")]
-        self._found[case] = Found(*said, [each["ledger"] for each in found])
+        weights = {name: weight for each in reversed(found) for name, weight in each["weights"].items()}
+        self._found[case] = Found(found[0]["losses"], found[0]["norms"], weights, [each["ledger"] for each in found])
         return self._found[case]
 
     def call(self, do: str, workers: int, folder: Path, told: dict[str, Any]) -> None:

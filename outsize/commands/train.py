@@ -55,6 +55,7 @@ def train(
     plan: options.PlanFile = None,
     replan: options.Replan = False,
     workers: options.Workers = 1,
+    pipeline: options.Pipeline = False,
     zero: options.Zero = 3,
     worker_timeout: options.WorkerTimeout = 30.0,
     json_lines: Json = False,

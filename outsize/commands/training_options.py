@@ -70,6 +70,10 @@ Replan = Annotated[
 Workers = Annotated[
     int, typer.Option(min=1, help="Processes on this machine that divide state and batch; --memory is for each.")
 ]
+Pipeline = Annotated[
+    bool,
+    typer.Option(help="Each of the workers has a run of layers, and micro-batches go from one to the next."),
+]
 Zero = Annotated[
     int, typer.Option(min=1, max=3, help="Workers divide optimizer state (1), gradients too (2), weights too (3).")
 ]

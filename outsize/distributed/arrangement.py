@@ -53,6 +53,11 @@ class Arrangement:
     def tier(self, level: int) -> str:
         return self.levels[level][0]
 
+    def tier_of(self, peer: int) -> str:
+        """Where what another worker holds is, seen from here."""
+        near = dict(self.levels).get(PEER, 1)
+        return PEER if peer // near == self.rank // near else REMOTE
+
     def circle(self, level: int, rank: int | None = None) -> range:
         """Those who exchange with this worker over the links of `level`, itself among them, in order: each stands in its own
         group where this one does in its."""

@@ -4,6 +4,7 @@ may be of any size, nothing is sent twice, and sums are taken in the order of th
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import distributed
@@ -18,19 +19,37 @@ class Unreachable(RuntimeError):
         self.peer = peer
 
 
+@dataclass(frozen=True)
+class Begun:
+    """Some of what is on its way; `tensors` are to stay until it is there. `peer`: with whom, if it is one."""
+
+    work: distributed.Work
+    tensors: list[torch.Tensor]
+    peer: int | None
+
+
 def exchange(outgoing: Mapping[int, torch.Tensor], incoming: Mapping[int, torch.Tensor]) -> None:
     """Send to workers, and receive from them: bytes, whatever they mean. Raises Unreachable."""
+    finish(begin(outgoing, incoming))
+
+
+def begin(outgoing: Mapping[int, torch.Tensor], incoming: Mapping[int, torch.Tensor]) -> list[Begun]:
+    """As `exchange`, which ends with `finish`: until then the tensors must stay, and what is sent must not change."""
     operations = [P2POp(distributed.isend, _bytes(data), peer) for peer, data in outgoing.items() if data.numel()]
     operations += [P2POp(distributed.irecv, _bytes(data), peer) for peer, data in incoming.items() if data.numel()]
-    if not operations:
-        return
-    works = distributed.batch_isend_irecv(operations)
-    for index, work in enumerate(works):
+    works = distributed.batch_isend_irecv(operations) if operations else []
+    known = len(works) == len(operations)  # NCCL has one for all
+    tensors = [*outgoing.values(), *incoming.values()]
+    return [Begun(work, tensors, operations[index].peer if known else None) for index, work in enumerate(works)]
+
+
+def finish(exchanges: list[Begun]) -> None:
+    """Raises Unreachable."""
+    for begun in exchanges:
         try:
-            work.wait()
+            begun.work.wait()
         except RuntimeError as problem:
-            known = len(works) == len(operations)  # NCCL has one for all
-            raise Unreachable(operations[index].peer if known else None, problem) from problem
+            raise Unreachable(begun.peer, problem) from problem
 
 
 def _bytes(data: torch.Tensor) -> torch.Tensor:

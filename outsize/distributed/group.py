@@ -65,6 +65,18 @@ class Group:
     def send(self, outgoing: Messages, incoming: Messages) -> None:
         """Exchange bytes: worker -> tensor to send, and worker -> tensor to fill."""
 
+    def begin(self, outgoing: Messages) -> Callable[[], None]:
+        """Send while this worker goes on; what is returned waits until all has gone. Till then nobody may change it."""
+        return lambda: None
+
+    def take(self, peer: int, into: torch.Tensor, kind: str) -> torch.Tensor:
+        """Fill a tensor with what that worker has for this one. `kind`: in the ledger."""
+        return into
+
+    def pass_on(self, peer: int, data: torch.Tensor, kind: str) -> Callable[[], None]:
+        """The other side of `take`, as `begin`."""
+        return self.begin({peer: data})
+
     def each(self, *numbers: float) -> list[tuple[float, ...]]:
         """What every worker says here, in their order."""
         return [numbers]
@@ -138,6 +150,15 @@ class Several(Group):
             for version in versions[1:]:
                 total.add_(version)
         return total
+
+    def take(self, peer: int, into: torch.Tensor, kind: str) -> torch.Tensor:
+        self.send({}, {peer: into})
+        self._count(self.arrangement.tier_of(peer), kind, 0, into.nbytes)
+        return into
+
+    def pass_on(self, peer: int, data: torch.Tensor, kind: str) -> Callable[[], None]:
+        self._count(self.arrangement.tier_of(peer), kind, data.nbytes, 0)
+        return self.begin({peer: data})
 
     def _versions(
         self, level: int, spans: tuple[range, ...], total: torch.Tensor, start: int

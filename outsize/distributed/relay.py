@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from outsize.distributed.arrangement import PEER, REMOTE
 from outsize.distributed.group import NUMBER, Group, Messages
 from outsize.errors import RunError
 
@@ -96,11 +95,11 @@ class Ring(Relay):
     def _send(self, outgoing: dict[int, torch.Tensor], kind: str) -> None:
         self._exchange(outgoing, {})
         for peer, message in outgoing.items():
-            self._group.ledger.move("host", self._tier(peer), {kind: message.nbytes})
+            self._group.ledger.move("host", self._group.arrangement.tier_of(peer), {kind: message.nbytes})
 
     def _receive(self, peer: int, into: torch.Tensor, kind: str) -> torch.Tensor:
         self._exchange({}, {peer: into})
-        self._group.ledger.move(self._tier(peer), "host", {kind: into.nbytes})
+        self._group.ledger.move(self._group.arrangement.tier_of(peer), "host", {kind: into.nbytes})
         return into
 
     def _exchange(self, outgoing: Messages, incoming: Messages) -> None:
@@ -109,9 +108,3 @@ class Ring(Relay):
         except RunError:
             self._lost = True
             raise
-
-    def _tier(self, peer: int) -> str:
-        """Where what this peer holds is, seen from here."""
-        levels = self._group.arrangement.levels
-        near = dict(levels).get(PEER, 1)
-        return PEER if peer // near == self.rank // near else REMOTE

@@ -12,7 +12,7 @@ import torch
 from torch import distributed
 
 from outsize.distributed.arrangement import REMOTE, Arrangement
-from outsize.distributed.collectives import Unreachable, exchange
+from outsize.distributed.collectives import Begun, Unreachable, begin, exchange, finish
 from outsize.distributed.group import Group, Messages, Several
 from outsize.distributed.launch import CONTINUES
 from outsize.distributed.meeting import meet
@@ -47,6 +47,11 @@ class Workers(Several):
 
     def send(self, outgoing: Messages, incoming: Messages) -> None:
         self._wait(lambda: exchange(outgoing, incoming))
+
+    def begin(self, outgoing: Messages) -> Callable[[], None]:
+        begun: list[Begun] = []
+        self._wait(lambda: begun.extend(begin(outgoing, {})))
+        return lambda: self._wait(lambda: finish(begun))
 
     def each(self, *numbers: float) -> list[tuple[float, ...]]:
         said = torch.tensor(numbers, dtype=torch.float64)

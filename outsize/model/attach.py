@@ -93,6 +93,7 @@ class Attachment:
             self._rest(weight)
             if weight.trainable:
                 self._handles.append(weight.parameter.register_post_accumulate_grad_hook(self._taker(weight)))
+        self._tables = {name for name, _ in plan.table_rows}
         self._mover = Mover(store, plan.moved_tensor_bytes, self._held_anyway())
         activations = dict(plan.activations)
         self.units = [self._bind(u, activations.pop(u.name, KEEP)) for u in units if not u.encloses]
@@ -122,8 +123,8 @@ class Attachment:
             raise OptionError(
                 f"Activations of {unit.name} are to wait in {activations.home!r}, which is not a tier here."
             )
-        names = [name for name, _ in unit.parameters if name in self.weights and name not in self._resident]
-        moving = [self.weights[name] for name in names]
+        names = dict.fromkeys(name for name, _ in unit.parameters if name in self.weights)
+        moving = [self.weights[name] for name in names if name not in self._resident.keys() | self._tables]
         whole = tuple(weight for weight in dict.fromkeys(moving) if weight.whole)
         attached = AttachedUnit(unit, whole, activations, unit.module.forward)
         if whole:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from outsize.errors import ModelError
+from outsize.model.route import Absent
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def _repeated_blocks(model: nn.Module) -> set[str]:
             continue
         if not isinstance(module, (nn.ModuleList, nn.Sequential)) or len(module) < 2:
             continue
-        children = list(module.named_children())
+        children = [(name, child) for name, child in module.named_children() if not isinstance(child, Absent)]
         if len({type(child) for _, child in children}) == 1 and all(
             any(True for _ in c.parameters()) for _, c in children
         ):

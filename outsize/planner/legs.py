@@ -19,10 +19,10 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from outsize.errors import ModelError, OptionError
+from outsize.model.route import Route, hidden_of
 from outsize.model.units import Unit, find_units
 from outsize.planner.trial import measurable, on_fake_tensors
 from outsize.serve.attention import Discovery
-from outsize.serve.leg import Route, hidden_of
 
 
 @dataclass
@@ -103,8 +103,8 @@ def _check_absence(model: nn.Module, name: str, calls: _Calls) -> None:
 
 def _undivided(model: nn.Module, why: str) -> ModelError:
     return ModelError(
-        f"{type(model).__name__} cannot be served by several workers: {why}. Serve it with one, which streams what does "
-        "not fit."
+        f"{type(model).__name__} cannot be divided among workers by its layers: {why}. Give it to one, which streams what "
+        "does not fit."
     )
 
 

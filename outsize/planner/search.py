@@ -82,6 +82,8 @@ class JobSizes:
             sequences=request.sequences,
             shares=request.shares or (),
             rank=request.rank,
+            legs=request.legs,
+            schedule=request.schedule,
             memory_bytes=request.memory_bytes,
         )
 
@@ -361,6 +363,11 @@ class Search:
         if request.workers == 1:
             return ()
         divided = ", ".join(("optimizer state", "gradients", "weights")[: request.zero])
+        if request.legs:
+            return (
+                f"pipeline: {', '.join(map(str, request.legs))} layers each, this is number {request.rank + 1}; the "
+                f"{request.accumulate} micro-batches of a step go through them in the order of {plan.schedule}",
+            )
         copies = f"; of the weights each of {plan.weight_copies} nodes has a copy" if plan.weight_copies > 1 else ""
         links = (
             f"{format_size(int(link.bytes_per_second))}/s and {1e6 * link.latency:.0f} us to workers of "

@@ -12,6 +12,7 @@ from torch import nn
 from outsize.errors import BudgetError, OptionError
 from outsize.machine.allocator import LARGEST_RECYCLED, Ceiling
 from outsize.memory.tier import pages
+from outsize.model.route import Leg
 from outsize.model.units import Unit
 from outsize.model.vocabulary import Table
 from outsize.plan import INT8, KvLayer, Plan, Predicted, ServeRequest, Serving
@@ -23,7 +24,6 @@ from outsize.planner.trial import measurable, on_fake_tensors
 from outsize.serve.attention import Discovery, context_limit
 from outsize.serve.cache import page_shape
 from outsize.serve.layout import Span
-from outsize.serve.leg import Leg
 from outsize.serve.products import LinearCalls, can_pack
 from outsize.sizes import format_size
 from outsize.train.job import always_near, users_of

@@ -21,6 +21,7 @@ from outsize.machine.machine import Machine
 from outsize.memory.null import NullTier
 from outsize.memory.store import Store
 from outsize.memory.transfer import Transfers
+from outsize.model.route import Leg
 from outsize.plan import KvLayer, Plan, Served
 from outsize.planner.prices import Prices, is_view
 from outsize.planner.script import Live
@@ -28,7 +29,7 @@ from outsize.planner.trial import Watched, on_fake_tensors
 from outsize.serve.attention import Paged
 from outsize.serve.cache import Cache
 from outsize.serve.layout import Layout, Span
-from outsize.serve.leg import Cut, Leg
+from outsize.serve.leg import Cut
 
 
 @dataclass(frozen=True)

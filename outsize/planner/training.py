@@ -49,6 +49,18 @@ class Task:
     micro_batches: list[Batch] = field(default_factory=list)
     source_dtype: torch.dtype = torch.bfloat16
     block_class: str | None = None
+    whole: Task | None = None
+    """Of all workers of a pipeline, where this is what one of them has."""
+
+    @cached_property
+    def loss(self) -> tuple[bool, dict[str, int]]:
+        """Whether the head is computed in blocks, and of how many rows those of its tables are that the model here has."""
+        if self.whole is not None:
+            blocked, rows = self.whole.loss
+            own = dict(self.model.named_parameters())
+            return blocked, {name: count for name, count in rows.items() if name in own}
+        blocked, tables = _loss_choice(self.model, self.request)
+        return blocked, {name: table_rows(parameter) for name, parameter in tables.items()}
 
     @cached_property
     def batches(self) -> list[Batch]:
@@ -57,13 +69,14 @@ class Task:
     @cached_property
     def jobs(self) -> list[JobSizes]:
         """By how many copies of split weights there are: the most, and so the fewest bytes on slow links, first."""
-        blocked, tables = _loss_choice(self.model, self.request)
-        rows = {name: table_rows(parameter) for name, parameter in tables.items()}
+        blocked, rows = self.loss
         hold = self.request.hold or self.request.clip is not None
         return [sizes_of_job(self, rows, blocked, hold, copies) for copies in self._copies()]
 
     def _copies(self) -> list[int]:
         request = self.request
+        if request.legs:
+            return [1]
         if request.weight_copies is not None:
             return [request.weight_copies]
         possible = Arrangement.of(0, request.workers, request.nodes).copies[:-1]
@@ -169,7 +182,7 @@ class Planning:
     @cached_property
     def _kept(self) -> int:
         task = self._task
-        return task.request.accumulate * kept_bytes(task.model, task.units, task.batches[0])
+        return task.request.underway * kept_bytes(task.model, task.units, task.batches[0])
 
     def search(self, how: Activations, job: JobSizes | None = None) -> Search:
         """Ready to search; it need not fit. `job`: one of the task's."""

@@ -78,10 +78,11 @@ def _together(plans: list[Plan]) -> list[Plan]:
     """Each waits for the slowest."""
     seconds = max(plan.predicted.seconds_per_step or 0.0 for plan in plans if plan.predicted is not None)
     said = f"shares: {'; '.join(_say(plans))}"
-    return [_as_slow(plan, seconds, said) for plan in plans]
+    return [as_slow(plan, seconds, said) for plan in plans]
 
 
-def _as_slow(plan: Plan, seconds: float, said: str) -> Plan:
+def as_slow(plan: Plan, seconds: float, said: str) -> Plan:
+    """With steps of so many seconds, as others take longer. `said` is why."""
     predicted = plan.predicted
     assert predicted is not None and predicted.seconds_per_step is not None
     slower = seconds / predicted.seconds_per_step

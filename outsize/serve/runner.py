@@ -12,12 +12,13 @@ from torch import nn
 from outsize.distributed.relay import Relay
 from outsize.memory.store import Store
 from outsize.model.attach import Attachment
+from outsize.model.route import Leg
 from outsize.plan import Serving
 from outsize.serve.attention import Paged
 from outsize.serve.cache import Cache
 from outsize.serve.far_index import FarIndex
 from outsize.serve.layout import Layout, Span
-from outsize.serve.leg import Cut, Leg
+from outsize.serve.leg import Cut
 from outsize.serve.places import Places
 from outsize.serve.recording import Forward, Inputs, record
 

@@ -8,11 +8,13 @@ Of several workers each gets the sum over all of them of its own share, and appl
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from outsize.distributed.pipeline import Pipeline
 from outsize.errors import RunError
 from outsize.memory.block import make_block
 from outsize.memory.store import Lease, Store
@@ -36,7 +38,8 @@ class Settled:
 class Gradients:
     """Takes gradients of `weights`. `hold` keeps them until `settle`; `home` is the tier of those that must wait. With
     `exchange_late` (ZeRO 1) held gradients wait whole, and workers exchange them in `settle`; otherwise as they come. With
-    `added_up` some workers have several micro-batches, if not all."""
+    `added_up` some workers have several micro-batches, if not all. `apart`: so many come one after the other,
+    and between them sums go home; 0: all of them together, unit by unit. `pipeline`: what legs of the model are where."""
 
     def __init__(
         self,
@@ -47,11 +50,13 @@ class Gradients:
         hold: bool,
         exchange_late: bool = False,
         added_up: bool = False,
+        apart: int = 0,
+        pipeline: Pipeline | None = None,
     ) -> None:
         self.store, self.attachment, self.updater, self.hold = store, attachment, updater, hold
         self.group, self._late, self._added_up = updater.group, exchange_late, added_up
         self.groups: list[dict[str, Any]] = []
-        self._home = home
+        self._home, self._apart, self._pipeline = home, apart, pipeline or Pipeline()
         self._arrived: dict[str, int] = {}
         self._open: dict[str, Lease] = {}
         self._partial: set[str] = set()  # blocks to whose gradient micro-batches are being added
@@ -67,12 +72,14 @@ class Gradients:
     def take(self, weight: Weight, gradient: torch.Tensor) -> None:
         """A whole weight's gradient of one micro-batch."""
         self._check_finite(weight, gradient)
-        block, lanes = weight.blocks[0], self.attachment.lanes.count
+        block, expected = weight.blocks[0], self._apart or self.attachment.lanes.count
         arrived = self._arrived[weight.name] = self._arrived.get(weight.name, 0) + 1
-        if lanes > 1:
+        if expected > 1:
             self._add(weight, block, gradient)
-            if arrived == lanes:
+            if arrived == expected:
                 self._complete(weight, block)
+            elif self._apart:
+                self.pause_block(block)
             return
         self._complete(weight, block, gradient)
         if not self.hold:
@@ -88,10 +95,14 @@ class Gradients:
         self._add(table.weight, block, gradient)
         if last:
             self._complete(table.weight, block)
+        elif self._apart:
+            self.pause_block(block)
 
     def pause_block(self, block: RowBlock) -> None:
         """No more comes to the block for now: its gradient may leave."""
-        self._open.pop(block.name).release()
+        lease = self._open.pop(block.name, None)
+        if lease is not None:
+            lease.release()
 
     def take_rows(self, table: Table, rows: torch.Tensor, gradient: torch.Tensor) -> None:
         """An embedding's gradient of one micro-batch: it waits, small, until all have come."""
@@ -104,12 +115,14 @@ class Gradients:
         for block in table.weight.blocks:
             if block.name not in self._partial:
                 self._add(table.weight, block, None)
-            lease = self._lease(table.weight, block)
-            for rows, gradient in arrived:
-                inside = ((rows >= block.start) & (rows < block.stop)).nonzero().view(-1)
-                target = lease.tensors[GRADIENT]
-                target.index_add_(0, rows[inside] - block.start, gradient[inside].to(target.dtype))
+            target = self._lease(table.weight, block).tensors[GRADIENT]
+            with self._pipeline.both_ends(target) if table.heads else nullcontext():
+                for rows, gradient in arrived:
+                    inside = ((rows >= block.start) & (rows < block.stop)).nonzero().view(-1)
+                    target.index_add_(0, rows[inside] - block.start, gradient[inside].to(target.dtype))
             self._complete(table.weight, block)
+            if not self._pipeline.first:
+                self._norms.pop(block.name, None)  # the first worker has it, too
 
     def _check_finite(self, weight: Weight, gradient: torch.Tensor) -> None:
         if not torch.isfinite(gradient.sum()):
@@ -200,10 +213,11 @@ class Gradients:
         self._arrived.clear()
 
     def norm(self) -> torch.Tensor:
-        """The global norm of what is held: of the norms by weight, as `torch.nn.utils.clip_grad_norm_` computes it."""
+        """The global norm of what is held: of the norms by weight, as `torch.nn.utils.clip_grad_norm_` computes it; of
+        several legs, of theirs."""
         order = [block.name for weight in self.attachment.weights.values() for block in weight.blocks]
         own = torch.stack([self._norms[name] for name in order if name in self._norms]).tolist()
-        return torch.linalg.vector_norm(torch.tensor(self.group.each(*own)))
+        return self._pipeline.norm(torch.linalg.vector_norm(torch.tensor(self.group.each(*own))))
 
     def settle(self, groups: list[dict[str, Any]], clip: float | None) -> float | None:
         """Held gradients belong to a step now: each is applied before its weight is next used. Returns their norm."""

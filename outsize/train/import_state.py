@@ -58,7 +58,7 @@ def bring_optimizer(updater: Updater, weights: Mapping[str, Weight], stored: Opt
 
     `stored` has passed `check_optimizer`. Raises ModelError when files are damaged."""
     for name, state in stored.parameters.items():
-        for block in weights[name].blocks:
+        for block in weights[name].blocks if name in weights else ():  # of a pipeline other workers have the rest
             for chunk in updater.chunks[block.name]:
                 _fill(updater, weights[name], block, chunk, state)
 

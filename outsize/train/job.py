@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from outsize.distributed.group import Group
+from outsize.distributed.pipeline import Line, Pipeline
 from outsize.errors import RunError
 from outsize.memory.store import Store
 from outsize.model.attach import Attachment
@@ -20,8 +21,10 @@ from outsize.model.units import Unit
 from outsize.model.vocabulary import Table
 from outsize.model.weights import WEIGHT, RowBlock, Weight, create_blocks, fill_blocks, leave_meta, make_weight
 from outsize.plan import Plan
+from outsize.train.course import Course, LegByLeg, UnitByUnit
+from outsize.train.ending import BlockedLoss, Counts, Ending, ModuleLoss
 from outsize.train.gradients import Gradients
-from outsize.train.loss import Head, HeadBlock, Repeat, blocked_cross_entropy, each_time, next_tokens
+from outsize.train.loss import Head, HeadBlock, Repeat, each_time
 from outsize.train.optimizers import OptimizerRule
 from outsize.train.precision import find_precision
 from outsize.train.update import Updater, shares_for, stage_at_home
@@ -52,14 +55,6 @@ class StreamedOptimizer(Optimizer):
 
 
 @dataclass(frozen=True)
-class Counts:
-    """Tokens to be learnt in a step: in each of this worker's micro-batches, and by all workers together."""
-
-    by_lane: list[int]
-    everyone: int
-
-
-@dataclass(frozen=True)
 class StepResult:
     """`loss` is the mean over the step's learnt tokens, `norm` the gradients' global norm before clipping, if computed;
     both, and `tokens`, are of all workers together."""
@@ -81,9 +76,11 @@ class Job:
         weights: dict[str, Weight],
         updater: Updater,
         device: torch.device,
+        group: Group | None = None,
     ) -> None:
+        """`group`: of all workers; those of the updater's divide state and batch between them."""
         self.model, self.store, self.plan, self.updater, self.weights = model, store, plan, updater, weights
-        self.group = updater.group
+        self.group = group or updater.group
         tables = dict(plan.table_rows)
         resident = always_near(units) | {
             name for unit in units if not unit.repeated for name, _ in unit.parameters if name in plan.near_weights
@@ -91,8 +88,11 @@ class Job:
         resident -= tables.keys() | plan.split_weights
         self.attachment = Attachment(model, store, units, weights, resident, plan, device)
         self.tables = [Table(weights[name], store, users_of(model, weights[name].parameter), device) for name in tables]
+        pipeline = Line(self.group) if plan.legs else Pipeline()
+        apart = plan.accumulate if plan.legs else 0
         self.gradients = Gradients(
-            store, self.attachment, updater, plan.gradient_home, plan.hold, plan.zero == 1, plan.accumulate > 1
+            *(store, self.attachment, updater, plan.gradient_home, plan.hold, plan.zero == 1, plan.accumulate > 1),
+            *(apart, pipeline),
         )
         for table in self.tables:
             table.take_rows = self.gradients.take_rows
@@ -101,6 +101,11 @@ class Job:
         self.random_state = torch.get_rng_state()
         self.on_complete: Callable[[int], None] | None = None
         self.repeat: Repeat = each_time
+        self.ending: Ending = BlockedLoss(model, self.head) if plan.blocked_loss else ModuleLoss(model)
+        self.course: Course = UnitByUnit(self)
+        if plan.legs:
+            entrance = next(unit.module for unit in units if unit.repeated)
+            self.course = LegByLeg(self, pipeline, plan.schedule, None if pipeline.first else entrance)
         self._own_loop: Any = None
 
     # -- a step of ours ---------------------------------------------------------------------------------------------
@@ -111,16 +116,15 @@ class Job:
         Raises RunError when the loss or a gradient is not finite; nothing of the step is then kept."""
         learnt = [_learnt(self.model, batch["labels"]) for batch in micro_batches]
         tokens = sum(batch["input_ids"].numel() for batch in micro_batches)
-        everyone = self.group.each(sum(learnt), tokens)
+        everyone = self.updater.group.each(sum(learnt), tokens)
         counts = Counts(learnt, int(sum(said[0] for said in everyone)))
         if not counts.everyone:
-            self._check_loss(nan)  # the mean of no loss
+            self.check_finite(nan)  # the mean of no loss
         self.updater.step_number = self.step_number
         with self.store.phase(self._phase(), again):
             self.gradients.begin_step(self.groups())
             with torch.autograd.set_multithreading_enabled(False):
-                take = self._blocked_step if self.plan.blocked_loss else self._module_step
-                loss = take(micro_batches, counts)
+                loss = self.course.step(micro_batches, counts)
             norm = self.gradients.settle(self.groups(), self.plan.clip) if self.plan.hold else None
         self.step_number += 1
         self.updater.step_number = self.step_number  # of a held update, whether the next step applies it or a flush
@@ -138,20 +142,21 @@ class Job:
         if self.on_complete is not None:
             self.on_complete(self.step_number)
 
-    def _forward(self, bodies: list[Callable[[], Any]]) -> list[Any]:
+    def forward(self, bodies: list[Callable[[], Any]]) -> list[Any]:
         """All lanes through the model; a held update of the step before is applied on the way."""
         with self.attachment.traversal():
-            self._update_unentered()
+            self.update_unentered()
             results = self.attachment.lanes.run(bodies)
-        self._apply_held()
+        self.apply_held()
         return results
 
-    def _apply_held(self) -> None:
+    def apply_held(self) -> None:
+        """What is left of a held update, when all units have been entered."""
         if self.gradients.settled:
             self.gradients.apply_all()
             self._completed()
 
-    def _update_unentered(self) -> None:
+    def update_unentered(self) -> None:
         """Tables and resident weights are read without a unit being entered: their held gradients come first."""
         entered = {weight.name for unit in self.attachment.units for weight in unit.weights}
         entered -= {table.weight.name for table in self.tables}  # whose rows are gathered before their unit is entered
@@ -159,48 +164,21 @@ class Job:
             if name not in entered:
                 self.gradients.apply_weight(weight)
 
-    def _backward(self, bodies: list[Callable[[], None]]) -> None:
+    def backward(self, bodies: list[Callable[[], None]]) -> None:
         # Lanes that recompute restore random states in turns, so that the last to finish leaves one of another lane.
         with self.attachment.traversal(), torch.random.fork_rng(devices=[]):
             self.attachment.lanes.run(bodies)
-            for table in self.tables:
-                if table.embeddings and table.weight.trainable:
-                    self.gradients.finish_table(table)
+            self.finish_tables()
 
-    def _module_step(self, micro_batches: list[dict[str, torch.Tensor]], counts: Counts) -> float:
-        """Through the module's own head and loss, each lane's loss weighted by its share of the learnt tokens."""
-        losses = self._forward([lambda batch=batch: self.model(**batch).loss for batch in micro_batches])
-        weighted = [loss * (count / counts.everyone) for loss, count in zip(losses, counts.by_lane, strict=True)]
-        total = self._check_loss(float(sum(loss.detach() for loss in weighted)))
-        self._backward([loss.backward for loss in weighted])
-        return total
+    def finish_tables(self) -> None:
+        """All micro-batches are through the embeddings."""
+        for table in self.tables:
+            if table.embeddings and table.weight.trainable:
+                self.gradients.finish_table(table)
 
-    def _blocked_step(self, micro_batches: list[dict[str, torch.Tensor]], counts: Counts) -> float:
-        """Base model, then head and loss over blocks of the vocabulary, then backward from the hidden states."""
-        outputs = self._forward([lambda batch=batch: self._hidden(batch) for batch in micro_batches])
-        picked = [
-            next_tokens(hidden.detach(), batch["labels"]) for hidden, batch in zip(outputs, micro_batches, strict=True)
-        ]
-        head = self._head(lanes=len(picked))
-        loss, gradients = blocked_cross_entropy(
-            [p[0] for p in picked], [p[1] for p in picked], head, count=counts.everyone
-        )
-        total = self._check_loss(float(loss))
-        starts = []
-        for output, gradient, (_, _, where) in zip(outputs, gradients, picked, strict=True):
-            full = torch.zeros_like(output)
-            full.view(-1, full.shape[-1])[where] = gradient
-            starts.append(lambda output=output, full=full: output.backward(full))
-        del outputs, picked, gradients
-        self._backward(starts)
-        return total
-
-    def _hidden(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
-        return base_model(self.model)(**inputs, use_cache=False).last_hidden_state
-
-    def _head(self, lanes: int) -> Head:
-        """The head's table; after the last of `lanes` gradients a block's is complete. None are taken of 0 lanes."""
+    def head(self, lanes: range, count: int) -> Head:
+        """The head's table for these of the `count` micro-batches of a step; after the last one's gradient a block's is
+        complete. None are taken of no lanes."""
         table = next(table for table in self.tables if table.heads)
         by_rows = {(block.start, block.stop): block for block in table.weight.blocks}
         tied = bool(table.embeddings)
@@ -212,7 +190,7 @@ class Job:
                 yield lease.tensors[WEIGHT]
 
         def take(rows: HeadBlock, lane: int, gradient: torch.Tensor) -> None:
-            last = lane == lanes - 1
+            last = lanes[lane] == count - 1
             self.gradients.take_block(table, by_rows[rows], gradient, last and not tied)
             if last and tied:
                 self.gradients.pause_block(by_rows[rows])
@@ -229,15 +207,9 @@ class Job:
                 coming, learnt = next(batches, None), _learnt(self.model, batch["labels"])
                 # After the last nothing is read ahead: nobody would want it.
                 with self.store.phase("evaluate", again=coming is not None), self.attachment.traversal():
-                    total += self._evaluate(batch) * learnt
+                    total += self.course.evaluate(batch, self.ending) * learnt
                 count += learnt
         return total / max(count, 1)
-
-    def _evaluate(self, batch: dict[str, torch.Tensor]) -> float:
-        if not self.plan.blocked_loss:
-            return float(self.model(**batch).loss)
-        hidden, targets, _ = next_tokens(self._hidden(batch), batch["labels"])
-        return float(blocked_cross_entropy([hidden], [targets], self._head(lanes=0), gradient=False)[0])
 
     @contextmanager
     def evaluation_mode(self) -> Iterator[None]:
@@ -264,7 +236,7 @@ class Job:
         for table in self.tables:
             self.gradients.finish_table(table)
         self.gradients.settle(self.groups(), self.plan.clip)
-        self._update_unentered()
+        self.update_unentered()
         self.step_number += 1
         self.updater.step_number = self.step_number
         if self._own_loop is not None:
@@ -280,7 +252,7 @@ class Job:
     def flush(self) -> None:
         """Apply everything that is due; afterwards every weight is that of the last step."""
         self.attachment.leave_all()
-        self._apply_held()
+        self.apply_held()
 
     def read(self, name: str, start: int, stop: int, master: bool = False) -> torch.Tensor:
         """Rows [start, stop) of a weight as it is now: its compute copy, or its fp32 master. Memory: the blocks' rows."""
@@ -315,9 +287,12 @@ class Job:
         self.store.flush()
         self.store.close()
 
-    def _check_loss(self, part: float) -> float:
-        """The loss of the step, of which this worker's lanes have found `part`."""
-        loss = float(sum(torch.tensor(said) for (said,) in self.group.each(part)))
+    def check_loss(self, part: float) -> float:
+        """The loss of the step, of which this worker's lanes have found `part`. Raises RunError when it is not finite."""
+        return self.check_finite(float(sum(torch.tensor(said) for (said,) in self.group.each(part))))
+
+    def check_finite(self, loss: float) -> float:
+        """Raises RunError."""
         if loss != loss or loss in (float("inf"), float("-inf")):
             raise RunError(
                 f"The loss of step {self.step_number + 1} is {loss}. The weights of the last committed step are untouched; "
@@ -329,12 +304,6 @@ class Job:
 def always_near(units: list[Unit]) -> set[str]:
     """Weights of modules that enclose others: they are in use for as long as the whole model runs."""
     return {name for unit in units if unit.encloses for name, _ in unit.parameters}
-
-
-def base_model(model: nn.Module) -> nn.Module:
-    """The part of a transformers model below its head."""
-    get = getattr(model, "get_decoder", None)
-    return get() if get is not None else model.base_model  # pyright: ignore[reportReturnType]
 
 
 def _learnt(model: nn.Module, labels: torch.Tensor) -> int:
@@ -365,7 +334,7 @@ def bind(
     leave_meta(model, device)
     precision = find_precision(plan.precision)
     moments = torch.bfloat16 if plan.moments == "bf16" else None
-    updater = make_updater(store, precision, rule, moments, group=group)
+    updater = make_updater(store, precision, rule, moments, group=Group() if plan.legs else group)
     weights: dict[str, Weight] = {}
     rows = dict(plan.table_rows)
     near = plan.near_weights | always_near(
@@ -385,4 +354,4 @@ def bind(
         if progress is not None:
             progress(name)
     store.flush()
-    return Job(model, store, plan, units, weights, updater, device)
+    return Job(model, store, plan, units, weights, updater, device, group)

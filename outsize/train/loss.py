@@ -69,16 +69,23 @@ def blocked_cross_entropy(
     sum is divided by that instead: these are lanes of one worker, and the others have the rest of so many tokens.
 
     hiddens: `[tokens, hidden]` each; targets: `[tokens]` each. Returns (fp32 scalar, gradients like hiddens or [])."""
+    count = count or sum(target.numel() for target in targets)
+    losses, gradients = blocked_sums(hiddens, targets, head, count, gradient)
+    return torch.stack(losses).sum() / count, gradients
+
+
+def blocked_sums(
+    hiddens: Sequence[torch.Tensor], targets: Sequence[torch.Tensor], head: Head, count: int, gradient: bool = True
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """As `blocked_cross_entropy`, but of each lane the sum of its tokens' losses, which nothing has divided."""
     lanes = [_lane(hidden, target) for hidden, target in zip(hiddens, targets, strict=True)]
-    count = count or sum(lane.targets.numel() for lane in lanes)
     for block in head.blocks:
         with head.weight(block) as weight:
             for lane in lanes:
                 head.repeat(("sum", *_shape(lane, block)), partial(_sum_block, lane, weight, block))
     losses = [(lane.log_sum - lane.chosen).sum() for lane in lanes]
-    loss = torch.stack(losses).sum() / count
-    if not gradient or not torch.isfinite(loss):
-        return loss, []
+    if not gradient or not torch.isfinite(torch.stack(losses).sum()):
+        return losses, []
     sums = [torch.zeros(lane.hidden.shape, dtype=torch.float32, device=lane.hidden.device) for lane in lanes]
     for block in reversed(head.blocks):  # the last block is still near
         with head.weight(block) as weight:
@@ -87,7 +94,7 @@ def blocked_cross_entropy(
                 found = head.repeat(("gradient", *_shape(lane, block)), work)
                 if head.take is not None:
                     head.take(block, index, found)
-    return loss, [total.to(lane.hidden.dtype) for total, lane in zip(sums, lanes, strict=True)]
+    return losses, [total.to(lane.hidden.dtype) for total, lane in zip(sums, lanes, strict=True)]
 
 
 def _lane(hidden: torch.Tensor, targets: torch.Tensor) -> Lane:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from outsize.distributed.group import Group
 from outsize.errors import OptionError, RunError
 from outsize.machine.allocator import recycle_up_to
 from outsize.machine.describe import process_memory
@@ -24,6 +25,7 @@ from outsize.model.export import read_along, write_safetensors
 from outsize.plan import in_proportion
 from outsize.train.counts import Counts, Ways
 from outsize.train.data import PackedDataset, batches, in_order
+from outsize.train.ending import ModuleLoss
 from outsize.train.job import Job
 from outsize.train.pace import Pace, Watch
 from outsize.train.progress import Progress
@@ -137,6 +139,7 @@ class Run:
             "weight_copies": self.job.plan.weight_copies,
             "sequences": self.job.plan.sequences,
             "shares": self.job.plan.shares,
+            "legs": self.job.plan.legs,
             "shapes": {weight.name: weight.shape for weight in self.job.weights.values() if weight.blocks[0].split},
             "random": base64.b64encode(bytes(self.job.random_state.tolist())).decode(),
         }
@@ -193,7 +196,7 @@ class Run:
         self.stopping = stopping
         first = self.job.step_number
         metrics = self.metrics = Metrics(self.metrics_path, first)
-        group, count = self.job.group, schedule.batch_size * schedule.accumulate
+        group, count = self.job.updater.group, schedule.batch_size * schedule.accumulate
         sequences = self.job.plan.sequences or in_proportion(count, [1.0] * group.size)
         mine = range(sum(sequences[: group.rank]), sum(sequences[: group.rank + 1]))
         source = batches(data, schedule.batch_size, schedule.seed, first, schedule.accumulate, mine)
@@ -305,7 +308,7 @@ def check_loss(job: Job, data: PackedDataset) -> None:
     batch["labels"] = batch["input_ids"].clone()
     blocked = job.evaluate(iter([batch]))
     with torch.no_grad(), job.evaluation_mode(), job.attachment.traversal():
-        own = float(job.model(**batch).loss)
+        own = job.course.evaluate(batch, ModuleLoss(job.model))
     tolerance = 2 * torch.finfo(next(iter(job.weights.values())).dtype).eps * max(abs(own), 1.0)
     if abs(own - blocked) > tolerance:
         raise OptionError(
@@ -316,13 +319,25 @@ def check_loss(job: Job, data: PackedDataset) -> None:
 
 def export(job: Job, directory: Path) -> None:
     """Write the job's weights, in the dtype they compute in, and its persistent buffers, as safetensors. Of several workers
-    the first one writes, and all read along, as what is split comes from everyone."""
+    the first one writes, and all read along, as what is split comes from everyone, and other workers' legs from those."""
     buffers = persistent_buffers(job.model)
-    specs = {name: (weight.shape, weight.dtype) for name, weight in job.weights.items()}
-    specs |= {name: (tuple(buffer.shape), buffer.dtype) for name, buffer in buffers.items()}
+    own = {name: (weight.shape, weight.dtype) for name, weight in job.weights.items()}
+    own |= {name: (tuple(buffer.shape), buffer.dtype) for name, buffer in buffers.items()}
+    specs, owners = {}, {}
+    for rank, theirs in enumerate(job.group.tell(own)):
+        for name, spec in theirs.items():
+            owners.setdefault(name, rank)
+            specs.setdefault(name, spec)
 
     def read(name: str, start: int, stop: int) -> torch.Tensor:
-        return buffers[name][start:stop] if name in buffers else job.read(name, start, stop)
+        if name in buffers:
+            rows = buffers[name][start:stop]
+        elif name in own:
+            rows = job.read(name, start, stop)
+        else:
+            shape, dtype = specs[name]
+            rows = torch.empty((stop - start, *shape[1:]) if shape else (), dtype=dtype)
+        return _brought(job.group, rows, owners[name])
 
     with job.evaluation_mode():
         if job.group.rank == 0:
@@ -330,3 +345,12 @@ def export(job: Job, directory: Path) -> None:
         else:
             read_along(specs, read)
         job.group.each(0)
+
+
+def _brought(group: Group, rows: torch.Tensor, owner: int) -> torch.Tensor:
+    """On the first worker, what `owner` has there."""
+    if owner != 0 and group.rank == 0:
+        return group.take(owner, rows, "weight")
+    if owner != 0 and group.rank == owner:
+        group.pass_on(0, rows.contiguous(), "weight")()
+    return rows

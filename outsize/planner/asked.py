@@ -1,0 +1,44 @@
+"""What `outsize train` was told, as a request to the planner."""
+
+from __future__ import annotations
+
+from outsize.distributed.group import Group
+from outsize.errors import OptionError
+from outsize.plan import Request
+from outsize.train.settings import TrainSettings
+
+
+def request_of(
+    settings: TrainSettings, memory: int, group: Group, copies: int | None, shares: tuple[int, ...] | None
+) -> Request:
+    """Of all workers together. `copies`: how many of split weights there are already; `shares`: in which proportion state is
+    divided, if that is settled. Raises OptionError for what several workers cannot do."""
+    _check_pipeline(settings)
+    for option, given in (("--keeper", settings.keeper), ("--replan", settings.replan)):
+        if given and group.size > 1:
+            raise OptionError(f"{option} is for one worker, and there are {group.size}. Leave it out, or --workers.")
+    return Request(
+        memory,
+        settings.sequence_length,
+        settings.batch_size,
+        settings.accumulate,
+        settings.precision,
+        settings.moments,
+        settings.clip,
+        loss=settings.loss,
+        activations=settings.activations,
+        commit_every=settings.commit_every,
+        keeper=settings.keeper,
+        zero=settings.zero,
+        weight_copies=copies,
+        shares=shares,
+    )
+
+
+def _check_pipeline(settings: TrainSettings) -> None:
+    """Raises OptionError for what a pipeline cannot do."""
+    for option, given in (("--plan", settings.plan), ("--sample-prompt", settings.sample_prompt)):
+        if settings.pipeline and given is not None:
+            raise OptionError(
+                f"{option} is for a whole model on each worker, and --pipeline divides it. Leave one of them out."
+            )

@@ -1,0 +1,145 @@
+"""The course of a step: in which order its micro-batches go through the units that this worker has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from outsize.distributed.group import Group
+from outsize.distributed.pipeline import Pipeline, order_of
+from outsize.model.attach import Attachment
+from outsize.model.route import hidden_of, with_hidden
+from outsize.train.ending import Batch, Counts, Ending, hidden_states
+
+
+class Steps(Protocol):
+    """What a course asks of the job whose steps it takes (`outsize.train.job.Job`)."""
+
+    model: nn.Module
+    attachment: Attachment
+    group: Group
+    ending: Ending
+
+    def forward(self, bodies: list[Callable[[], Any]]) -> list[Any]: ...
+    def backward(self, bodies: list[Callable[[], None]]) -> None: ...
+    def update_unentered(self) -> None: ...
+    def apply_held(self) -> None: ...
+    def finish_tables(self) -> None: ...
+    def check_finite(self, loss: float) -> float: ...
+    def check_loss(self, part: float) -> float: ...
+
+
+class Course(Protocol):
+    def step(self, micro_batches: list[Batch], counts: Counts) -> float:
+        """Forward and backward of all. Returns the loss of the step; raises RunError when it is not finite."""
+        ...
+
+    def evaluate(self, batch: Batch, ending: Ending) -> float:
+        """The mean loss of a batch, without a gradient, told to every worker."""
+        ...
+
+
+class UnitByUnit:
+    """All micro-batches go through a unit while its weights are near; then through the next one."""
+
+    def __init__(self, job: Steps) -> None:
+        self._job = job
+
+    def step(self, micro_batches: list[Batch], counts: Counts) -> float:
+        job, ending = self._job, self._job.ending
+        outputs = job.forward([partial(ending.forward, batch) for batch in micro_batches])
+        ends = ending.ends(outputs, micro_batches, counts)
+        loss = job.check_loss(float(ending.total(ends.parts, counts)))
+        del outputs
+        job.backward(ends.backward)
+        return loss
+
+    def evaluate(self, batch: Batch, ending: Ending) -> float:
+        return ending.evaluate(batch)
+
+
+@dataclass
+class Passage:
+    """A micro-batch between its forward and its backward: what came in, what went out, and what waits until it has gone; at
+    the end of the model, what begins its backward."""
+
+    came: torch.Tensor | None
+    left: torch.Tensor
+    gone: Callable[[], None]
+    backward: Callable[[], None] | None = None
+
+
+@dataclass
+class LegByLeg:
+    """Each micro-batch goes through all units of this worker's leg, then on to the next worker; in the order of a pipeline's
+    schedule. Units are leased for one micro-batch at a time: what fits near is read once."""
+
+    job: Steps
+    pipeline: Pipeline
+    schedule: str
+    entrance: nn.Module | None
+    """The first of the repeated units here, where the model begins at another worker."""
+    _came: torch.Tensor | None = None
+    _open: dict[int, Passage] = field(default_factory=dict)
+    _parts: list[torch.Tensor] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.entrance is not None:
+            handle = self.entrance.register_forward_pre_hook(self._enter, with_kwargs=True)
+            self.job.attachment.until_detached(handle)
+
+    def _enter(self, module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        self._came = self.pipeline.take(hidden_of(given, named))
+        return with_hidden(self._came.requires_grad_(torch.is_grad_enabled()), given, named)
+
+    def step(self, micro_batches: list[Batch], counts: Counts) -> float:
+        job, returned = self.job, lambda: None
+        self._open, self._parts = {}, []
+        with job.attachment.traversal():
+            job.update_unentered()
+            for forward, number in order_of(self.schedule, self.pipeline.size, self.pipeline.rank, len(micro_batches)):
+                if forward:
+                    self._forward(number, micro_batches[number], counts)
+                else:
+                    returned()  # one gradient on its way is enough
+                    returned = self._backward(number)
+            returned()
+            job.finish_tables()
+        return job.check_loss(float(job.ending.total(self._parts, counts)) if self._parts else 0.0)
+
+    def _forward(self, number: int, batch: Batch, counts: Counts) -> None:
+        job, last = self.job, self.pipeline.last
+        output = job.ending.forward(batch) if last else hidden_states(job.model, batch)
+        if number == 0:
+            job.apply_held()  # all units have been entered
+        passage = Passage(self._came, output, (lambda: None) if last else self.pipeline.pass_on(output))
+        if last:
+            ends = job.ending.ends([output], [batch], counts, number)
+            self._parts += ends.parts
+            job.check_finite(float(ends.parts[0]))
+            (passage.backward,) = ends.backward
+        self._open[number] = passage
+        self._came = None
+
+    def _backward(self, number: int) -> Callable[[], None]:
+        passage = self._open.pop(number)
+        gradient = None if passage.backward else self.pipeline.take_back(passage.left)
+        passage.gone()
+        with torch.random.fork_rng(devices=[]):  # units that run again restore what they drew
+            passage.backward() if passage.backward else passage.left.backward(gradient)
+        came = passage.came
+        return (lambda: None) if came is None or came.grad is None else self.pipeline.pass_back(came.grad)
+
+    def evaluate(self, batch: Batch, ending: Ending) -> float:
+        loss = 0.0
+        if self.pipeline.last:
+            loss = ending.evaluate(batch)
+        else:
+            self.pipeline.pass_on(hidden_states(self.job.model, batch))()
+        self._came = None
+        return self.job.group.each(loss)[-1][0]

@@ -1,0 +1,132 @@
+"""A pipeline of real processes over Gloo, beside one worker that has the whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from exactness import VOCABULARY
+from models import tiny_model
+from workers import Case, Crew, Found, crew
+
+from outsize.distributed.pipeline import order_of
+from outsize.errors import OptionError
+from outsize.machine.find import find_machine
+from outsize.model.units import find_units
+from outsize.plan import Request
+from outsize.planner.cluster import wire_of
+from outsize.planner.pipeline import even_legs, plan_line
+from outsize.planner.training import Place, Task
+from outsize.planner.workers import Worker
+from outsize.train.recipe import rule_of
+
+
+@pytest.fixture(scope="module")
+def gang() -> Iterator[Crew]:
+    with crew() as made:
+        yield made
+
+
+def alone(case: Case) -> Case:
+    return replace(case, workers=1, legs=())
+
+
+def assert_same(found: Found, expected: Found) -> None:
+    assert found.losses == expected.losses
+    assert found.norms == expected.norms
+    assert found.weights.keys() == expected.weights.keys()
+    for name, weight in expected.weights.items():
+        assert torch.equal(found.weights[name], weight), name
+
+
+LINE = Case(legs=(2, 2), steps=2)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        LINE,
+        replace(LINE, schedule="gpipe", placement="near", activations="keep"),
+        Case(workers=3, legs=(2, 1, 1), precision="mixed", table_rows=40, family="qwen3", activations="move"),
+        Case(legs=(1, 3), tied=True, table_rows=40, optimizer="muon", placement="mixed", activations="mixed"),
+        Case(workers=4, legs=(1, 1, 1, 1), tied=True, table_rows=40, precision="mixed", sequences=5),
+    ],
+    ids=str,
+)
+def test_a_pipeline_gives_the_bits_of_one_worker(gang: Crew, tmp_path: Path, case: Case) -> None:
+    expected = gang.run(alone(case), tmp_path / "one")
+    assert_same(gang.run(case, tmp_path / "line"), expected)
+
+
+def test_clipping_by_the_norm_of_all_legs(gang: Crew, tmp_path: Path) -> None:
+    """Squares are added by leg first: of n weights, the norm's relative difference is at most that of two sums of n terms
+    in fp32, n eps. A step of gradient descent without momentum moves weights by no more than that differs."""
+    case = replace(LINE, clip=0.1, optimizer="sgd", steps=1, tied=True, table_rows=40)
+    expected, found = gang.run(alone(case), tmp_path / "one"), gang.run(case, tmp_path / "line")
+    slack = len(expected.weights) * torch.finfo(torch.float32).eps
+    assert found.norms == pytest.approx(expected.norms, rel=slack) and found.norms != [None]
+    for name, weight in expected.weights.items():
+        torch.testing.assert_close(found.weights[name], weight, rtol=2 * slack, atol=2 * slack * 0.1 * 0.05)
+    assert gang.run(case, tmp_path / "again").norms == found.norms
+
+
+def test_what_goes_over_the_wire(gang: Crew, tmp_path: Path) -> None:
+    """Of each micro-batch its hidden states one way and their gradient the other; of a tied table, its gradient both ways."""
+    case = replace(LINE, tied=True, table_rows=40, steps=2)
+    hidden, table = 4 * 16 * 64 * 4, 4 * VOCABULARY * 64
+    for moved in (each["moved"] for each in gang.run(case, tmp_path / "line").ledgers):
+        for way in (("host", "peer"), ("peer", "host")):
+            assert moved[(*way, "activation")] == case.steps * hidden
+            assert moved[(*way, "gradient")] == case.steps * table
+
+
+def test_the_slowest_worker_gives_layers_away() -> None:
+    """One at a time, as long as steps become shorter."""
+    model = tiny_model("llama", tied=True, layers=6, hidden=512)
+    machine = find_machine("laptop")
+    place = Place(machine, 200 << 20, 1 << 40, wire_of(machine, 1))
+    request = Request(8 << 30, sequence_length=32, accumulate=4, activations="keep")
+    task = Task(model, find_units(model), rule_of("adamw", {}), request, source_dtype=torch.float32)
+    assert even_legs(task, 2) == (3, 3) and even_legs(task, 6) == (1,) * 6
+    with pytest.raises(OptionError, match="6 layers cannot be divided among 7 workers"):
+        even_legs(task, 7)
+    plans = plan_line(replace(task, request=request.in_line((5, 1), 1)), [Worker(8 << 30, place)] * 2)
+    assert [plan.legs for plan in plans] == [(3, 3)] * 2 and [plan.rank for plan in plans] == [0, 1]
+    assert len({plan.predicted.seconds_per_step for plan in plans if plan.predicted is not None}) == 1
+
+
+class Recorder:
+    """What torch's schedules ask of a stage, without a model."""
+
+    has_backward, device, submod, chunks = True, "cpu", None, 0
+
+    def __init__(self, stages: int, stage: int) -> None:
+        self.num_stages, self.stage_index = stages, stage
+        self.is_first, self.is_last = stage == 0, stage == stages - 1
+        self.order: list[tuple[bool, int]] = []
+
+    def forward_one_chunk(self, number: int, *given: Any, **named: Any) -> torch.Tensor:
+        self.order.append((True, number))
+        return torch.zeros(1)
+
+    def backward_one_chunk(self, number: int, *given: Any, **named: Any) -> None:
+        self.order.append((False, number))
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *given, **named: []
+
+
+@pytest.mark.parametrize(("schedule", "torchs"), [("gpipe", "ScheduleGPipe"), ("1f1b", "Schedule1F1B")])
+def test_micro_batches_come_in_the_order_of_torch_s_schedules(schedule: str, torchs: str) -> None:
+    from torch.distributed.pipelining import schedules
+
+    for stages, count in ((1, 1), (2, 4), (3, 3), (4, 7)):
+        for stage in range(stages):
+            asked: Any = Recorder(stages, stage)
+            known = getattr(schedules, torchs)(asked, count, loss_fn=lambda output, target: output.sum())
+            known._step_microbatches([()] * count, [{}] * count, [None] * count)
+            assert order_of(schedule, stages, stage, count) == asked.order

@@ -1,0 +1,122 @@
+"""Pipelines as a user has them: gone on with by other numbers of workers, killed, and told nonsense."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_workers_run import assert_same, make_settings, said, weights_of
+from workers import Crew, crew
+
+from outsize.api import export_run
+from outsize.train.optimizer_file import STEM
+from outsize.train.state import StateFolder
+
+STEPS = 5
+
+
+@pytest.fixture(scope="module")
+def gang() -> Iterator[Crew]:
+    with crew() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return make_settings(tmp_path_factory.mktemp("inputs")) | {"steps": STEPS}
+
+
+def run(gang: Crew, settings: dict[str, Any], workers: int, folder: Path) -> Path:
+    folder.mkdir(exist_ok=True)
+    told = {"settings": settings | {"out": str(folder / "run"), "pipeline": workers > 1}}
+    gang.call("run", workers, folder, told)
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def alone(gang: Crew, settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run(gang, settings, 1, tmp_path_factory.mktemp("alone"))
+
+
+@pytest.fixture(scope="module")
+def line(gang: Crew, settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of two."""
+    return run(gang, settings, 2, tmp_path_factory.mktemp("line"))
+
+
+def test_two_workers_in_line_write_the_model_that_one_worker_writes(alone: Path, line: Path, tmp_path: Path) -> None:
+    assert_same(line, alone)
+    assert list(weights_of(line)) == list(weights_of(alone))
+    mine, others = states_of(line, tmp_path / "mine"), states_of(alone, tmp_path / "others")
+    assert mine.keys() == others.keys()
+    assert all(torch.equal(tensor, others[name]) for name, tensor in mine.items())
+
+
+def states_of(run: Path, folder: Path) -> dict[str, torch.Tensor]:
+    """The optimizer's, as `outsize checkpoint export --optimizer` writes them."""
+    export_run(run, StateFolder(run / "state"), None, folder, optimizer=True, masters=True, compress=False)
+    return load_file(folder / f"{STEM}.safetensors")
+
+
+def test_a_run_goes_on_with_other_numbers_of_workers(
+    gang: Crew, settings: dict[str, Any], alone: Path, tmp_path: Path
+) -> None:
+    """All have the bits of one worker. A worker that is killed is named by the others."""
+    for workers, line, victim in ((2, 1, 1), (1, 2, 0), (3, 3, 1), (3, STEPS, None)):
+        told: dict[str, Any] = {"settings": settings | {"out": str(tmp_path / "run"), "pipeline": workers > 1}}
+        if victim is not None:
+            told["kill"] = {"rank": victim, "line": line, "signal": "SIGKILL"}
+        codes = gang.attempt("run", workers, tmp_path, told)
+        if victim is None:
+            assert not any(codes), said(tmp_path, workers)
+            break
+        assert codes[victim] == -signal.SIGKILL
+        for rank in set(range(workers)) - {victim}:
+            assert codes[rank] == 1 and f"Worker {victim} is lost" in said(tmp_path, workers)[rank]
+    assert_same(tmp_path / "run", alone)
+    state = tmp_path / "run" / "state"
+    assert sorted(path.name for path in state.glob("worker*")) == [f"worker-{rank}-of-3" for rank in range(3)]
+
+
+def test_tied_tables_clipping_and_evaluation(gang: Crew, settings: dict[str, Any], tmp_path: Path) -> None:
+    """The norm is that of the legs' norms, so that clipping scales a little otherwise than one worker's."""
+    inputs = make_settings(tmp_path, tied=True)
+    given = inputs | {"loss": "blocked", "clip": 0.5, "eval_data": inputs["data"], "eval_every": 2, "steps": 3}
+    expected = run(gang, given, 1, tmp_path / "alone")
+    found = run(gang, given, 2, tmp_path / "staged")
+    assert numbers(found) == pytest.approx(numbers(expected), rel=1e-5)
+
+
+def numbers(run: Path) -> list[float]:
+    """Losses, norms, and losses of evaluations."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line[what] for line in lines for what in ("loss", "gradient_norm", "eval_loss") if what in line]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"sample_prompt": "w1"}, "--sample-prompt is for a whole model on each worker"),
+        ({"model": "tied", "loss": "module"}, "have one weight"),
+    ],
+)
+def test_what_a_pipeline_cannot_do_is_refused(
+    gang: Crew, settings: dict[str, Any], tmp_path: Path, more: dict[str, Any], message: str
+) -> None:
+    if more.get("model") == "tied":
+        more = make_settings(tmp_path, tied=True) | {"loss": "module"}
+    told = {"settings": settings | {"out": str(tmp_path / "run"), "pipeline": True} | more}
+    assert gang.attempt("run", 2, tmp_path, told) == [1, 1]
+    assert all(message in log for log in said(tmp_path, 2))
+
+
+def test_a_pipeline_stays_one(gang: Crew, settings: dict[str, Any], line: Path, tmp_path: Path) -> None:
+    """As many workers that divide state instead of layers would find other blocks."""
+    assert gang.attempt("run", 2, tmp_path, {"settings": settings | {"out": str(line)}}) == [1, 1]
+    assert all("were a pipeline. Give --pipeline" in log for log in said(tmp_path, 2))
