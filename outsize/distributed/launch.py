@@ -123,5 +123,6 @@ def _start(rank: int, workers: int, listening: socket.socket) -> Popen[bytes]:
 
 
 def _end_with_launcher() -> None:
-    """However that ends: it may have no time to pass anything on."""
-    ctypes.CDLL(None).prctl(SIGNAL_OF_DEATH, signal.SIGTERM)
+    """However that ends: it may have no time to pass anything on. Only Linux can promise that."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(SIGNAL_OF_DEATH, signal.SIGTERM)
