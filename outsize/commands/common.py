@@ -12,6 +12,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from outsize.distributed.launch import says_for_all
 from outsize.errors import OptionError
 
 Model = Annotated[str, typer.Option(help="A Hugging Face folder, a .gguf file, or a hub id.")]
@@ -37,7 +38,8 @@ def interruptible(what_now: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as stop:
-        print(f"\noutsize: stopped. {what_now}", file=sys.stderr, flush=True)
+        if says_for_all():
+            print(f"\noutsize: stopped. {what_now}", file=sys.stderr, flush=True)
         # Transfers may be under way: nothing of a step that was not committed matters.
         os._exit(143 if isinstance(stop, Terminated) else 130)
     finally:

@@ -29,6 +29,11 @@ def is_worker() -> bool:
     return "RANK" in os.environ or "WORLD_SIZE" in os.environ
 
 
+def says_for_all() -> bool:
+    """What every worker of this machine would say, one says: this one."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 def launch(workers: int, restarts: int = RESTARTS, afterwards: str = CONTINUES, ending: float = 5.0) -> None:
     """Run this process's own command line as so many workers, and return when all are done. When one is killed, all begin
     again, so many times. Signals are passed on: after Ctrl-C workers have as long as they need, else `ending` seconds.

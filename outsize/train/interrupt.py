@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
+from outsize.distributed.launch import says_for_all
+
 SAID = b"\noutsize: stopping when this step is done and committed; press Ctrl-C again to stop at once\n"
 
 
@@ -22,7 +24,8 @@ def finishing_the_step() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         pressed.set()
         with suppress(OSError):
-            os.write(2, SAID)  # a print might be in the middle of another print
+            if says_for_all():
+                os.write(2, SAID)  # a print might be in the middle of another print
 
     ours = threading.current_thread() is threading.main_thread()
     ours = ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler
