@@ -23,12 +23,14 @@ from outsize.memory.block import Block
 from outsize.plan import MOVE, RECOMPUTE, Activations, Request
 from outsize.planner.needs import LOOSE, pinned_peak
 from outsize.planner.prices import RatedPrices
-from outsize.planner.rehearsal import FEWEST, homes, rehearse
+from outsize.planner.rehearsal import homes, rehearse
 from outsize.planner.script import Create, Live, Script, Spend, Touched
+from outsize.planner.search import JobSizes
 from outsize.planner.training import Task, sample_batches
 
 CONTEXT = 1 << 30  # bytes of a device that the driver and its libraries take; assumed
 SPARED = 0.9  # of the host's memory may hold state; assumed
+FEW = 2  # layers
 VOCABULARY = 51200
 READ, WRITTEN = 2, 1  # times a step that a weight passes a link; state does once each way
 WAYS = {"recomputed": RECOMPUTE, "inputs moved": Activations("input", "disk"), "all moved": MOVE}
@@ -106,17 +108,19 @@ def task_of(row: Row, layers: int) -> Task:
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
+        activation_function="gelu_pytorch_tanh",  # the same function in one kernel, as the papers have it
     )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).train()
     return Task(model, find_units(model), rule_of("adamw", {}), Request(1 << 60, row.tokens, row.batch))
 
 
-def find(row: Row, machine: Machine, how: Activations) -> Found:
-    """Rehearsed with few layers and with twice as many: what those of the difference add, all others add too."""
+def find(row: Row, machine: Machine, how: Activations, job: JobSizes) -> Found:
+    """Rehearsed with few layers and with twice as many: what those of the difference add, all others add too. `job` is that
+    of all layers."""
     scripts: list[Script] = []
     held = 0
-    for layers in (FEWEST, 2 * FEWEST):
+    for layers in (FEW, 2 * FEW):
         task = task_of(row, layers)
         plan = task.job.plan(task.request, tuple((unit.name, how) for unit in task.units if unit.repeated))
         batches = sample_batches(task.model, task.request)
@@ -125,9 +129,8 @@ def find(row: Row, machine: Machine, how: Activations) -> Found:
 
     def whole(of: Callable[[Script], float]) -> float:
         few, many = map(of, scripts)
-        return few + (many - few) * (row.layers - FEWEST) / FEWEST
+        return few + (many - few) * (row.layers - FEW) / FEW
 
-    job = task_of(row, row.layers).job
     held += sum(job.sizes[name].bytes + job.sizes[name].state_bytes for name in job.always)
     state = sum(size.state_bytes for size in job.sizes.values())
     weights = sum(size.bytes for size in job.sizes.values())
@@ -200,7 +203,8 @@ def line(row: Row) -> str:
     def fits(found: Found) -> bool:
         return found.device_bytes <= machine.capacity("device") and found.state_bytes + found.moved_bytes <= rest
 
-    tried = {what: find(row, machine, how) for what, how in WAYS.items()}
+    job = task_of(row, row.layers).job
+    tried = {what: find(row, machine, how, job) for what, how in WAYS.items()}
     count, best = mixed(tried["inputs moved"], tried["all moved"], row.layers)
     tried["mixed"] = best
     what, found = min(tried.items(), key=lambda one: (not fits(one[1]), one[1].bound))
