@@ -25,7 +25,7 @@ from outsize.memory.shared import Shared
 from outsize.memory.tier import PAGE
 from outsize.model.units import find_units
 from outsize.plan import Plan, Request
-from outsize.planner.search import TENSORS
+from outsize.planner.search import KEPT, TENSORS
 from outsize.planner.training import Place, Task, plan_training
 from outsize.train.optimizers import uniform_rule
 
@@ -184,7 +184,7 @@ def test_a_plan_has_the_keeper_that_was_asked_for_or_is_refused() -> None:
 
     large = plan(replace(request, keeper=False)).predicted
     assert large is not None
-    least = large.host_peak_bytes - dict(large.memory)[TENSORS]
+    least = sum(nbytes for cause, nbytes in large.memory if cause not in (TENSORS, KEPT))
     with pytest.raises(BudgetError, match=r"Give --memory \d+MiB, or leave --keeper out") as refused:
         plan(replace(request, memory_bytes=least))
     enough = int(str(refused.value).rpartition("--memory ")[2].partition("MiB")[0]) << 20

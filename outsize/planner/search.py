@@ -34,6 +34,7 @@ SAID = {
     Activations("products"): "all but products recomputed",
     Activations("products", "disk"): "products moved to disk and the rest recomputed",
 }
+KEPT = "kept between tensors, as there is room"
 TENSORS = "tensors of a step"
 SNAPSHOT_SHARE = 8  # of what a step moves, snapshots of state in memory may add one part in so many
 LONGEST_WITHOUT = 50  # steps between snapshots, at most
@@ -291,7 +292,7 @@ class Search:
         causes = self._causes(placement)
         left = self.request.memory_bytes - sum(nbytes for _, nbytes in causes) - self.needs.headroom
         kept = min(PINNED, left - int(SPARE * self.request.memory_bytes))
-        return (*causes, *((("kept between tensors, as there is room", kept),) * (kept > 0)))
+        return (*causes, *(((KEPT, kept),) * (kept > 0)))
 
     def _causes(self, placement: Placement) -> tuple[tuple[str, int], ...]:
         return (
