@@ -25,7 +25,7 @@ from outsize.memory.shared import Shared
 from outsize.memory.tier import PAGE
 from outsize.model.units import find_units
 from outsize.plan import Plan, Request
-from outsize.planner.search import KEPT, TENSORS
+from outsize.planner.needs import KEPT, TENSORS
 from outsize.planner.training import Place, Task, plan_training
 from outsize.train.optimizers import uniform_rule
 

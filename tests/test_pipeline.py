@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import pytest
 import torch
 from exactness import VOCABULARY
 from models import tiny_model
-from workers import Case, Crew, Found, crew
+from workers import Case, Crew, Found
 
 from outsize.distributed.pipeline import order_of
 from outsize.errors import OptionError
@@ -23,12 +22,6 @@ from outsize.planner.pipeline import even_legs, plan_line
 from outsize.planner.training import Place, Task
 from outsize.planner.workers import Worker
 from outsize.train.recipe import rule_of
-
-
-@pytest.fixture(scope="module")
-def gang() -> Iterator[Crew]:
-    with crew() as made:
-        yield made
 
 
 def alone(case: Case) -> Case:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_workers_run import assert_same, make_settings, said, weights_of
-from workers import Crew, crew
+from workers import Crew
 
 from outsize.api import export_run
 from outsize.train.optimizer_file import STEM
 from outsize.train.state import StateFolder
 
 STEPS = 5
-
-
-@pytest.fixture(scope="module")
-def gang() -> Iterator[Crew]:
-    with crew() as made:
-        yield made
 
 
 @pytest.fixture(scope="module")

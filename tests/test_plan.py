@@ -18,9 +18,10 @@ from outsize.machine.find import find_machine
 from outsize.model.units import find_units
 from outsize.plan import KEEP, MOVE, Activations, Plan, Predicted, Request
 from outsize.planner.check import check_plan, read_plan
+from outsize.planner.needs import TENSORS
 from outsize.planner.prices import MeasuredPrices, RatedPrices
 from outsize.planner.rehearsal import rehearse
-from outsize.planner.search import TENSORS, Placement, Search
+from outsize.planner.search import Placement, Search
 from outsize.planner.training import Place, Planning, Task, plan_training, sample_batches
 from outsize.planner.trial import kept_bytes
 from outsize.train.optimizers import uniform_rule

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 import torch
 from models import random_model, tiny_config, tiny_model
 from serving import LONGEST, PROMPTS
-from workers import Crew, crew
+from workers import Crew
 
 from outsize.errors import ModelError, OptionError
 from outsize.model.units import find_units
@@ -24,12 +23,6 @@ SAMPLED = {"max_new_tokens": 12, "temperature": 1.2, "top_p": 0.9, "seed": 7, "n
 PLENTY = {"pages": 200, "seats": 8, "step_tokens": 64}
 SCARCE = {"pages": 9, "seats": 4, "step_tokens": 24}
 MOVING = {"pages": 11, "seats": 3, "step_tokens": 24, "far_pages": 40}
-
-
-@pytest.fixture(scope="module")
-def gang() -> Iterator[Crew]:
-    with crew() as made:
-        yield made
 
 
 def answers(

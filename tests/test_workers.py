@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from exactness import make_model
 from worker_child import batches_of, optimizer, plan_of
-from workers import Case, Crew, Found, crew
+from workers import Case, Crew, Found
 
 from outsize.distributed.arrangement import PEER, REMOTE, WIRE
 from outsize.distributed.wire import Link
@@ -28,12 +28,6 @@ from outsize.train.job import always_near
 LAPTOP = find_machine("laptop")
 LATENCY = 1e-3
 WIRED = {PEER: Link(1e9, LATENCY), REMOTE: Link(1e7, LATENCY)}
-
-
-@pytest.fixture(scope="module")
-def gang() -> Iterator[Crew]:
-    with crew() as made:
-        yield made
 
 
 def assert_same(found: Found, expected: Found, rounds: bool = False) -> None:

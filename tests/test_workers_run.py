@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +21,13 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
-from workers import Crew, crew
+from workers import Crew
 
 from outsize.errors import OptionError
 from outsize.plan import in_proportion
 from outsize.train.state import StateFolder
 
 STEPS = 8
-
-
-@pytest.fixture(scope="module")
-def gang() -> Iterator[Crew]:
-    with crew() as made:
-        yield made
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from pathlib import Path
 from outsize.errors import BudgetError, OptionError
 from outsize.plan import Plan, Request
 from outsize.planner.needs import tensor_bytes
+from outsize.planner.reasons import finished
 from outsize.planner.search import Choice, JobSizes, Placement
 from outsize.planner.training import Place, Task, check_disk, search_of, sizes_of_job
 from outsize.sizes import format_size
@@ -57,7 +58,7 @@ def check_plan(plan: Plan, task: Task, place: Place) -> Plan:
         shared=plan.shared_bytes > 0,
     )
     search.tried.append(Choice(told, search.foretell(told)))
-    checked = search.finished(search.tried[0])
+    checked = finished(search, search.tried[0])
     _check_memory(checked, request)
     check_disk(checked, place.disk_free_bytes)
     return replace(

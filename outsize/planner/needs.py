@@ -29,6 +29,8 @@ PINNED = (
     96 << 20
 )  # bytes that small allocations keep in the C library's heap where nothing need be given back; docs/log.md
 PACKED = 3  # times a matrix: what may come within one product, its operands packed and its result
+KEPT = "kept between tensors, as there is room"
+TENSORS = "tensors of a step"
 BUFFERS = {"split": 3, "none": 3, "same": 0}  # of a piece in fp32, by how masters are kept: master, gradient, one more
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from outsize.errors import StorageError
 from outsize.plan import Plan
-from outsize.planner.search import TENSORS
+from outsize.planner.needs import TENSORS
 from outsize.sizes import format_size
 from outsize.train.pictures import COLOURS, OTHER, new_figure, save_figure, set_title
 

@@ -12,30 +12,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from outsize.distributed.arrangement import PEER, WIRE
+from outsize.distributed.arrangement import WIRE
 from outsize.distributed.wire import NO_WIRE, Wire
 from outsize.errors import BudgetError
 from outsize.memory.tier import PAGE, pages
-from outsize.plan import KEEP, MOVE, NEAR, RECOMPUTE, SPARE, Activations, Plan, Predicted, Request
+from outsize.plan import NEAR, SPARE, Activations, Plan, Predicted, Request
 from outsize.planner.clock import Ways
 from outsize.planner.forecast import Forecast, forecast, with_snapshots
 from outsize.planner.keeper import keeper_bytes, twin_bytes
-from outsize.planner.needs import PINNED, Needs, gradient_bytes
+from outsize.planner.needs import KEPT, PINNED, TENSORS, Needs, gradient_bytes
 from outsize.planner.rehearsal import Rehearsed, homes
 from outsize.planner.room import need_room
 from outsize.planner.script import Create
 from outsize.planner.sizes_of import WeightSize
-from outsize.sizes import format_size
 
-SAID = {
-    KEEP: "all kept",
-    RECOMPUTE: "recomputed from the input",
-    MOVE: "moved to disk",
-    Activations("products"): "all but products recomputed",
-    Activations("products", "disk"): "products moved to disk and the rest recomputed",
-}
-KEPT = "kept between tensors, as there is room"
-TENSORS = "tensors of a step"
 SNAPSHOT_SHARE = 8  # of what a step moves, snapshots of state in memory may add one part in so many
 LONGEST_WITHOUT = 50  # steps between snapshots, at most
 
@@ -260,14 +250,6 @@ class Search:
 
     # -- the plan ---------------------------------------------------------------------------------------------------
 
-    def finished(self, choice: Choice) -> Plan:
-        """Raises BudgetError when the choice, looked at closely, finds no room."""
-        self.need_room(choice.placement)
-        choice = replace(choice, forecast=self.foretell(choice.placement, closely=True))
-        predicted, every = self._predicted(choice), choice.forecast.commit_every
-        plan = replace(self.plan(choice.placement), commit_every=every)
-        return replace(plan, predicted=predicted, reasons=self._reasons(choice, predicted))
-
     def near_bytes(self, placement: Placement) -> int:
         sizes = self.job.sizes
         near = sum(sizes[n].bytes for n in placement.near_weights) + sum(
@@ -307,7 +289,7 @@ class Search:
             ),
         )
 
-    def _predicted(self, choice: Choice) -> Predicted:
+    def predicted(self, choice: Choice) -> Predicted:
         found, memory = choice.forecast, self._memory(choice.placement)
         request = self.request
         tokens = (sum(request.sequences) or request.batch_size * request.accumulate) * request.sequence_length
@@ -334,67 +316,6 @@ class Search:
             timeline=found.step.spans,
             tensors=thinned(found.step.live),
         )
-
-    def _reasons(self, choice: Choice, predicted: Predicted) -> tuple[str, ...]:
-        placement, needs = choice.placement, self.needs
-        work = self.rehearsed.work
-        slowest = max(self.tried, key=lambda tried: tried.forecast.seconds)
-        why = "no other placement was worth playing"
-        if len(self.tried) > 1:
-            why = f"the fastest of {len(self.tried)} placements played; the slowest takes {slowest.forecast.seconds:.2f} s"
-        named = "compute and update" if self.request.workers == 1 else "compute, update and exchange"
-        return (
-            f"baseline: {format_size(needs.baseline)} are held by Python and its libraries already",
-            f"near: {format_size(self.near_bytes(placement))} stay in memory, {placement.filled} first: {why}",
-            f"arena: {format_size(placement.arena_bytes)} for what streams; {format_size(needs.least_arena)} is the least",
-            f"activations: {told(self.bare.activations)}; a step's tensors take "
-            + format_size(dict(predicted.memory)[TENSORS]),
-            "loss: over blocks of the vocabulary (rounding)" if self.job.blocked else "loss: the module's own",
-            f"update: second pass, gradients wait in {placement.gradient_home}"
-            if self.job.hold
-            else "update: in backward, no gradient waits",
-            f"time: {choice.forecast.seconds:.2f} s a step, {work:.2f} s of them {named}, which no placement "
-            f"makes shorter: at most {max(choice.forecast.seconds / max(work, 1e-9) - 1, 0):.0%} above the best there can be",
-            f"commit: {self._say_commit(choice)}",
-            *self._say_workers(),
-        )
-
-    def _say_workers(self) -> tuple[str, ...]:
-        request, plan = self.request, self.bare
-        if request.workers == 1:
-            return ()
-        divided = ", ".join(("optimizer state", "gradients", "weights")[: request.zero])
-        if request.legs:
-            return (
-                f"pipeline: {', '.join(map(str, request.legs))} layers each, this is number {request.rank + 1}; the "
-                f"{request.accumulate} micro-batches of a step go through them in the order of {plan.schedule}",
-            )
-        copies = f"; of the weights each of {plan.weight_copies} nodes has a copy" if plan.weight_copies > 1 else ""
-        links = (
-            f"{format_size(int(link.bytes_per_second))}/s and {1e6 * link.latency:.0f} us to workers of "
-            + ("the same node" if tier == PEER else "other nodes")
-            for tier, link in self.wire.items()
-        )
-        return (
-            f"workers: {request.workers} on {request.nodes} nodes, who divide {divided}{copies}; of a step's sequences they "
-            f"take {', '.join(map(str, request.sequences)) or 'equally many'}",
-            f"wire: {'; '.join(links) or 'taken for infinitely fast'}",
-        )
-
-    def _say_commit(self, choice: Choice) -> str:
-        every, snapshot = choice.forecast.commit_every, format_size(sum(self.snapshot(choice.placement).values()))
-        if choice.placement.shared:
-            held = f"a crash of this process loses no step: a keeper process holds the last in {snapshot} more"
-        else:
-            held = f"a crash loses {every} at most" if every > 1 else "a crash loses the step under way"
-        often = f"every {every} steps" if every > 1 else "every step"
-        return f"{often}, {snapshot} from memory while the next computes; {held}"
-
-
-def told(activations: tuple[tuple[str, Activations], ...]) -> str:
-    """What is done with those of how many units."""
-    counts = Counter(SAID.get(choice, f"{choice.saved} saved in {choice.home}") for _, choice in activations)
-    return ", ".join(f"of {count} units {what}" for what, count in counts.items()) or "all kept"
 
 
 def thinned(live: tuple[tuple[float, int], ...], points: int = 500) -> tuple[tuple[float, int], ...]:

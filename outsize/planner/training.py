@@ -23,6 +23,7 @@ from outsize.planner.clock import ways_of
 from outsize.planner.keeper import no_room
 from outsize.planner.needs import find_needs
 from outsize.planner.prices import CrowdedPrices, MeasuredPrices, Prices, RatedPrices, seconds_of_passing
+from outsize.planner.reasons import finished
 from outsize.planner.rehearsal import Batch, rehearse
 from outsize.planner.search import JobSizes, Search
 from outsize.planner.sizes_of import SMALL, sizes_of, split_weights
@@ -200,7 +201,7 @@ def _fastest(found: list[Search]) -> Plan:
     tried = [(choice, search) for search in found for choice in search.tried]
     for choice, search in sorted(tried, key=lambda pair: pair[0].forecast.seconds):
         try:
-            return search.finished(choice)
+            return finished(search, choice)
         except BudgetError as error:
             problem = error
     assert problem is not None

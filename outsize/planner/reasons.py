@@ -1,0 +1,92 @@
+"""The plan of what a search has chosen, and what it says of itself: why its bytes are where they are."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+from outsize.distributed.arrangement import PEER
+from outsize.plan import KEEP, MOVE, RECOMPUTE, Activations, Plan
+from outsize.planner.search import Choice, Search
+from outsize.sizes import format_size
+
+SAID = {
+    KEEP: "all kept",
+    RECOMPUTE: "recomputed from the input",
+    MOVE: "moved to disk",
+    Activations("products"): "all but products recomputed",
+    Activations("products", "disk"): "products moved to disk and the rest recomputed",
+}
+
+
+def finished(search: Search, choice: Choice) -> Plan:
+    """Raises BudgetError when the choice, looked at closely, finds no room."""
+    search.need_room(choice.placement)
+    choice = replace(choice, forecast=search.foretell(choice.placement, closely=True))
+    plan = replace(search.plan(choice.placement), commit_every=choice.forecast.commit_every)
+    return replace(plan, predicted=search.predicted(choice), reasons=_reasons(search, choice))
+
+
+def _reasons(search: Search, choice: Choice) -> tuple[str, ...]:
+    placement, needs = choice.placement, search.needs
+    work = search.rehearsed.work
+    slowest = max(search.tried, key=lambda tried: tried.forecast.seconds)
+    why = "no other placement was worth playing"
+    if len(search.tried) > 1:
+        why = (
+            f"the fastest of {len(search.tried)} placements played; the slowest takes {slowest.forecast.seconds:.2f} s"
+        )
+    named = "compute and update" if search.request.workers == 1 else "compute, update and exchange"
+    return (
+        f"baseline: {format_size(needs.baseline)} are held by Python and its libraries already",
+        f"near: {format_size(search.near_bytes(placement))} stay in memory, {placement.filled} first: {why}",
+        f"arena: {format_size(placement.arena_bytes)} for what streams; {format_size(needs.least_arena)} is the least",
+        f"activations: {told(search.bare.activations)}; a step's tensors take " + format_size(needs.tensors),
+        "loss: over blocks of the vocabulary (rounding)" if search.job.blocked else "loss: the module's own",
+        f"update: second pass, gradients wait in {placement.gradient_home}"
+        if search.job.hold
+        else "update: in backward, no gradient waits",
+        f"time: {choice.forecast.seconds:.2f} s a step, {work:.2f} s of them {named}, which no placement "
+        f"makes shorter: at most {max(choice.forecast.seconds / max(work, 1e-9) - 1, 0):.0%} above the best there can be",
+        f"commit: {_say_commit(search, choice)}",
+        *_say_workers(search),
+    )
+
+
+def _say_workers(search: Search) -> tuple[str, ...]:
+    request, plan = search.request, search.bare
+    if request.workers == 1:
+        return ()
+    if request.legs:
+        return (
+            f"pipeline: {', '.join(map(str, request.legs))} layers each, this is number {request.rank + 1}; the "
+            f"{request.accumulate} micro-batches of a step go through them in the order of {plan.schedule}",
+        )
+    divided = ", ".join(("optimizer state", "gradients", "weights")[: request.zero])
+    copies = f"; of the weights each of {plan.weight_copies} nodes has a copy" if plan.weight_copies > 1 else ""
+    links = (
+        f"{format_size(int(link.bytes_per_second))}/s and {1e6 * link.latency:.0f} us to workers of "
+        + ("the same node" if tier == PEER else "other nodes")
+        for tier, link in search.wire.items()
+    )
+    return (
+        f"workers: {request.workers} on {request.nodes} nodes, who divide {divided}{copies}; of a step's sequences they "
+        f"take {', '.join(map(str, request.sequences)) or 'equally many'}",
+        f"wire: {'; '.join(links) or 'taken for infinitely fast'}",
+    )
+
+
+def _say_commit(search: Search, choice: Choice) -> str:
+    every, snapshot = choice.forecast.commit_every, format_size(sum(search.snapshot(choice.placement).values()))
+    if choice.placement.shared:
+        held = f"a crash of this process loses no step: a keeper process holds the last in {snapshot} more"
+    else:
+        held = f"a crash loses {every} at most" if every > 1 else "a crash loses the step under way"
+    often = f"every {every} steps" if every > 1 else "every step"
+    return f"{often}, {snapshot} from memory while the next computes; {held}"
+
+
+def told(activations: tuple[tuple[str, Activations], ...]) -> str:
+    """What is done with those of how many units."""
+    counts = Counter(SAID.get(choice, f"{choice.saved} saved in {choice.home}") for _, choice in activations)
+    return ", ".join(f"of {count} units {what}" for what, count in counts.items()) or "all kept"
