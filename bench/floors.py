@@ -16,11 +16,10 @@ from shapes import SEQUENCE_LENGTH, SHAPES, Shape, token_ids
 from throttle import ThrottledDisk
 from torch.utils.checkpoint import checkpoint
 
-from outsize.memory.checksum import CheckedExtents
 from outsize.memory.codec import join_master, split_master
 from outsize.memory.disk import DiskTier
 from outsize.memory.host import allocate_slab
-from outsize.memory.tier import Extent, Moves
+from outsize.memory.tier import Extent
 from outsize.memory.transfer import Ticket, Transfers
 from outsize.train.loss import Head, blocked_cross_entropy, next_tokens
 
@@ -139,16 +138,13 @@ def disk(place: str, read: int, written: int, steps: int, throttled: bool = Fals
     return {"seconds": statistics.median(seconds), "bytes_read": read, "bytes_written": written}
 
 
-def together(
-    place: str, shape: str, read: int, written: int, steps: int, throttled: bool = False, checked: bool = True
-) -> dict[str, Any]:
+def together(place: str, shape: str, read: int, written: int, steps: int, throttled: bool = False) -> dict[str, Any]:
     """Seconds until a step's arithmetic and its bytes are done, begun at once and knowing nothing of each other: what one
-    costs the other on this machine, processors and memory being the same, where nothing ever waits. `checked`: with the
-    checksums of what is written."""
+    costs the other on this machine, processors and memory being the same, where nothing ever waits."""
     model, update = _one_layer_model(SHAPES[shape], True), _update(SHAPES[shape])
     seconds: list[float] = []
     updating: list[float] = []
-    with _traffic(place, read, written, throttled, checked) as move:
+    with _traffic(place, read, written, throttled) as move:
         for step in range(steps):
             with _timed(seconds):
                 thread = Thread(target=move, args=(step,))
@@ -167,15 +163,13 @@ def together(
 
 
 @contextmanager
-def _traffic(
-    place: str, read: int, written: int, throttled: bool, checked: bool = False
-) -> Iterator[Callable[[int], None]]:
+def _traffic(place: str, read: int, written: int, throttled: bool) -> Iterator[Callable[[int], None]]:
     """What moves a step's bytes as a step does: what is only read first, then reads and writes mixed. A step reads one copy
     and writes the other, as blocks alternate between two extents."""
     path = Path(place) / "floor"
     path.unlink(missing_ok=True)
     try:
-        pipe = Pipe(path, throttled, checked)
+        pipe = Pipe(path, throttled)
         mixed, alone = written // PIECE, max(read - written, 0) // PIECE
         copies = [[pipe.tier.allocate(PIECE) for _ in range(mixed)] for _ in range(2)]
         for extent in (*copies[0], *copies[1]):  # an extent that was never written would be read for nothing
@@ -199,11 +193,10 @@ def _traffic(
 class Pipe:
     """A ring of buffers between extents of a file."""
 
-    def __init__(self, path: Path, throttled: bool, checked: bool) -> None:
+    def __init__(self, path: Path, throttled: bool) -> None:
         self.tier: DiskTier = DiskTier(path)
         if throttled:
             self.tier = ThrottledDisk(self.tier)
-        self._moves: Moves = CheckedExtents(self.tier) if checked else self.tier
         self._transfers = Transfers()
         self._ring = [allocate_slab(PIECE) for _ in range(RING)]
         for buffer in self._ring:
@@ -223,12 +216,12 @@ class Pipe:
             if error is not None or target is None:
                 through.piece_done(error)
             else:
-                self._transfers.write(self._moves, target, 0, buffer, then=through.piece_done)
+                self._transfers.write(self.tier, target, 0, buffer, then=through.piece_done)
 
         if source is None:
             pass_on(None)
         else:
-            self._transfers.read(self._moves, source, 0, buffer, then=pass_on)
+            self._transfers.read(self.tier, source, 0, buffer, then=pass_on)
 
     def _wait(self, place: int) -> None:
         ticket = self._busy[place]

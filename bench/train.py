@@ -86,15 +86,13 @@ class Bench:
             name = f"{shape.name}: disk alone{note}"
             self.measure(name, "floors", "disk", STREAMED, place=str(self.folder), steps=3, **amounts, **options)
 
-    def together(self, shape: Shape, streamed: str) -> None:
-        """The bytes that a streamed run has moved a step beside the step's arithmetic, without checksums and with them."""
+    def together(self, shape: Shape, streamed: str, note: str = "", **options: Any) -> None:
+        """The bytes that a streamed run has moved a step beside the step's arithmetic."""
         moved = self.results[streamed]
         if "bytes_read" in moved:
             amounts = {"read": int(moved["bytes_read"]), "written": int(moved["bytes_written"])}
-            options = {"place": str(self.folder), "shape": shape.name, "steps": 4, **amounts}
-            for note, checked in (("", False), (", with checksums", True)):
-                name = f"{shape.name}: compute and disk at once{note}"
-                self.measure(name, "floors", "together", STREAMED, checked=checked, **options)
+            settings = {"place": str(self.folder), "shape": shape.name, "steps": 4, **amounts, **options}
+            self.measure(f"{shape.name}: compute and disk at once{note}", "floors", "together", STREAMED, **settings)
 
 
 def smollm2(bench: Bench, plain_large: bool) -> None:
@@ -129,6 +127,7 @@ def llama(bench: Bench, plain_large: bool) -> None:
     bench.together(LLAMA, streamed)
     bench.streamed(LLAMA, place, 1.6, ", throttled", throttled=True)
     bench.disk(LLAMA, streamed, ", throttled", throttled=True)
+    bench.together(LLAMA, streamed, ", throttled", throttled=True)
     bench.measure(f"{LLAMA.name}: DeepSpeed ZeRO-3", "zero3", "train", place=place, shape=LLAMA.name, steps=4)
     if plain_large:
         bench.measure(f"{LLAMA.name}: plain, checkpointing", "plain", "train", steps=4, **options)
