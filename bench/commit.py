@@ -83,9 +83,9 @@ def _train(place: str, out: str, memory: int, keeper: bool) -> None:
 
 def steps(place: str, out: str, memory: int, keeper: bool, modes: list[str], rounds: int) -> None:
     """Seconds of the steps that begin after a commit, and of others, in turns; the keeper works in its own alone."""
-    from outsize.machine.allocator import use_one_heap
+    from outsize.machine.allocator import limit_heaps
 
-    use_one_heap()
+    limit_heaps()
     from outsize.memory.shared import Shared
     from outsize.train.run import Run
 
@@ -127,11 +127,11 @@ def recovery(place: str, out: str, memory: int, keeper: bool) -> None:
     """Seconds from the start to the first resumed step, when all that it takes has been imported."""
     import transformers.models.llama.modeling_llama
 
-    from outsize.machine.allocator import use_one_heap
+    from outsize.machine.allocator import limit_heaps
     from outsize.train.run import Run
 
     del transformers
-    use_one_heap()
+    limit_heaps()
     started = perf_counter()
 
     def resumed(self: Run, number: int, *given: Any, **more: Any) -> None:

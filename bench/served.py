@@ -29,9 +29,9 @@ Work = list[tuple[list[int], int]]  # prompts, and how many tokens to answer
 
 def open_engine(model: str, **options: Any) -> Any:
     """As the commands `outsize serve` and `outsize generate` do."""
-    from outsize.machine.allocator import use_one_heap
+    from outsize.machine.allocator import limit_heaps
 
-    use_one_heap()
+    limit_heaps()
     import outsize
 
     return outsize.Engine(model, **options)

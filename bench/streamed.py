@@ -47,9 +47,9 @@ def foretell(place: str, **settings: Any) -> dict[str, Any]:
 
 def _trained(place: str, settings: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The report and the lines of a run, whose own folder is removed at the end."""
-    from outsize.machine.allocator import use_one_heap
+    from outsize.machine.allocator import limit_heaps
 
-    use_one_heap()
+    limit_heaps()
     from outsize import training
     from outsize.train.report import each_line
     from outsize.train.settings import TrainSettings

@@ -20,7 +20,7 @@ from outsize.commands.serve import serve
 from outsize.commands.train import train
 from outsize.distributed.launch import is_worker
 from outsize.errors import OutsizeError
-from outsize.machine.allocator import use_one_heap
+from outsize.machine.allocator import limit_heaps
 
 app = typer.Typer(
     name="outsize",
@@ -55,7 +55,7 @@ def main() -> None:
         # Idle compute threads spin for some 20 us, then sleep: spinning on takes cores from transfers, sleeping at once
         # makes every small operation wait for a wake-up (docs/log.md).
         os.environ.setdefault("GOMP_SPINCOUNT", "20000")
-    use_one_heap()
+    limit_heaps()
     try:
         app(standalone_mode=True)
     except OutsizeError as error:

@@ -18,7 +18,7 @@ from outsize.errors import OptionError, RunError, StorageError
 from outsize.machine.allocator import compile_few_kernels, recycle_up_to
 from outsize.machine.describe import describe, process_memory
 from outsize.machine.machine import Machine
-from outsize.machine.openmp import dismiss_threads
+from outsize.machine.threads import dismiss_helpers
 from outsize.memory.disk import DiskTier
 from outsize.memory.host import HostTier, allocate_slab
 from outsize.memory.store import Store
@@ -127,7 +127,7 @@ class Part:
             self.runner = self._runner(stack, group, tiers, kv_directory)
             self.close = stack.pop_all().close
         group.each(0)  # nobody is asked before all are there
-        dismiss_threads()  # the engine computes in a thread of its own, with its own
+        dismiss_helpers()  # the engine computes in a thread of its own, with its own
 
     def _planned(self, group: Group, request: ServeRequest, disk_free_bytes: int) -> tuple[Plan, Leg | None]:
         """This worker's plan; how many pages there are is for those who have room for the fewest."""

@@ -13,8 +13,8 @@ from models import tiny_model
 
 SERVE = """
 import json, sys
-from outsize.machine.allocator import use_one_heap
-use_one_heap()
+from outsize.machine.allocator import limit_heaps
+limit_heaps()
 import outsize
 from outsize.errors import BudgetError
 from outsize.machine.describe import process_memory

@@ -13,7 +13,7 @@ import sys
 from array import array
 from collections.abc import Iterable
 
-from outsize.machine.allocator import Heap, recycle_up_to, use_one_heap
+from outsize.machine.allocator import Heap, limit_heaps, recycle_up_to
 
 ALIGNMENT = 64  # bytes, of all tensors that torch allocates on the CPU (c10/core/alignment.h)
 PAGE = 4096
@@ -91,7 +91,7 @@ def main() -> None:
     """The changes come on the standard input, the peak goes to the standard output."""
     heap = Heap.find()
     assert heap is not None
-    use_one_heap()
+    limit_heaps()
     recycle_up_to(int(sys.argv[1]))
     numbers = array("q", sys.stdin.buffer.read())
     heaped = _Heaped(heap)

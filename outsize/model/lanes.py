@@ -7,7 +7,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, TypeVar
+
+from outsize.machine.threads import start_computing
 
 Result = TypeVar("Result")
 
@@ -54,9 +57,7 @@ class Lanes:
             finally:
                 self._leave(index)
 
-        threads = [threading.Thread(target=lane, args=(index,), name=f"lane {index}") for index in range(len(bodies))]
-        for thread in threads:
-            thread.start()
+        threads = [start_computing(partial(lane, index), f"lane {index}") for index in range(len(bodies))]
         try:
             for thread in threads:
                 thread.join()

@@ -13,6 +13,7 @@ from time import perf_counter
 from typing import Any, Self
 
 from outsize.errors import OptionError, RunError
+from outsize.machine.threads import start_computing
 from outsize.serve.constraint import Schemas
 from outsize.serve.engine import Engine
 from outsize.serve.request import Chosen, Event, Request, Sampling
@@ -54,8 +55,7 @@ class Service:
         self.schemas = Schemas(engine.tokenizer, self.vocabulary, engine.end_tokens)
         self._work = threading.Condition()
         self._closing = False
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._thread.start()
+        self._thread = start_computing(self._run, "engine", daemon=True)
 
     @property
     def tokenizer(self) -> Any:
