@@ -18,7 +18,7 @@ from outsize.distributed.pipeline import Pipeline
 from outsize.errors import RunError
 from outsize.memory.block import make_block
 from outsize.memory.store import Lease, Store
-from outsize.model.attach import Attachment
+from outsize.model.attach import Attachment, place_of
 from outsize.model.vocabulary import Table
 from outsize.model.weights import RowBlock, Weight
 from outsize.train.update import Updater
@@ -180,7 +180,7 @@ class Gradients:
 
     def _wait(self, block: RowBlock, part: torch.Tensor, lease: Lease | None) -> None:
         """Let the share, or the whole, of a gradient go home. It may lie in `lease` already."""
-        if lease is None or part.data_ptr() != lease.bytes.data_ptr():
+        if lease is None or place_of(part) != place_of(lease.bytes):
             if lease is not None:
                 lease.drop()
             first = block.name not in self._held

@@ -21,6 +21,7 @@ from outsize.distributed.shares import Shares
 from outsize.memory.block import make_block
 from outsize.memory.codec import join_master, split_master, stochastic_round
 from outsize.memory.store import Lease, Store
+from outsize.model.attach import place_of
 from outsize.model.weights import WEIGHT, RowBlock, Weight
 from outsize.plan import Plan
 from outsize.train.optimizers import OptimizerRule, StateLayout, is_elementwise, state_layout
@@ -327,7 +328,7 @@ class Updater:
         getattr(optimizer, method)()
         kept = optimizer.state[parameter]
         for name, home in state.items():
-            if kept[name].data_ptr() != home.data_ptr():
+            if place_of(kept[name]) != place_of(home):
                 home.copy_(kept[name])
         scalars = {name: value for name, value in kept.items() if name not in state}
         optimizer.state.clear()
