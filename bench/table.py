@@ -20,9 +20,10 @@ median step, the peak is the process's highest resident memory, interpreter and 
 absolute times differ from machine to machine and from hour to hour.
 
 *Compute alone* is the step's arithmetic (forward, recomputation, head and loss over blocks, backward, update) with
-every byte at hand. *Disk alone* is the same bytes read and written with no arithmetic. *Floor* is the larger of the
-two, the disk's in proportion to the line's own bytes, and *floor / step* the efficiency. A throttled disk passes 1.35 GB/s
-read and 1.4 GB/s written: what is left when the machine's host has nothing cached.
+every byte at hand. *Disk alone* is the same bytes read and written with no arithmetic, right after the line it stands
+for. *Floor* is the larger of the two, and *floor / step* the efficiency. *At once* both are done by threads that know
+nothing of each other: what the two cost each other on this machine where nothing ever waits. A throttled disk passes
+1.35 GB/s read and 1.4 GB/s written: what is left when the machine's host has nothing cached.
 
 """
 
@@ -87,15 +88,12 @@ def _of(shape: str, results: Results) -> Results:
 
 def floor_of(shape: str, name: str, results: Results) -> float | None:
     """The larger of compute alone and disk alone for a streamed run; None when neither was measured."""
-    found, there = _of(shape, results)[name], _of(shape, results)
+    there = _of(shape, results)
     lanes = ", 8 x 512" if "8 x 512" in name else ""
     kept = shape == SMOLLM2.name and name.endswith("all near")
     recompute = ", checkpointing" if shape == SMOLLM2.name and not kept else ""
-    disk = there.get("disk alone, throttled" if "throttled" in name else "disk alone", {})
-    floors = [there.get(f"compute alone{lanes}{recompute}", {}).get("seconds")]
-    if "seconds" in disk:
-        moved = found["bytes_read"] + found["bytes_written"]
-        floors.append(disk["seconds"] * moved / (disk["bytes_read"] + disk["bytes_written"]))
+    alone = (f"compute alone{lanes}{recompute}", f"disk alone, after {name}")
+    floors = [there.get(row, {}).get("seconds") for row in alone]
     return max((floor for floor in floors if floor is not None), default=None)
 
 
