@@ -88,3 +88,17 @@ def test_a_norm_that_rounds_elsewhere_stays_as_it_is() -> None:
     assert "norm" in names_of(forward)  # it looks the same
     program = record(forward, [trial(*size) for size in ((1, 1), (4, 2), (6, 4), (33, 3), (64, 3))], sizes)
     assert program is not None and torch.equal(program(**(inputs := trial(200, 9))), forward(**inputs))
+
+
+def with_heads(count: int, tokens: torch.Tensor) -> torch.Tensor:
+    parts = TABLE[tokens][..., :32].split([16, 16], dim=-1)
+    query, key = (part.view((1, tokens.shape[1], count, HEAD)).transpose(1, 2) for part in parts)
+    angles = TABLE[tokens][..., :HEAD]
+    return rotate(query, angles, angles) * rotate(key, angles, angles)
+
+
+@pytest.mark.parametrize(("count", "rolls"), [(-1, 1), (2, 2)])
+def test_heads_that_are_counted_are_rotated_apart(count: int, rolls: int) -> None:
+    with Recorder(inputs := {"tokens": trial(5, 2)["tokens"]}) as recorder:
+        with_heads(count, **inputs)
+    assert [call.name for call in shorter(recorder.calls)].count("roll") == rolls

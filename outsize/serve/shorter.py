@@ -112,10 +112,10 @@ def rotate_together(calls: list[Call]) -> list[Call]:
 
 
 def _beside(split: Call, one: _Match, other: _Match) -> bool:
-    """They begin with two neighbours of those that the last dimension is split into."""
-    parts = split.results
+    """They begin with two neighbours of those that the last dimension is split into, and make any number of heads of them."""
     last = split.name == "split" and split.kwargs == {"dim": -1} and isinstance(split.args[1], list)
-    return last and (one["part"].name, other["part"].name) in pairwise(parts)
+    heads = len(one["shape"]) == 4 and one["shape"][2] == -1 and one["shape"][3] > 0
+    return last and heads and (one["part"].name, other["part"].name) in pairwise(split.results)
 
 
 def _rotated(split: Call, one: _Match, other: _Match) -> list[Call]:
