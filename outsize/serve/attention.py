@@ -144,21 +144,31 @@ def paged_attention(
 ) -> torch.Tensor:
     """What `attend` gives, in layer `number`."""
     cache, layout = paged.cache, paged.layout
-    keys, values = cache.keys[number], cache.values[number]
+    keys, values, layer = cache.keys[number], cache.values[number], cache.layers[number]
     _write(keys, key, layout)
     _write(values, value, layout)
-    groups, chunks = layout.reads(cache.layers[number], keys, values)
+    groups, chunks = layout.reads(layer, keys, values)
+    how = _How(scale, softcap, softcap is None and layout.at_once(layer))
     queries, heads = query[0].transpose(0, 1), key.shape[1]  # [N, H, D]
     if len(groups) == 1 and groups[0].where is None:
-        return _decode(queries, keys, values, groups[0], heads, scale, softcap).unsqueeze(0)
+        return _decode(queries, keys, values, groups[0], heads, how).unsqueeze(0)
     output = query.new_empty((query.shape[2], query.shape[1], value.shape[-1]))
     for group in groups:
-        output[group.where] = _decode(queries[group.where], keys, values, group, heads, scale, softcap)
+        output[group.where] = _decode(queries[group.where], keys, values, group, heads, how)
     for chunk in chunks:
         span = slice(chunk.first, chunk.last)
         near = _gather(keys, chunk.keys, heads), _gather(values, chunk.values, heads)
-        _attend_chunk(queries[span], *near, chunk, scale, softcap, output[span])
+        _attend_chunk(queries[span], *near, chunk, how, output[span])
     return output.unsqueeze(0)
+
+
+@dataclass(frozen=True)
+class _How:
+    """Scores are scaled, and perhaps soft-capped; with `at_once` by torch's own attention, else by products."""
+
+    scale: float
+    softcap: float | None
+    at_once: bool
 
 
 def _refuse(module: nn.Module, mask: torch.Tensor | None, others: dict[str, Any]) -> None:
@@ -179,48 +189,54 @@ def _gather(cache: Rows, rows: torch.Tensor, batch: int) -> torch.Tensor:
     return cache.rows.index_select(0, rows).view(batch, -1, cache.slots.shape[1])
 
 
-def _scores(query: torch.Tensor, keys: torch.Tensor, scale: float, softcap: float | None) -> torch.Tensor:
+def _scores(query: torch.Tensor, keys: torch.Tensor, how: _How) -> torch.Tensor:
     """[batch, n, T] of `query` [batch, n, D] and `keys` [batch, T, D], scaled and perhaps soft-capped."""
-    scores = torch.baddbmm(query.new_empty(1), query, keys.transpose(1, 2), beta=0, alpha=scale)
-    return scores if softcap is None else torch.tanh(scores / softcap) * softcap
+    scores = torch.baddbmm(query.new_empty(1), query, keys.transpose(1, 2), beta=0, alpha=how.scale)
+    return scores if how.softcap is None else torch.tanh(scores / how.softcap) * how.softcap
 
 
-def _decode(
-    query: torch.Tensor,
-    keys: Rows,
-    values: Rows,
-    group: DecodeGroup,
-    heads: int,
-    scale: float,
-    softcap: float | None,
+def _attended(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, hidden: torch.Tensor | None, how: _How
 ) -> torch.Tensor:
+    """Like `query` [batch, n, queries, D]; `keys` and `values` [batch, n, T, D] may be the same for all n, and so may
+    `hidden`, which is added to the scores. The operation is named, as torch would quietly choose a slower one."""
+    keys, values = (rows.expand(-1, query.shape[1], -1, -1) for rows in (keys, values))
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+    return attention(query, keys, values, attn_mask=hidden, scale=how.scale)[0]
+
+
+def _decode(query: torch.Tensor, keys: Rows, values: Rows, group: DecodeGroup, heads: int, how: _How) -> torch.Tensor:
     """`query` [B, H, D] gives [B, H, D]."""
-    batch = query.shape[0]
+    batch, hidden = query.shape[0], group.hidden
+    near = _gather(keys, group.keys, batch * heads)
+    if how.at_once:
+        shape = batch, heads, -1, query.shape[-1]
+        over, hidden = (
+            _gather(values, group.values, batch * heads).view(shape),
+            None if hidden is None else hidden.unsqueeze(1),
+        )
+        return _attended(query.view(shape), near.view(shape), over, hidden, how).reshape(query.shape)
     grouped = query.reshape(batch * heads, -1, query.shape[-1])
-    scores = _scores(grouped, _gather(keys, group.keys, batch * heads), scale, softcap)
-    if group.hidden is not None:
-        scores.view(batch, query.shape[1], -1).add_(group.hidden)
+    scores = _scores(grouped, near, how)
+    if hidden is not None:
+        scores.view(batch, query.shape[1], -1).add_(hidden)
     weights = torch.softmax(scores, dim=-1)
     return torch.bmm(weights, _gather(values, group.values, batch * heads)).view(batch, query.shape[1], -1)
 
 
 def _attend_chunk(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    chunk: Chunk,
-    scale: float,
-    softcap: float | None,
-    output: torch.Tensor,
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, chunk: Chunk, how: _How, output: torch.Tensor
 ) -> None:
     """`query` and `output` [n, H, D], `keys` and `values` [K, T, D]: block by block, each against the keys it sees."""
     heads, size = keys.shape[0], query.shape[-1]
     for block in chunk.blocks:
-        count = block.last - block.first
-        queries = query[block.first : block.last].view(count, heads, -1, size)
-        queries = queries.permute(1, 2, 0, 3).reshape(heads, -1, size)  # [K, R * n, D]
-        scores = _scores(queries, keys[:, block.low : block.high], scale, softcap)
-        scores.view(heads, -1, count, block.high - block.low)[..., -block.hidden.shape[1] :].add_(block.hidden)
-        found = torch.bmm(torch.softmax(scores, dim=-1), values[:, block.low : block.high])
-        found = found.view(heads, -1, count, values.shape[-1]).permute(2, 0, 1, 3)
-        output[block.first : block.last] = found.reshape(count, -1, values.shape[-1])
+        count, seen = block.last - block.first, slice(block.low, block.high)
+        queries = query[block.first : block.last].view(count, heads, -1, size).permute(1, 2, 0, 3)  # [K, R, n, D]
+        if how.at_once:
+            found = _attended(queries, keys[:, None, seen], values[:, None, seen], block.hidden, how)
+        else:
+            scores = _scores(queries.reshape(heads, -1, size), keys[:, seen], how)
+            scores.view(heads, -1, count, block.high - block.low)[..., -block.hidden.shape[1] :].add_(block.hidden)
+            found = torch.bmm(torch.softmax(scores, dim=-1), values[:, seen])
+            found = found.view(heads, -1, count, values.shape[-1])
+        output[block.first : block.last].view(count, heads, -1, values.shape[-1]).copy_(found.permute(2, 0, 1, 3))

@@ -5,8 +5,9 @@ are written with B sequences, N tokens, K key-value heads, P pages of a sequence
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -46,7 +47,7 @@ class DecodeGroup:
 @dataclass(frozen=True)
 class Block:
     """Queries `first` to `last` of a chunk and what they see: gathered keys `low` to `high`. `hidden` [last - first, so many
-    keys at the end] is added to the scores: minus infinity where a key is not seen."""
+    keys at the end] is added to the scores: minus infinity where a key is not seen. All keys, where they attend at once."""
 
     first: int
     last: int
@@ -66,11 +67,29 @@ class Chunk:
     blocks: list[Block]
 
 
-class Layout:
-    """What one step reads and writes in the cache, for layers of each kind."""
+def has_tiles(layer: KvLayer) -> bool:
+    """The processor multiplies the layer's numbers in tiles (AMX). There torch's own attention takes half the time of
+    products in blocks; elsewhere it takes several times as long (docs/log.md)."""
+    return layer.dtype == "bfloat16" and layer.key_size == layer.value_size and _tiles()
 
-    def __init__(self, spans: list[Span], page_tokens: int, device: torch.device) -> None:
-        self.spans, self.page_tokens, self.device = spans, page_tokens, device
+
+@cache
+def _tiles() -> bool:
+    return torch.cpu._is_amx_tile_supported()
+
+
+class Layout:
+    """What one step reads and writes in the cache, for layers of each kind; `at_once` says where queries, keys and values
+    attend in one call."""
+
+    def __init__(
+        self,
+        spans: list[Span],
+        page_tokens: int,
+        device: torch.device,
+        at_once: Callable[[KvLayer], bool] = has_tiles,
+    ) -> None:
+        self.spans, self.page_tokens, self.device, self.at_once = spans, page_tokens, device, at_once
         firsts, first = [], 0
         for span in spans:
             firsts.append(first)
@@ -172,7 +191,7 @@ class Layout:
         start, end = span.start + first, span.start + last
         begin = low if window is None else max(low, start - window + 1)
         whole = window is None or end - begin <= window  # every query sees the first key
-        seen = start if whole else begin  # the first position that some query does not see
+        seen = start if whole and not self.at_once(layer) else begin  # some query does not see what is here or later
         queries = torch.arange(start, end, device=self.device).unsqueeze(1)
         keys = torch.arange(seen, end, device=self.device)
         hidden = keys > queries
