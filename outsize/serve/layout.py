@@ -75,7 +75,8 @@ def has_tiles(layer: KvLayer) -> bool:
 
 @cache
 def _tiles() -> bool:
-    return torch.cpu._is_amx_tile_supported()
+    supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return supported is not None and supported()
 
 
 class Layout:
