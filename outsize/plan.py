@@ -251,7 +251,8 @@ def _line(what: str, why: str, width: int) -> str:
 def _outcome(plan: Plan, predicted: Predicted) -> list[tuple[str, str]]:
     """What a user asks first: does it fit, how long does it take, what does it move, is it exact."""
     budget = "" if plan.memory_bytes is None else f" of {format_size(plan.memory_bytes)}"
-    rows = [("memory", f"the process peaks at {format_size(predicted.host_peak_bytes)}{budget}")]
+    who = f"worker {plan.rank} of {plan.workers}" if plan.legs else "the process"
+    rows = [("memory", f"{who} peaks at {format_size(predicted.host_peak_bytes)}{budget}")]
     rows += [("", f"{format_size(nbytes)} {cause}") for cause, nbytes in predicted.memory]
     rows += [("disk", f"{format_size(predicted.disk_bytes)}, the state; it is also the checkpoint")]
     if predicted.seconds_per_step is not None:
