@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from outsize.distributed.measure import Crowd
+from outsize.distributed.shares import in_proportion
 from outsize.errors import OptionError, OutsizeError
 from outsize.machine.allocator import recycle_up_to
 from outsize.machine.describe import describe, process_memory
@@ -20,7 +21,7 @@ from outsize.machine.machine import Machine
 from outsize.model.companions import COMPANIONS
 from outsize.model.load import open_model
 from outsize.model.units import find_units
-from outsize.plan import Plan, Request, in_proportion
+from outsize.plan import Plan, Request
 from outsize.planner.cluster import places, wire_of
 from outsize.planner.pipeline import even_legs, fullest, plan_line
 from outsize.planner.training import Place, Planning, Task, plan_training
@@ -117,6 +118,7 @@ def planning(
     block_class: str | None = None,
     workers: int | None = None,
     pipeline: bool = False,
+    legs: int | None = None,
     **request: Any,
 ) -> Callable[[str | int], Plan]:
     """Plans of one job within one memory after another; all else is measured once, so that memory alone makes them differ.
@@ -124,8 +126,8 @@ def planning(
     For the `task` train, `request` takes the fields of `outsize.plan.Request` (sequence_length, batch_size, accumulate,
     precision, moments, clip, loss, activations, commit_every, keeper, zero), and its batch is what all `workers` do together
     (None: one for each device of a cluster, or for each of its nodes); as a `pipeline` each has a run of layers, and the
-    plan is that of who needs most. For `serve`, it takes context, concurrency, step_tokens and weights, and `workers` divide
-    the model's layers (None: one has all).
+    plan is that of who needs most; of fewer `legs` than workers, several divide each. For `serve`, it takes context,
+    concurrency, step_tokens and weights, and `workers` divide the model's layers (None: one has all).
     `machine` is the name or file of one described, None this one, whose disk is that of `directory`. `model` may be a
     folder that holds nothing but config.json. Raises OptionError or ModelError; the plans raise BudgetError."""
     known = {
@@ -145,6 +147,8 @@ def planning(
     nodes = there.nodes.count
     workers = workers or (nodes * places(there) if nodes > 1 else 1)
     asked = Request(0, **request)
+    if legs and not pipeline:
+        raise OptionError("legs are of a pipeline: set both, or leave them out.")
     in_line = pipeline and workers > 1
     if not in_line:
         asked = asked.divided(in_proportion(asked.batch_size * asked.accumulate, [1] * workers), nodes)
@@ -161,7 +165,7 @@ def planning(
     here = Place(there, process_memory().resident_bytes, disk, wire_of(there, each), crowd)
     job = Task(module, units, rule, asked, [], source.stored_dtype, block_class)
     if in_line:
-        job = replace(job, request=asked.in_line(even_legs(job, workers), nodes))
+        job = replace(job, request=asked.in_line(even_legs(job, legs or workers), workers, nodes))
     elif not there.unlike:
         return partial(_within, Planning(job, here), tokenizer)
     machines = [there.node(rank // each) for rank in range(workers)]

@@ -178,7 +178,7 @@ def test_layers_go_to_workers_who_have_room_for_them(model: str) -> None:
     """Whose memory is too small for an even leg has a smaller one; for whom none is small enough is named."""
     module = AutoModelForCausalLM.from_pretrained(model)
     place = Place(cluster(1e9), 200 << 20, 1 << 40, wire_of(cluster(1e9), 1))
-    request = Request(0, sequence_length=256, accumulate=4, activations="keep").in_line((4, 4), 2)
+    request = Request(0, sequence_length=256, accumulate=4, activations="keep").in_line((4, 4), 2, 2)
     task = Task(module, find_units(module), rule_of("adamw", {}), request)
     with pytest.raises(BudgetError, match="Worker 0: A budget of 100.00 MiB is too small") as refused:
         plan_line(task, [Worker(100 << 20, place), Worker(8 << 30, place)])

@@ -23,8 +23,8 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 from workers import Crew
 
+from outsize.distributed.shares import in_proportion
 from outsize.errors import OptionError
-from outsize.plan import in_proportion
 from outsize.train.state import StateFolder
 
 STEPS = 8
@@ -346,4 +346,3 @@ def test_torchrun_starts_workers_and_mistakes_end_it_with_one_code(
     ended = subprocess.run(line, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 1 and ended.stderr.count("A step of 1 sequences leaves nothing to do") == 2
     assert "Traceback" not in ended.stderr
-

@@ -10,10 +10,11 @@ from itertools import accumulate, pairwise
 
 from torch import nn
 
+from outsize.distributed.shares import in_proportion
 from outsize.errors import BudgetError, ModelError, OptionError
 from outsize.model.route import Leg, Route, keep_leg, shared_with_head
 from outsize.model.units import Unit, find_units
-from outsize.plan import Plan, Predicted, in_proportion
+from outsize.plan import Plan, Predicted
 from outsize.planner.legs import find_route
 from outsize.planner.rehearsal import bare_copy
 from outsize.planner.training import Task, plan_training
@@ -24,30 +25,33 @@ from outsize.train.precision import find_precision
 TRIES = 3  # to divide the units better, when each worker has room for what it has
 SEARCHED = 12  # and when one has not
 
-Known = dict[tuple[int, int, int, int | None], Plan | BudgetError]
-"""What was found by worker, its first of the repeated units, the one after its last, and how often all are to commit."""
+Known = dict[tuple[Leg, int | None], Plan | BudgetError]
+"""What was found of a leg, where all are to commit every so many steps."""
 
 
-def even_legs(task: Task, workers: int) -> tuple[int, ...]:
-    """How many of the repeated units each worker has, so that all multiply about as many weights; one at least.
+def even_legs(task: Task, legs: int) -> tuple[int, ...]:
+    """How many of the repeated units each of so many legs has, so that all multiply about as many weights; one at least.
 
     Raises OptionError when there are too few, ModelError where the model cannot be divided."""
     route = _route(task)
     count = len(route.repeated)
-    if count < workers:
-        raise OptionError(f"{count} layers cannot be divided among {workers} workers. Give --workers {count} or fewer.")
+    if count < legs:
+        raise OptionError(
+            f"{count} layers cannot be divided into {legs} legs. Give --legs or --workers {count}, or fewer."
+        )
     sizes = [_elements(task.model, name) for name in route.repeated]
     ends, whole = list(accumulate(sizes)), sum(sizes) + _elements(task.model, route.head)
     cuts = [0]
-    for number in range(1, workers):
-        wanted = bisect_left(ends, whole * number / workers - sizes[0] / 2) + 1
-        cuts.append(min(max(wanted, cuts[-1] + 1), count - (workers - number)))
+    for number in range(1, legs):
+        wanted = bisect_left(ends, whole * number / legs - sizes[0] / 2) + 1
+        cuts.append(min(max(wanted, cuts[-1] + 1), count - (legs - number)))
     return tuple(stop - start for start, stop in pairwise([*cuts, count]))
 
 
 def plan_line(task: Task, workers: Sequence[Worker], settled: bool = False) -> list[Plan]:
-    """A plan for each worker, of which each has so many of the repeated units as the `legs` of `task` say. Unless these are
-    `settled`, units go from one to another until each has room for what it has, and then as long as steps become shorter.
+    """A plan for each worker, in legs of so many of the repeated units as `task` says; those of one leg have the plan of who
+    has least memory. Unless legs are `settled`, units go from one to another until all have room for what they have, and
+    then as long as steps become shorter.
 
     Raises BudgetError naming a worker who has too little, and as `plan_training`."""
     route, known = _route(task), {}
@@ -69,7 +73,7 @@ def fullest(plans: Sequence[Plan]) -> Plan:
 def leave_leg(model: nn.Module, plan: Plan, block_class: str | None) -> list[Unit]:
     """Leave of `model` what the worker of `plan` has. Returns its units."""
     route = find_route(model)
-    leg = route.leg_to_train(plan.legs, plan.rank, shared_with_head(model, route))
+    leg = route.leg_to_train(plan.legs, plan.leg, shared_with_head(model, route))
     keep_leg(model, leg, find_precision(plan.precision).compute)
     return find_units(model, block_class)
 
@@ -102,23 +106,24 @@ def _with(task: Task, legs: tuple[int, ...]) -> Task:
 
 @dataclass(frozen=True)
 class _Line:
-    """What all workers would do, each of whom has so many of the repeated units as `legs` say: their plans, or what they
-    would need. `said`: which units those are."""
+    """What a worker of each leg would do, where these have so many of the repeated units: its plan, or what it would need
+    beyond its budget. `said`: which units those are. `sharers`: workers of a leg."""
 
     legs: tuple[int, ...]
+    sharers: int
     budgets: tuple[int, ...]
     found: tuple[Plan | BudgetError, ...]
     said: tuple[str, ...]
 
     @property
     def own(self) -> list[float]:
-        """Seconds that each who has room would take for a step alone."""
+        """Seconds that each leg for which there is room would take for a step alone."""
         return [_seconds(plan) for plan in self.found if isinstance(plan, Plan)]
 
     @property
     def seconds(self) -> float:
-        """Of a step: micro-batches follow each other as fast as the slowest worker takes them, and the first has to go
-        through all the others."""
+        """Of a step: micro-batches follow each other as fast as the slowest leg takes them, and the first has to go through
+        all the others."""
         slowest = max(self.own, default=0.0)
         return slowest + (sum(self.own) - slowest) / self._micro_batches
 
@@ -128,7 +133,7 @@ class _Line:
 
     @cached_property
     def lacking(self) -> int:
-        """Bytes that workers need beyond what they may use."""
+        """Bytes that they need beyond what they may use."""
         pairs = zip(self.found, self.budgets, strict=True)
         return sum(_least(one, budget) - budget for one, budget in pairs if isinstance(one, BudgetError))
 
@@ -138,7 +143,7 @@ class _Line:
 
     def eased(self) -> Iterator[tuple[int, ...]]:
         """Other legs: so many units each as it would do in the same time, if all took as long as its own do now; and those
-        of now, but for one unit of who takes longest at a neighbour."""
+        of now, but for one unit of the slowest at a neighbour."""
         loads = self._loads()
         speeds = [units / max(load, 1e-9) for units, load in zip(self.legs, loads, strict=True)]
         yield in_proportion(sum(self.legs), speeds)
@@ -156,24 +161,27 @@ class _Line:
         ]
 
     def told(self) -> list[Plan]:
-        """Raises BudgetError."""
-        for rank, one in enumerate(self.found):
+        """The plans of all workers. Raises BudgetError."""
+        for leg, one in enumerate(self.found):
             if isinstance(one, BudgetError):
-                raise BudgetError(f"Worker {rank}: {one}", one.least) from one
+                raise BudgetError(f"Worker {leg * self.sharers}: {one}", one.least) from one
         plans = [plan for plan in self.found if isinstance(plan, Plan)]
         idle = 1 - sum(self.own) / len(self.own) / max(self.seconds, 1e-9)
         bubble = (
             f"bubble: of {self.seconds:.2f} s a step workers wait {idle:.0%} on average: for the first micro-batch to come, "
             "the last to go, and who takes longest"
         )
-        said = [f"worker {rank}: {self._say(rank, plan)}" for rank, plan in enumerate(plans)]
-        return [as_slow(plan, self.seconds, *said, bubble) for plan in plans]
+        said = [self._say(leg, plan) for leg, plan in enumerate(plans)]
+        slowed = [as_slow(plan, self.seconds, *said, bubble) for plan in plans]
+        return [replace(plan, rank=plan.rank + other) for plan in slowed for other in range(self.sharers)]
 
-    def _say(self, rank: int, plan: Plan) -> str:
-        predicted = _predicted(plan)
+    def _say(self, leg: int, plan: Plan) -> str:
+        predicted, who = _predicted(plan), f"worker {plan.rank}"
+        if self.sharers > 1:
+            who = f"workers {plan.rank}-{plan.rank + self.sharers - 1}"
         return (
-            f"{self.said[rank]}; peaks at {format_size(predicted.host_peak_bytes)} of "
-            f"{format_size(self.budgets[rank])}, {format_size(predicted.disk_bytes)} of disk; alone it would take "
+            f"{who}: {self.said[leg]}; peaks at {format_size(predicted.host_peak_bytes)} of "
+            f"{format_size(self.budgets[leg])}, {format_size(predicted.disk_bytes)} of disk; alone it would take "
             f"{_seconds(plan):.2f} s for a step"
         )
 
@@ -194,35 +202,34 @@ def _least(problem: BudgetError, budget: int) -> int:
 
 def _line(task: Task, route: Route, workers: Sequence[Worker], known: Known) -> _Line:
     """The first worker's plan says how often all commit."""
-    ends, found, said = [0, *accumulate(task.request.legs)], [], []
-    for rank, worker in enumerate(workers):
-        key = (rank, ends[rank], ends[rank + 1], task.request.commit_every)
+    legs, sharers = task.request.legs, task.request.sharers
+    shared, found, said, budgets = shared_with_head(task.model, route), [], [], []
+    for first in range(0, len(workers), sharers):
+        worker = min(workers[first : first + sharers], key=lambda one: (one.memory_bytes, one.place.disk_free_bytes))
+        task = replace(task, request=replace(task.request, memory_bytes=worker.memory_bytes, rank=first))
+        leg = route.leg_to_train(legs, task.request.leg, shared)
+        key = (leg, task.request.commit_every)
         if key not in known:
-            known[key] = _planned(_part(task, route, rank), worker)
+            known[key] = _planned(_part(task, leg), worker)
         one = known[key]
-        found.append(replace(one, legs=task.request.legs) if isinstance(one, Plan) else one)
-        said.append(str(_leg(task, route, rank)))
-        if rank == 0 and isinstance(one, Plan):
+        found.append(replace(one, legs=legs) if isinstance(one, Plan) else one)
+        said.append(str(leg))
+        budgets.append(worker.memory_bytes)
+        if first == 0 and isinstance(one, Plan):
             task = replace(task, request=replace(task.request, commit_every=one.commit_every))
-    budgets = tuple(worker.memory_bytes for worker in workers)
-    return _Line(task.request.legs, budgets, tuple(found), tuple(said))
+    return _Line(legs, sharers, tuple(budgets), tuple(found), tuple(said))
 
 
-def _leg(task: Task, route: Route, rank: int) -> Leg:
-    return route.leg_to_train(task.request.legs, rank, shared_with_head(task.model, route))
-
-
-def _part(task: Task, route: Route, rank: int) -> Task:
-    """What the worker has of the job."""
+def _part(task: Task, leg: Leg) -> Task:
+    """What a worker of the leg has of the job."""
     model = bare_copy(task.model)
-    keep_leg(model, _leg(task, route, rank), find_precision(task.request.precision).compute)
-    request, units = replace(task.request, rank=rank), find_units(model, task.block_class)
-    return replace(task, model=model, units=units, request=request, micro_batches=task.batches, whole=task)
+    keep_leg(model, leg, find_precision(task.request.precision).compute)
+    units = find_units(model, task.block_class)
+    return replace(task, model=model, units=units, micro_batches=task.batches, whole=task)
 
 
 def _planned(task: Task, worker: Worker) -> Plan | BudgetError:
-    request = replace(task.request, memory_bytes=worker.memory_bytes)
     try:
-        return plan_training(replace(task, request=request), worker.place)
+        return plan_training(task, worker.place)
     except BudgetError as problem:
         return problem
