@@ -78,7 +78,7 @@ Legs = Annotated[
     int | None,
     typer.Option(
         min=2,
-        help="Of a pipeline: so many runs of layers, each divided among workers as --zero says. [default: one for each]",
+        help="Of a pipeline: so many runs of layers, each divided among workers as --zero says; otherwise one for each.",
     ),
 ]
 Zero = Annotated[
