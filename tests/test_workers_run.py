@@ -311,7 +311,7 @@ def test_after_ctrl_c_a_run_goes_on_and_with_who_was_killed_all_begin_again(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:
     """Ctrl-C has all commit the step under way, though a commit is due much later; nothing of them stays."""
-    steps, run = 150, tmp_path / "run"
+    steps, run = 80, tmp_path / "run"
     told = (*command(settings | {"steps": steps, "commit_every": steps}, run), "--workers", 2)
     with launched(tmp_path, "outsize", *told) as interrupted:
         interrupted.until(lambda: len(steps_of(run)) >= 2)
