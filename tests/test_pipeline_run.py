@@ -112,7 +112,6 @@ def numbers(run: Path) -> list[float]:
         ({"sample_prompt": "w1"}, "--sample-prompt is for a whole model on each worker"),
         ({"model": "tied", "loss": "module"}, "have one weight"),
         ({"pipeline": False, "legs": 2}, "--legs says how --pipeline divides the model"),
-        ({"legs": 1, "accumulate": 3}, "take equally many of the 3 sequences"),
     ],
 )
 def test_what_a_pipeline_cannot_do_is_refused(

@@ -162,28 +162,25 @@ def test_a_pipeline_is_planned_for_workers_who_are_not_there(model: str) -> None
     assert f"worker {plan.rank} of 2 peaks at" in said
     assert f"worker 0 model.embed_tokens, model.layers.0 to model.layers.{first - 1}, lm_head; peaks at" in said
     assert f"worker 1 model.embed_tokens, model.layers.{first} to model.layers.7, model.norm, lm_head; peaks at" in said
-    assert "bubble of " in said
-    more = outsize.plan(model, memory="8GiB", pipeline=True, **asked | {"accumulate": 16})
-    assert bubble(more) < bubble(plan)
-    assert not outsize.plan(model, memory="8GiB", pipeline=True, machine=LAPTOP, sequence_length=32).legs
+    bubble = int(said.partition("workers wait ")[2].partition("%")[0])
+    assert 20 <= bubble < 40  # of equal legs a fifth: each passes a micro-batch four times and waits for one
 
 
-def bubble(plan: Plan) -> int:
-    """Percent."""
-    (said,) = (reason for reason in plan.reasons if reason.startswith("bubble: "))
-    return int(said.partition("workers wait ")[2].partition("%")[0])
+def test_legs_and_workers_must_divide_each_other_and_the_step() -> None:
+    for legs, workers, nodes in (((4, 4), 3, 1), ((4, 4), 6, 1)):
+        with pytest.raises(OptionError, match=f"{workers} workers cannot be equally many for each of 2 legs"):
+            Request(0, accumulate=4).in_line(legs, workers, nodes)
+    with pytest.raises(OptionError, match="3 workers of a leg cannot be alike on 3 nodes of 2 workers"):
+        Arrangement.of(0, 6, 3).among(3)
 
 
 def test_layers_go_to_workers_who_have_room_for_them(model: str) -> None:
     """Whose memory is too small for an even leg has a smaller one; for whom none is small enough is named."""
     module = AutoModelForCausalLM.from_pretrained(model)
     place = Place(cluster(1e9), 200 << 20, 1 << 40, wire_of(cluster(1e9), 1))
-    request = Request(0, sequence_length=256, accumulate=4, activations="keep").in_line((4, 4), 2, 2)
+    request = Request(0, sequence_length=256, accumulate=2, activations="keep").in_line((4, 4), 2, 2)
     task = Task(module, find_units(module), rule_of("adamw", {}), request)
     with pytest.raises(BudgetError, match="Worker 0: A budget of 100.00 MiB is too small") as refused:
-        plan_line(task, [Worker(100 << 20, place), Worker(8 << 30, place)])
-    assert refused.value.least is not None
-    with pytest.raises(BudgetError) as refused:
         plan_line(task, [Worker(100 << 20, place), Worker(8 << 30, place)], settled=True)
     assert refused.value.least is not None
     tight = refused.value.least - (24 << 20)

@@ -169,7 +169,6 @@ def test_shares_of_any_size_do_not_show_in_the_numbers(gang: Crew, tmp_path: Pat
         Case(workers=3, sequences=4, precision="mixed"),
         Case(legs=(1, 3), tied=True, table_rows=40, precision="mixed"),
         Case(workers=4, legs=(2, 2), nodes=2),
-        Case(workers=4, legs=(2, 2), zero=1, clip=0.5),
     ],
     ids=str,
 )

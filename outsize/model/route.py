@@ -59,7 +59,7 @@ class Leg:
     def __str__(self) -> str:
         """Its units, in the order in which they run."""
         route, (start, stop) = self.route, self.span
-        run = route.repeated[start:stop]
+        run = list(route.repeated[start:stop])
         named = f"{run[0]} to {run[-1]}" if len(run) > 1 else run[0]
         return ", ".join([*self._of(route.before), named, *self._of((*route.after, route.head))])
 

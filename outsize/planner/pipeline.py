@@ -23,7 +23,7 @@ from outsize.sizes import format_size
 from outsize.train.precision import find_precision
 
 TRIES = 3  # to divide the units better, when each worker has room for what it has
-SEARCHED = 12  # and when one has not
+SEARCHED = 6  # and when one has not
 
 Known = dict[tuple[Leg, int | None], Plan | BudgetError]
 """What was found of a leg, where all are to commit every so many steps."""
@@ -145,6 +145,9 @@ class _Line:
         """Other legs: so many units each as it would do in the same time, if all took as long as its own do now; and those
         of now, but for one unit of the slowest at a neighbour."""
         loads = self._loads()
+        unit = min(load / units for units, load in zip(self.legs, loads, strict=True))
+        if not self.lacking and max(loads) - min(loads) <= unit:
+            return  # whoever gets one more would take as long
         speeds = [units / max(load, 1e-9) for units, load in zip(self.legs, loads, strict=True)]
         yield in_proportion(sum(self.legs), speeds)
         slowest = loads.index(max(loads))
