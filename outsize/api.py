@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from outsize.distributed.measure import Crowd
+from outsize.distributed.shares import in_proportion
 from outsize.errors import OptionError, OutsizeError
 from outsize.machine.allocator import recycle_up_to
 from outsize.machine.describe import describe, process_memory
@@ -20,8 +21,9 @@ from outsize.machine.machine import Machine
 from outsize.model.companions import COMPANIONS
 from outsize.model.load import open_model
 from outsize.model.units import find_units
-from outsize.plan import Plan, Request, in_proportion
+from outsize.plan import Plan, Request
 from outsize.planner.cluster import places, wire_of
+from outsize.planner.pipeline import even_legs, fullest, plan_line
 from outsize.planner.training import Place, Planning, Task, plan_training
 from outsize.planner.workers import Worker, plan_workers
 from outsize.sizes import parse_size
@@ -115,14 +117,17 @@ def planning(
     optimizer_options: dict[str, Any] | None = None,
     block_class: str | None = None,
     workers: int | None = None,
+    pipeline: bool = False,
+    legs: int | None = None,
     **request: Any,
 ) -> Callable[[str | int], Plan]:
     """Plans of one job within one memory after another; all else is measured once, so that memory alone makes them differ.
 
     For the `task` train, `request` takes the fields of `outsize.plan.Request` (sequence_length, batch_size, accumulate,
     precision, moments, clip, loss, activations, commit_every, keeper, zero), and its batch is what all `workers` do together
-    (None: one for each device of a cluster, or for each of its nodes); for `serve`, context, concurrency, step_tokens and
-    weights, and `workers` divide the model's layers (None: one has all).
+    (None: one for each device of a cluster, or for each of its nodes); as a `pipeline` each has a run of layers, and the
+    plan is that of who needs most; of fewer `legs` than workers, several divide each. For `serve`, it takes context,
+    concurrency, step_tokens and weights, and `workers` divide the model's layers (None: one has all).
     `machine` is the name or file of one described, None this one, whose disk is that of `directory`. `model` may be a
     folder that holds nothing but config.json. Raises OptionError or ModelError; the plans raise BudgetError."""
     known = {
@@ -142,7 +147,11 @@ def planning(
     nodes = there.nodes.count
     workers = workers or (nodes * places(there) if nodes > 1 else 1)
     asked = Request(0, **request)
-    asked = asked.divided(in_proportion(asked.batch_size * asked.accumulate, [1] * workers), nodes)
+    if legs and not pipeline:
+        raise OptionError("legs are of a pipeline: set both, or leave them out.")
+    in_line = pipeline and workers > 1
+    if not in_line:
+        asked = asked.divided(in_proportion(asked.batch_size * asked.accumulate, [1] * workers), nodes)
     source = open_model(model)
     tokenizer = source.tokenizer()  # a run will hold it
     make = source.build if source.files.has_weights else source.outline
@@ -155,7 +164,9 @@ def planning(
     crowd, disk = Crowd().times(max(1.0, each / places(there))), there.capacity("disk") // each
     here = Place(there, process_memory().resident_bytes, disk, wire_of(there, each), crowd)
     job = Task(module, units, rule, asked, [], source.stored_dtype, block_class)
-    if not there.unlike:
+    if in_line:
+        job = replace(job, request=asked.in_line(even_legs(job, legs or workers), workers, nodes))
+    elif not there.unlike:
         return partial(_within, Planning(job, here), tokenizer)
     machines = [there.node(rank // each) for rank in range(workers)]
     apart = [here.beside(machine, machine.capacity("disk") // each) for machine in machines]
@@ -163,10 +174,11 @@ def planning(
 
 
 def _each_within(task: Task, apart: list[Place], each: int, _held: object, memory: str | int) -> Plan:
-    """The first worker's, of `apart` ones of whom so many are on `each` node: within the memory that this has for them."""
+    """The first worker's, of `apart` ones of whom so many are on `each` node: within the memory that this has for them. Of a
+    pipeline, that of who needs most."""
     budget = parse_size(memory)
     workers = [Worker(min(budget, place.machine.capacity("host") // each), place) for place in apart]
-    return plan_workers(task, workers)[0]
+    return fullest(plan_line(task, workers)) if task.request.legs else plan_workers(task, workers)[0]
 
 
 def _within(planning: Planning, _held: object, memory: str | int) -> Plan:

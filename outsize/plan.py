@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import accumulate
 from textwrap import fill
 from typing import Any
 
+from outsize.divided import Divided
 from outsize.errors import OptionError
 from outsize.fields import read_fields
 from outsize.sizes import format_size
@@ -126,7 +125,7 @@ class Served:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Divided):
     """Where every kind of byte lives, and how each unit runs.
 
     `near_weights` and `near_states` name the weights whose bytes, or whose optimizer state, stay near compute; all
@@ -141,10 +140,10 @@ class Plan:
     share of every optimizer state; from the level `zero` 2 on also of gradients that wait, and of `split_weights`. Of
     these all together have `weight_copies`: one, or one on each of several `nodes`. What is divided is so in proportion to
     `shares`, equally if there are none, and so are a step's sequences to `sequences`; the plan is that of worker `rank`.
-    With `legs` they are a pipeline instead: each has so many of the repeated units, and micro-batches go from one to the
-    next in the order of `schedule` (gpipe or 1f1b). `packed`: weights near, in groups that are multiplied at once, which
-    are held as the processor's matrix products read them. `serving`: what a plan for serving says beside, and `served` what
-    that means for requests."""
+    With `legs` they are a pipeline: each leg has so many of the repeated units, and micro-batches go from one to the next in
+    the order of `schedule` (gpipe or 1f1b); of several workers of a leg each has its share, as said. `packed`: weights near,
+    in groups that are multiplied at once, which are held as the processor's matrix products read them. `serving`: what a
+    plan for serving says beside, and `served` what that means for requests."""
 
     precision: str
     arena_bytes: int
@@ -251,7 +250,8 @@ def _line(what: str, why: str, width: int) -> str:
 def _outcome(plan: Plan, predicted: Predicted) -> list[tuple[str, str]]:
     """What a user asks first: does it fit, how long does it take, what does it move, is it exact."""
     budget = "" if plan.memory_bytes is None else f" of {format_size(plan.memory_bytes)}"
-    rows = [("memory", f"the process peaks at {format_size(predicted.host_peak_bytes)}{budget}")]
+    who = f"worker {plan.rank} of {plan.workers}" if plan.legs else "the process"
+    rows = [("memory", f"{who} peaks at {format_size(predicted.host_peak_bytes)}{budget}")]
     rows += [("", f"{format_size(nbytes)} {cause}") for cause, nbytes in predicted.memory]
     rows += [("disk", f"{format_size(predicted.disk_bytes)}, the state; it is also the checkpoint")]
     if predicted.seconds_per_step is not None:
@@ -315,14 +315,14 @@ class ServeRequest:
 
 
 @dataclass(frozen=True)
-class Request:
+class Request(Divided):
     """What a user asks of a training job; "auto" leaves a choice to the planner. Bytes; sizes per micro-batch. With several
     `workers`, equally many on each of `nodes`, it is what each does; `zero` is what they divide: optimizer state (1),
     gradients too (2), weights too (3).
 
     `keeper`: memory that outlives the process is to hold the last step. `weight_copies`: how many there are already, as a
     plan has it, and `sequences` and `shares`, too. `rank`: the worker that is planned for. `legs`: how many of the
-    repeated units each worker has, where they divide these and nothing else."""
+    repeated units each leg has, in a pipeline."""
 
     memory_bytes: int
     sequence_length: int = 512
@@ -359,11 +359,19 @@ class Request:
     @property
     def underway(self) -> int:
         """Micro-batches between their forward and their backward, at most."""
-        return min(self.accumulate, len(self.legs) - self.rank) if self.legs else self.accumulate
+        return min(self.accumulate, len(self.legs) - self.leg) if self.legs else self.accumulate
 
-    def in_line(self, legs: tuple[int, ...], nodes: int) -> Request:
-        """Each worker has so many of the repeated units, and does its part of the whole step."""
-        return replace(self, workers=len(legs), nodes=nodes, legs=legs)
+    def in_line(self, legs: tuple[int, ...], workers: int, nodes: int) -> Request:
+        """As a pipeline, whose legs have so many of the repeated units; of several workers of a leg each takes as many of the
+        step's sequences. Raises OptionError when they cannot."""
+        sharers, sequences = workers // len(legs), self.batch_size * self.accumulate
+        if workers % len(legs) or sequences % sharers:
+            raise OptionError(
+                f"{workers} workers cannot be equally many for each of {len(legs)} legs, and take equally many of the "
+                f"{sequences} sequences of a step each. Give another --legs, --workers or --accumulate."
+            )
+        each = self.divided((sequences // sharers,) * sharers, 1) if sharers > 1 else self
+        return replace(each, workers=workers, nodes=nodes, legs=legs)
 
     def divided(self, sequences: tuple[int, ...], nodes: int) -> Request:
         """What the worker with most to do does of the step that this one asks of all together, of which each is to do so
@@ -378,20 +386,3 @@ class Request:
             batch_size=batch_size,
             accumulate=accumulate,
         )
-
-
-def in_proportion(count: int, speeds: Sequence[float]) -> tuple[int, ...]:
-    """So many sequences, divided among workers of these speeds, one for each at least.
-
-    Raises OptionError when there are fewer."""
-    if count < len(speeds):
-        raise OptionError(
-            f"A step of {count} sequences leaves nothing to do for some of {len(speeds)} workers. Give a larger "
-            "--batch-size or --accumulate, or fewer workers."
-        )
-    ends = [round(count * end / sum(speeds)) for end in accumulate(speeds)]
-    found = [end - start for start, end in zip([0, *ends], ends, strict=False)]
-    while 0 in found:
-        found[found.index(max(found))] -= 1
-        found[found.index(0)] += 1
-    return tuple(found)

@@ -13,6 +13,7 @@ from torch import nn
 
 from outsize.distributed.group import Group
 from outsize.distributed.measure import Crowd, leveled, measure_crowd, measure_speeds, measure_wire
+from outsize.distributed.shares import in_proportion
 from outsize.distributed.wire import NO_WIRE
 from outsize.distributed.workers import find_group
 from outsize.errors import DamageError, OptionError, OutsizeError, PlanAgain, RunError
@@ -25,7 +26,7 @@ from outsize.model.companions import COMPANIONS, keep_companions
 from outsize.model.fingerprint import fingerprint_model, fingerprint_tokenizer, fingerprint_weights
 from outsize.model.load import ModelSource, open_model
 from outsize.model.units import Unit, find_units
-from outsize.plan import Plan, Request, in_proportion
+from outsize.plan import Plan, Request
 from outsize.planner.asked import request_of
 from outsize.planner.check import check_plan, read_plan
 from outsize.planner.pipeline import even_legs, leave_leg, plan_line
@@ -213,8 +214,9 @@ class _Training:
             *(self.source.stored_dtype, settings.block_class),
         )
         if settings.pipeline and group.size > 1:
-            legs = group.first(lambda: tuple(begun.get("legs", ())) or even_legs(task, group.size))
-            request = task.request.in_line(legs, group.nodes)
+            wanted = settings.legs or group.size
+            legs = group.first(lambda: tuple(begun.get("legs", ())) or even_legs(task, wanted))
+            request = task.request.in_line(legs, group.size, group.nodes)
         else:
             sequences = group.first(lambda: tuple(begun.get("sequences", ())) or self._sequences())
             request = task.request.divided(sequences, group.nodes)
@@ -227,10 +229,11 @@ class _Training:
     def _asked(self, begun: dict[str, Any], committed: bool) -> Request:
         """Of all workers together; `begun` is what the last committed step says."""
         settings, group = self.settings, self.group
-        if committed and group.size > 1 and bool(begun.get("legs")) != settings.pipeline:
+        legs = (settings.legs or group.size) * settings.pipeline
+        if committed and group.size > 1 and len(begun.get("legs", ())) != legs:
             raise RunError(
-                f"The {group.size} workers of {settings.out} {'divided state' if settings.pipeline else 'were a pipeline'}. "
-                f"{'Leave out --pipeline' if settings.pipeline else 'Give --pipeline'}, or another number of workers."
+                f"The {group.size} workers of {settings.out} {_say_legs(len(begun.get('legs', ())), group.size)}, or another "
+                "number of workers."
             )
         copies = begun.get("weight_copies", 1) if committed else None
         shares = group.first(lambda: tuple(begun.get("shares", ())) if committed else self._told("shares"))
@@ -367,6 +370,13 @@ def _memories(settings: TrainSettings, group: Group) -> list[int]:
     free = _free_memory() // group.here if settings.memory is None else 0
     told, found = zip(*group.each(settings.memory or 0, free), strict=True)
     return [int(said or there) for said, there in zip(told, leveled(found), strict=True)]
+
+
+def _say_legs(count: int, workers: int) -> str:
+    """What workers were who had so many legs, and what to give them again."""
+    if not count:
+        return "divided state. Leave out --pipeline"
+    return f"were a pipeline. Give --pipeline{'' if count == workers else f' --legs {count}'}"
 
 
 def _show(plan: Plan) -> None:

@@ -306,7 +306,8 @@ def bind_job(
 ) -> Job:
     sources = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     tiers = {"host": HostTier(1 << 30), "disk": DiskTier(directory / "blocks", 1 << 30)}
-    store = ShardedStore(group or Group(), tiers, plan.arena_bytes, allocate_slab, Transfers())
+    row = (group or Group()).row(plan.sharers)
+    store = ShardedStore(row, tiers, plan.arena_bytes, allocate_slab, Transfers())
 
     def read(name: str, start: int, stop: int) -> torch.Tensor:
         return sources[name][start:stop] if sources[name].dim() else sources[name]

@@ -12,6 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "outsize"
 FLOOR = {
     "errors": 0,
+    "divided": 0,
     "sizes": 0,
     "fields": 0,
     "plan": 0,

@@ -55,11 +55,43 @@ def test_a_pipeline_gives_the_bits_of_one_worker(gang: Crew, tmp_path: Path, cas
     assert_same(gang.run(case, tmp_path / "line"), expected)
 
 
-def test_clipping_by_the_norm_of_all_legs(gang: Crew, tmp_path: Path) -> None:
+SHARED = Case(workers=4, legs=(2, 2), steps=2)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        SHARED,
+        replace(SHARED, zero=2, precision="mixed", tied=True, table_rows=40, placement="near", activations="keep"),
+        replace(
+            SHARED, legs=(1, 3), nodes=2, optimizer="muon", placement="mixed", activations="move", schedule="gpipe"
+        ),
+    ],
+    ids=str,
+)
+def test_legs_that_workers_share_give_the_bits_of_as_many_who_share_the_model(
+    gang: Crew, tmp_path: Path, case: Case
+) -> None:
+    """And of one worker, if each has one micro-batch."""
+    assert_same(
+        gang.run(case, tmp_path / "legs"), gang.run(replace(case, workers=2, legs=(), nodes=1), tmp_path / "two")
+    )
+    if not case.tied:  # one worker adds all micro-batches of the head first
+        case = replace(case, sequences=2)
+        assert_same(gang.run(case, tmp_path / "each"), gang.run(alone(replace(case, nodes=1)), tmp_path / "one"))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_clipping_by_the_norm_of_all_legs(gang: Crew, tmp_path: Path, shared: bool) -> None:
     """Squares are added by leg first: of n weights, the norm's relative difference is at most that of two sums of n terms
-    in fp32, n eps. A step of gradient descent without momentum moves weights by no more than that differs."""
+    in fp32, n eps. A step of gradient descent without momentum moves weights by no more than that differs. Gradients of
+    shared legs wait whole."""
     case = replace(LINE, clip=0.1, optimizer="sgd", steps=1, tied=True, table_rows=40)
-    expected, found = gang.run(alone(case), tmp_path / "one"), gang.run(case, tmp_path / "line")
+    plain = alone(case)
+    if shared:
+        case = replace(case, workers=4, zero=1)
+        plain = replace(case, workers=2, legs=())
+    expected, found = gang.run(plain, tmp_path / "one"), gang.run(case, tmp_path / "line")
     slack = len(expected.weights) * torch.finfo(torch.float32).eps
     assert found.norms == pytest.approx(expected.norms, rel=slack) and found.norms != [None]
     for name, weight in expected.weights.items():
@@ -85,9 +117,9 @@ def test_the_slowest_worker_gives_layers_away() -> None:
     request = Request(8 << 30, sequence_length=32, accumulate=4, activations="keep")
     task = Task(model, find_units(model), rule_of("adamw", {}), request, source_dtype=torch.float32)
     assert even_legs(task, 2) == (3, 3) and even_legs(task, 6) == (1,) * 6
-    with pytest.raises(OptionError, match="6 layers cannot be divided among 7 workers"):
+    with pytest.raises(OptionError, match="6 layers cannot be divided into 7 legs"):
         even_legs(task, 7)
-    plans = plan_line(replace(task, request=request.in_line((5, 1), 1)), [Worker(8 << 30, place)] * 2)
+    plans = plan_line(replace(task, request=request.in_line((5, 1), 2, 1)), [Worker(8 << 30, place)] * 2)
     assert [plan.legs for plan in plans] == [(3, 3)] * 2 and [plan.rank for plan in plans] == [0, 1]
     assert len({plan.predicted.seconds_per_step for plan in plans if plan.predicted is not None}) == 1
 

@@ -86,6 +86,20 @@ def test_tied_tables_clipping_and_evaluation(gang: Crew, settings: dict[str, Any
     assert numbers(found) == pytest.approx(numbers(expected), rel=1e-5)
 
 
+def test_legs_that_workers_share_go_on_without_legs(gang: Crew, settings: dict[str, Any], tmp_path: Path) -> None:
+    """With the bits of workers who share the whole model, and each refuses what the others began."""
+    pair = tmp_path / "pair"
+    pair.mkdir()
+    gang.call("run", 2, pair, {"settings": settings | {"out": str(pair / "run")}})
+    legs = settings | {"out": str(tmp_path / "run"), "pipeline": True, "legs": 2}
+    kill = {"rank": 3, "line": 2, "signal": "SIGKILL"}
+    assert gang.attempt("run", 4, tmp_path, {"settings": legs, "kill": kill})[3] == -signal.SIGKILL
+    assert gang.attempt("run", 4, tmp_path, {"settings": legs | {"legs": None}}) == [1] * 4
+    assert all("were a pipeline. Give --pipeline --legs 2, or another number" in log for log in said(tmp_path, 4))
+    gang.call("run", 2, tmp_path, {"settings": settings | {"out": str(tmp_path / "run")}})
+    assert_same(tmp_path / "run", pair / "run")
+
+
 def numbers(run: Path) -> list[float]:
     """Losses, norms, and losses of evaluations."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -97,6 +111,7 @@ def numbers(run: Path) -> list[float]:
     [
         ({"sample_prompt": "w1"}, "--sample-prompt is for a whole model on each worker"),
         ({"model": "tied", "loss": "module"}, "have one weight"),
+        ({"pipeline": False, "legs": 2}, "--legs says how --pipeline divides the model"),
     ],
 )
 def test_what_a_pipeline_cannot_do_is_refused(

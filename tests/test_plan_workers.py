@@ -18,6 +18,7 @@ from outsize.machine.machine import Link, Machine, Nodes, Unlike, steady
 from outsize.model.units import find_units
 from outsize.plan import Plan, Request
 from outsize.planner.cluster import wire_of
+from outsize.planner.pipeline import fullest, plan_line
 from outsize.planner.training import Place, Task
 from outsize.planner.workers import Worker, plan_workers
 from outsize.train.recipe import rule_of
@@ -146,3 +147,44 @@ def test_unlike_nodes_of_a_described_cluster_have_shares_of_their_own(model: str
         f"worker 1 {found.shares[1] / sum(found.shares):.1%} of what is divided" in told
         and "of 4.00 GiB memory" in told
     )
+
+
+def test_a_pipeline_is_planned_for_workers_who_are_not_there(model: str) -> None:
+    """What each has, holds and takes; and what goes over the wire: hidden states, and the gradient of a tied table."""
+    asked = {"machine": cluster(1e9), "workers": 2, "sequence_length": 32, "accumulate": 4}
+    plan = outsize.plan(model, memory="8GiB", pipeline=True, **asked)
+    assert len(plan.legs) == plan.workers == plan.nodes == 2 and sum(plan.legs) == 8 and plan.predicted is not None
+    table = AutoModelForCausalLM.from_pretrained(model).get_input_embeddings().weight
+    moved = {(source, kind): count for source, _, kind, count in plan.predicted.moved}
+    assert moved["remote", "activation"] == 4 * 32 * 512 * 2
+    assert moved["remote", "gradient"] == 4 * table.numel()
+    said, first = " ".join(str(plan).split()), plan.legs[0]
+    assert f"worker {plan.rank} of 2 peaks at" in said
+    assert f"worker 0 model.embed_tokens, model.layers.0 to model.layers.{first - 1}, lm_head; peaks at" in said
+    assert f"worker 1 model.embed_tokens, model.layers.{first} to model.layers.7, model.norm, lm_head; peaks at" in said
+    bubble = int(said.partition("workers wait ")[2].partition("%")[0])
+    assert 20 <= bubble < 40  # of equal legs a fifth: each passes a micro-batch four times and waits for one
+
+
+def test_legs_and_workers_must_divide_each_other_and_the_step() -> None:
+    for legs, workers, nodes in (((4, 4), 3, 1), ((4, 4), 6, 1)):
+        with pytest.raises(OptionError, match=f"{workers} workers cannot be equally many for each of 2 legs"):
+            Request(0, accumulate=4).in_line(legs, workers, nodes)
+    with pytest.raises(OptionError, match="3 workers of a leg cannot be alike on 3 nodes of 2 workers"):
+        Arrangement.of(0, 6, 3).among(3)
+
+
+def test_layers_go_to_workers_who_have_room_for_them(model: str) -> None:
+    """Whose memory is too small for an even leg has a smaller one; for whom none is small enough is named."""
+    module = AutoModelForCausalLM.from_pretrained(model)
+    place = Place(cluster(1e9), 200 << 20, 1 << 40, wire_of(cluster(1e9), 1))
+    request = Request(0, sequence_length=256, accumulate=2, activations="keep").in_line((4, 4), 2, 2)
+    task = Task(module, find_units(module), rule_of("adamw", {}), request)
+    with pytest.raises(BudgetError, match="Worker 0: A budget of 100.00 MiB is too small") as refused:
+        plan_line(task, [Worker(100 << 20, place), Worker(8 << 30, place)], settled=True)
+    assert refused.value.least is not None
+    tight = refused.value.least - (24 << 20)
+    plans = plan_line(task, [Worker(tight, place), Worker(8 << 30, place)])
+    assert plans[0].legs[0] < 4 and sum(plans[0].legs) == 8 and len({plan.alike for plan in plans}) == 1
+    assert [plan.memory_bytes for plan in plans] == [tight, 8 << 30] and fullest(plans).rank == 0
+    assert all(plan.predicted is not None and plan.predicted.host_peak_bytes <= plan.memory_bytes for plan in plans)

@@ -1,12 +1,17 @@
-"""`torchrun ... -m outsize generate`: when a worker is killed, torchrun starts all again, and they go on."""
+"""`torchrun ... -m outsize`, to answer prompts and to serve: killed, and told to end."""
 
 from __future__ import annotations
 
 import os
+import re
 import signal
 from pathlib import Path
 
-from launched import PROMPTS, make_work
+import httpx2
+from launched import PATIENCE, PROMPTS, launched, make_work
+from models import write_model
+
+import outsize
 
 
 def test_a_restart_goes_on_and_hears_nothing_of_the_attempt_before(tmp_path: Path) -> None:
@@ -18,3 +23,20 @@ def test_a_restart_goes_on_and_hears_nothing_of_the_attempt_before(tmp_path: Pat
         assert f"{PROMPTS} answers" not in command.said and " answers in " in command.said
     assert work.count() == PROMPTS
     work.compare()
+
+
+def test_a_server_that_is_told_to_end_leaves_nothing(tmp_path: Path) -> None:
+    """torchrun passes SIGTERM on; the first worker ends, and the other with it."""
+    model = write_model(tmp_path / "model")
+    options = ("--standalone", "--nproc-per-node", 2, "--log-dir", tmp_path / "logs", "-m", "outsize")
+    serve = ("serve", "--model", model, "--memory", "1GiB", "--port", 0, "--name", "tiny")
+    with launched(tmp_path, "torch.distributed.run", *options, *serve) as command:
+        command.until(lambda: "running on" in command.said)
+        (address,) = re.findall(r"running on (http://\S+),", command.said)
+        asked = {"model": "tiny", "prompt": "w1 w2 w3", "max_tokens": 8, "ignore_eos": True, "temperature": 0}
+        said = httpx2.post(f"{address}/v1/completions", json=asked, timeout=PATIENCE).json()
+        command.process.send_signal(signal.SIGTERM)
+        assert command.end(tracebacks=1) == 1 and "SignalException" in command.said
+        assert "is lost" not in command.said
+    with outsize.Engine(str(model), memory="2GiB") as engine:
+        assert said["choices"][0]["text"] == engine.generate(["w1 w2 w3"], max_new_tokens=8, ignore_end=True)[0].text

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from exactness import make_model
-from worker_child import batches_of, optimizer, plan_of
+from worker_child import batches_of, in_line, optimizer, plan_of
 from workers import Case, Crew, Found
 
 from outsize.distributed.arrangement import PEER, REMOTE, WIRE
@@ -167,18 +167,22 @@ def test_shares_of_any_size_do_not_show_in_the_numbers(gang: Crew, tmp_path: Pat
         Case(workers=3, sequences=5, batch=2, table_rows=40),
         Case(workers=4, nodes=2, zero=2, optimizer="muon"),
         Case(workers=3, sequences=4, precision="mixed"),
+        Case(legs=(1, 3), tied=True, table_rows=40, precision="mixed"),
+        Case(workers=4, legs=(2, 2), nodes=2),
     ],
     ids=str,
 )
 def test_what_is_planned_for_the_wire_is_what_crosses_it(gang: Crew, tmp_path: Path, case: Case) -> None:
     found = gang.run(case, tmp_path / "run")
-    for rank in range(case.workers) if case.parts else (0,):
+    for rank in range(case.workers) if case.parts or case.legs else (0,):
         assert_planned_wire(case, rank, found.ledgers[rank]["moved"])
 
 
 def assert_planned_wire(case: Case, rank: int, moved: Mapping[tuple[str, str, str], int]) -> None:
     model = make_model(case.family, case.tied, hidden=case.hidden)
     plan = replace(plan_of(model, case), rank=rank)
+    if case.legs:
+        plan = in_line(model, plan, rank)
     batches = list(batches_of(case, rank))
     rehearsed = rehearse(
         model, plan, optimizer(case.optimizer), RatedPrices(LAPTOP), batches[0], torch.float32, None, WIRED

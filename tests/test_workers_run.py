@@ -8,13 +8,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from committed import flip
+from launched import launched
 from models import tiny_model
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
@@ -23,8 +23,8 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 from workers import Crew
 
+from outsize.distributed.shares import in_proportion
 from outsize.errors import OptionError
-from outsize.plan import in_proportion
 from outsize.train.state import StateFolder
 
 STEPS = 8
@@ -307,17 +307,32 @@ def command(settings: dict[str, Any], out: Path) -> list[str]:
     return ["train", *options, "--memory", "2GiB", "--out", str(out)]
 
 
-def test_the_launcher_names_who_was_killed_and_begins_again(settings: dict[str, Any], tmp_path: Path) -> None:
-    steps = 150
-    told = command(settings | {"steps": steps}, tmp_path / "run")
-    line = [sys.executable, "-m", "outsize", *told, "--workers", "2"]
-    launcher = subprocess.Popen(line, stderr=subprocess.PIPE, text=True)
-    await_line(tmp_path / "run" / "metrics.jsonl", 2)
-    os.kill(worker_of(launcher.pid, "1"), signal.SIGKILL)
-    _, errors = launcher.communicate(timeout=100)
-    assert launcher.returncode == 0 and "Worker 1 was ended by SIGKILL. All begin again." in errors, errors
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == list(range(1, steps + 1))
+def test_after_ctrl_c_a_run_goes_on_and_with_who_was_killed_all_begin_again(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """Ctrl-C has all commit the step under way, though a commit is due much later; nothing of them stays."""
+    steps, run = 80, tmp_path / "run"
+    told = (*command(settings | {"steps": steps, "commit_every": steps}, run), "--workers", 2)
+    with launched(tmp_path, "outsize", *told) as interrupted:
+        interrupted.until(lambda: len(steps_of(run)) >= 2)
+        interrupted.process.send_signal(signal.SIGINT)
+        assert interrupted.end() == 130
+    done = len(steps_of(run))
+    assert done < steps
+    for manifest in (StateFolder(run / "state" / f"worker-{rank}-of-2").read() for rank in range(2)):
+        assert manifest is not None and manifest.step == done
+    with launched(tmp_path, "outsize", *told) as again:
+        again.until(lambda: len(steps_of(run)) >= done + 2)
+        os.kill(again.worker(1), signal.SIGKILL)
+        assert again.end() == 0 and "Worker 1 was ended by SIGKILL. All begin again." in again.said
+    assert steps_of(run) == list(range(1, steps + 1))
+
+
+def steps_of(run: Path) -> list[int]:
+    """What its lines are of; of one that is being written, nothing."""
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line)["step"] for line in lines if line.endswith("\n")]
 
 
 def test_torchrun_starts_workers_and_mistakes_end_it_with_one_code(
@@ -331,21 +346,3 @@ def test_torchrun_starts_workers_and_mistakes_end_it_with_one_code(
     ended = subprocess.run(line, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 1 and ended.stderr.count("A step of 1 sequences leaves nothing to do") == 2
     assert "Traceback" not in ended.stderr
-
-
-def await_line(path: Path, count: int) -> None:
-    end = time.monotonic() + 100
-    while not path.exists() or len(path.read_text().splitlines()) < count:
-        assert time.monotonic() < end, f"{path} has not {count} lines"
-        time.sleep(0.02)
-
-
-def worker_of(launcher: int, rank: str) -> int:
-    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
-    children += [
-        c for task in Path(f"/proc/{launcher}/task").iterdir() for c in (task / "children").read_text().split()
-    ]
-    for child in map(int, children):
-        if f"RANK={rank}\0" in Path(f"/proc/{child}/environ").read_text():
-            return child
-    raise AssertionError(f"no worker {rank} among {children}")

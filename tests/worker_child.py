@@ -104,8 +104,8 @@ def optimizer(name: str) -> OptimizerRule:
 
 
 def sharers(case: Case) -> int:
-    """Workers that divide a step's sequences."""
-    return 1 if case.legs else case.workers
+    """Workers that divide a step's sequences, and state."""
+    return case.workers // max(len(case.legs), 1)
 
 
 def plan_of(model: nn.Module, case: Case) -> Plan:
@@ -121,14 +121,14 @@ def plan_of(model: nn.Module, case: Case) -> Plan:
     plan = make_plan(model, setting)
     if case.workers == 1:
         return plan
-    if case.legs:
-        return replace(plan, workers=case.workers, legs=tuple(case.legs), schedule=case.schedule)
+    plan = replace(plan, workers=case.workers, legs=tuple(case.legs), schedule=case.schedule)
+    if sharers(case) == 1:
+        return plan
     whole = {name for name, _ in plan.table_rows} | always_near(find_units(model))
     large = {name for name, p in model.named_parameters() if p.numel() > case.split and name not in whole}
     split = frozenset(large) if case.zero == 3 else frozenset()
     return replace(
         plan,
-        workers=case.workers,
         nodes=case.nodes,
         zero=case.zero,
         split_weights=split,
@@ -140,13 +140,12 @@ def plan_of(model: nn.Module, case: Case) -> Plan:
 
 def in_line(model: nn.Module, plan: Plan, rank: int) -> Plan:
     """Leave of the model, and of the plan, what this worker has."""
-    route = find_route(model)
-    leg = route.leg_to_train(plan.legs, rank, shared_with_head(model, route))
+    route, plan = find_route(model), replace(plan, rank=rank)
+    leg = route.leg_to_train(plan.legs, plan.leg, shared_with_head(model, route))
     keep_leg(model, leg, find_precision(plan.precision).compute)
     own = dict(model.named_parameters())
     return replace(
         plan,
-        rank=rank,
         activations=tuple((name, how) for name, how in plan.activations if leg.has(name)),
         table_rows=tuple((name, rows) for name, rows in plan.table_rows if name in own),
     )
@@ -182,9 +181,8 @@ def _train(folder: Path, told: dict[str, Any]) -> None:
 def batches_of(case: Case, rank: int) -> Iterator[list[dict[str, torch.Tensor]]]:
     """The micro-batches of a worker, step by step."""
     for sequences in make_batches(case.steps, case.sequences, sequences=1):
-        mine = range(len(sequences))
-        if not case.legs:
-            mine = range(len(sequences) * rank // case.workers, len(sequences) * (rank + 1) // case.workers)
+        count, place = sharers(case), rank % sharers(case)
+        mine = range(len(sequences) * place // count, len(sequences) * (place + 1) // count)
         yield [
             {
                 key: torch.cat([sequences[index][key] for index in mine[first : first + case.batch]])

@@ -22,7 +22,7 @@ class Case:
     """A job that `workers` train for `steps` steps over `sequences` sequences a step, in micro-batches of `batch`.
 
     `split`: of ZeRO 3, weights of more elements than this, of which there are so many `copies`. `parts`:
-    in which proportion they divide state. `legs`: how many layers each has instead, in a pipeline."""
+    in which proportion they divide state. `legs`: of how many layers, in a pipeline; as many workers have each."""
 
     workers: int = 2
     zero: int = 3

@@ -31,7 +31,8 @@ WorkersThere = Annotated[
 ASKED = {
     "train": {
         *("sequence_length", "batch_size", "accumulate", "precision", "moments", "optimizer", "clip", "loss"),
-        *("activations", "commit_every", "keeper", "workers", "zero", "block_class"),
+        *("activations", "commit_every", "keeper", "workers", "pipeline", "legs"),
+        *("zero", "block_class"),
     },
     "serve": {"context", "concurrency", "step_tokens", "weights", "workers"},
 }
@@ -59,6 +60,8 @@ def plan(
     commit_every: options.CommitEvery = None,
     keeper: options.Keeper = False,
     workers: WorkersThere = None,
+    pipeline: options.Pipeline = False,
+    legs: options.Legs = None,
     zero: options.Zero = 3,
     block_class: options.BlockClass = None,
     context: serving.Context = None,
@@ -85,6 +88,10 @@ def plan(
         raise OptionError("--picture and --trace show a step of training; leave them out for --task serve.")
     if sizes and (save or trace):
         raise OptionError("--save and --trace are of one plan; leave them out with --compare, or --compare out.")
+    if pipeline and save:
+        raise OptionError(
+            "--save keeps a plan for `outsize train --plan`, which no --pipeline obeys. Leave out one of them."
+        )
     if task == "train":
         asked["optimizer_options"] = read_options(optimizer_option or [])
     from outsize.api import planning

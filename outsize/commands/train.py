@@ -56,6 +56,7 @@ def train(
     replan: options.Replan = False,
     workers: options.Workers = 1,
     pipeline: options.Pipeline = False,
+    legs: options.Legs = None,
     zero: options.Zero = 3,
     worker_timeout: options.WorkerTimeout = 30.0,
     json_lines: Json = False,

@@ -74,6 +74,13 @@ Pipeline = Annotated[
     bool,
     typer.Option(help="Each of the workers has a run of layers, and micro-batches go from one to the next."),
 ]
+Legs = Annotated[
+    int | None,
+    typer.Option(
+        min=2,
+        help="Of a pipeline: so many runs of layers, each divided among workers as --zero says; otherwise one for each.",
+    ),
+]
 Zero = Annotated[
     int, typer.Option(min=1, max=3, help="Workers divide optimizer state (1), gradients too (2), weights too (3).")
 ]

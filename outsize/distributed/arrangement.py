@@ -40,6 +40,21 @@ class Arrangement:
         time for each circle over the slowest links, ..."""
         return [self.size // self._within(level) for level in reversed(range(len(self.levels) + 1))]
 
+    def among(self, size: int) -> Arrangement:
+        """The place among `size` neighbours, of whom all workers are so many groups. Raises OptionError when these are not
+        alike."""
+        levels, left = [], size
+        for tier, count in self.levels:
+            inner = min(count, left)
+            if count % inner or left % inner:
+                raise OptionError(
+                    f"{size} workers of a leg cannot be alike on {self.nodes} nodes of {self.size // self.nodes} workers. "
+                    "Give another --legs or --workers."
+                )
+            left //= inner
+            levels += [(tier, inner)] * (inner > 1)
+        return Arrangement(self.rank % size, tuple(levels))
+
     def stage_of(self, copies: int) -> int:
         """At which stage of their shares workers have so many copies of what they divide. Raises OptionError."""
         possible = self.copies[:-1]
@@ -68,10 +83,6 @@ class Arrangement:
     def others(self, level: int) -> list[int]:
         """The circle without this worker."""
         return [peer for peer in self.circle(level) if peer != self.rank]
-
-    def beyond(self, level: int) -> int:
-        """Workers whom no faster links reach."""
-        return self._within(level + 1) - self._within(level)
 
     def slot(self, rank: int) -> int:
         """Where a worker's share lies among all of equal length, so that those of each circle over the slowest links lie side

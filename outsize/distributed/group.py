@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from outsize.distributed.arrangement import ALONE, Arrangement
+from outsize.distributed.arrangement import ALONE, REMOTE, Arrangement
 from outsize.distributed.shares import Shares, cut_shares, sole_share
 from outsize.distributed.wire import NO_WIRE, Wire
 from outsize.errors import RunError
@@ -57,6 +58,14 @@ class Group:
         workers, those with the fastest links first; of a single worker, the gradient as it is. Good until the next call."""
         return gradient
 
+    def row(self, size: int) -> Group:
+        """The so many neighbours among whom this worker is."""
+        return self
+
+    def column(self, size: int) -> Group:
+        """Those who have this worker's place in their rows, each of that size."""
+        return self
+
     @property
     def nodes(self) -> int:
         """On how many there are equally many workers."""
@@ -79,6 +88,10 @@ class Group:
 
     def each(self, *numbers: float) -> list[tuple[float, ...]]:
         """What every worker says here, in their order."""
+        return [numbers]
+
+    def among(self, ranks: range, *numbers: float) -> list[tuple[float, ...]]:
+        """As `each`, of the workers of these `ranks`, who all call this."""
         return [numbers]
 
     def tell(self, value: Any) -> list[Any]:
@@ -151,6 +164,14 @@ class Several(Group):
                 total.add_(version)
         return total
 
+    def row(self, size: int) -> Group:
+        first = self.rank // size * size
+        return self if size == self.size else Some(self, range(first, first + size), self.arrangement.among(size))
+
+    def column(self, size: int) -> Group:
+        ranks = range(self.rank % size, self.size, size)
+        return self if size == 1 else Some(self, ranks, Arrangement(self.rank // size, ((REMOTE, len(ranks)),)))
+
     def take(self, peer: int, into: torch.Tensor, kind: str) -> torch.Tensor:
         self.send({}, {peer: into})
         self._count(self.arrangement.tier_of(peer), kind, 0, into.nbytes)
@@ -196,11 +217,45 @@ class Several(Group):
         self.ledger.move("host", tier, {kind: sent})
         self.ledger.move(tier, "host", {kind: received})
 
-    def _count_numbers(self, nbytes: int) -> None:
-        """So many were told to everyone."""
-        for level in range(len(self.arrangement.levels)):
-            told = self.arrangement.beyond(level) * nbytes
-            self._count(self.arrangement.tier(level), NUMBER, told, told)
+    def _count_numbers(self, nbytes: int, ranks: range | None = None) -> None:
+        """So many were told to those of these `ranks`, or to everyone."""
+        tiers = (self.arrangement.tier_of(p) for p in ranks or range(self.size) if p != self.rank)
+        for tier, others in Counter(tiers).items():
+            self._count(tier, NUMBER, others * nbytes, others * nbytes)
+
+
+class Some(Several):
+    """Those of `whole` who have these `ranks` there, numbered in that order. What they send each other goes through `whole`,
+    whose ledger counts it."""
+
+    def __init__(self, whole: Several, ranks: range, arrangement: Arrangement) -> None:
+        super().__init__(arrangement)
+        self.ledger, self.clock = whole.ledger, whole.clock
+        self._whole, self._ranks = whole, ranks
+
+    def send(self, outgoing: Messages, incoming: Messages) -> None:
+        self._whole.send(self._there(outgoing), self._there(incoming))
+
+    def begin(self, outgoing: Messages) -> Callable[[], None]:
+        return self._whole.begin(self._there(outgoing))
+
+    def take(self, peer: int, into: torch.Tensor, kind: str) -> torch.Tensor:
+        return self._whole.take(self._ranks[peer], into, kind)
+
+    def pass_on(self, peer: int, data: torch.Tensor, kind: str) -> Callable[[], None]:
+        return self._whole.pass_on(self._ranks[peer], data, kind)
+
+    def each(self, *numbers: float) -> list[tuple[float, ...]]:
+        return self._whole.among(self._ranks, *numbers)
+
+    def _there(self, messages: Messages) -> Messages:
+        return {self._ranks[peer]: tensor for peer, tensor in messages.items()}
+
+    def _allocate(self, nbytes: int) -> torch.Tensor:
+        return self._whole._allocate(nbytes)
+
+    def _count(self, tier: str, kind: str, sent: int, received: int) -> None:
+        self._whole._count(tier, kind, sent, received)
 
 
 class Imagined(Several):
@@ -220,6 +275,10 @@ class Imagined(Several):
     def each(self, *numbers: float) -> list[tuple[float, ...]]:
         self._count_numbers(8 * len(numbers))
         return [numbers] * self.size
+
+    def among(self, ranks: range, *numbers: float) -> list[tuple[float, ...]]:
+        self._count_numbers(8 * len(numbers), ranks)
+        return [numbers] * len(ranks)
 
     def _allocate(self, nbytes: int) -> torch.Tensor:
         return super()._allocate(nbytes) if self._given is None else self._given(nbytes)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 from outsize.distributed.arrangement import ALONE, Arrangement
+from outsize.errors import OptionError
 
 ALIGNED = 64  # elements; pieces that begin at a multiple of it are updated with the bits of the whole (is_elementwise)
 
@@ -73,3 +74,20 @@ def _together(parts: Iterable[range]) -> range:
     """Of runs side by side."""
     some = [part for part in parts if part]
     return range(min(part.start for part in some), max(part.stop for part in some)) if some else range(0)
+
+
+def in_proportion(count: int, speeds: Sequence[float]) -> tuple[int, ...]:
+    """So many sequences, divided among workers of these speeds, one for each at least.
+
+    Raises OptionError when there are fewer."""
+    if count < len(speeds):
+        raise OptionError(
+            f"A step of {count} sequences leaves nothing to do for some of {len(speeds)} workers. Give a larger "
+            "--batch-size or --accumulate, or fewer workers."
+        )
+    ends = [round(count * end / sum(speeds)) for end in accumulate(speeds)]
+    found = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+    while 0 in found:
+        found[found.index(max(found))] -= 1
+        found[found.index(0)] += 1
+    return tuple(found)

@@ -60,6 +60,13 @@ class Workers(Several):
         self._count_numbers(said.nbytes)
         return [tuple(numbers.tolist()) for numbers in heard]
 
+    def among(self, ranks: range, *numbers: float) -> list[tuple[float, ...]]:
+        said = torch.tensor(numbers, dtype=torch.float64)
+        heard = {peer: torch.empty_like(said) for peer in ranks if peer != self.rank}
+        self.send(dict.fromkeys(heard, said), heard)
+        self._count_numbers(said.nbytes, ranks)
+        return [tuple((said if peer == self.rank else heard[peer]).tolist()) for peer in ranks]
+
     def tell(self, value: Any) -> list[Any]:
         heard: list[Any] = [None] * self.size
         self._wait(lambda: distributed.all_gather_object(heard, value))

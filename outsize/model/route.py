@@ -56,6 +56,16 @@ class Leg:
     units: frozenset[str]
     layers: tuple[int, int]
 
+    def __str__(self) -> str:
+        """Its units, in the order in which they run."""
+        route, (start, stop) = self.route, self.span
+        run = list(route.repeated[start:stop])
+        named = f"{run[0]} to {run[-1]}" if len(run) > 1 else run[0]
+        return ", ".join([*self._of(route.before), named, *self._of((*route.after, route.head))])
+
+    def _of(self, names: Sequence[str]) -> list[str]:
+        return [name for name in names if name in self.units]
+
     @property
     def others(self) -> list[str]:
         """Units of the route that this worker does not have."""

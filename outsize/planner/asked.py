@@ -36,7 +36,9 @@ def request_of(
 
 
 def _check_pipeline(settings: TrainSettings) -> None:
-    """Raises OptionError for what a pipeline cannot do."""
+    """Raises OptionError for what a pipeline cannot do, and what nothing else can."""
+    if settings.legs and not settings.pipeline:
+        raise OptionError("--legs says how --pipeline divides the model. Give both, or leave it out.")
     for option, given in (("--plan", settings.plan), ("--sample-prompt", settings.sample_prompt)):
         if settings.pipeline and given is not None:
             raise OptionError(

@@ -5,63 +5,75 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate, pairwise
 
 from torch import nn
 
+from outsize.distributed.shares import in_proportion
 from outsize.errors import BudgetError, ModelError, OptionError
-from outsize.model.route import Route, keep_leg, shared_with_head
+from outsize.model.route import Leg, Route, keep_leg, shared_with_head
 from outsize.model.units import Unit, find_units
-from outsize.plan import Plan
+from outsize.plan import Plan, Predicted
 from outsize.planner.legs import find_route
 from outsize.planner.rehearsal import bare_copy
 from outsize.planner.training import Task, plan_training
 from outsize.planner.workers import Worker, as_slow
+from outsize.sizes import format_size
 from outsize.train.precision import find_precision
 
-TRIES = 3  # to give the slowest worker less
+TRIES = 3  # to divide the units better, when each worker has room for what it has
+SEARCHED = 6  # and when one has not
 
-Known = dict[tuple[int, int, int], Plan]
-"""Plans by worker, its first of the repeated units, and the one after its last."""
+Known = dict[tuple[Leg, int | None], Plan | BudgetError]
+"""What was found of a leg, where all are to commit every so many steps."""
 
 
-def even_legs(task: Task, workers: int) -> tuple[int, ...]:
-    """How many of the repeated units each worker has, so that all multiply about as many weights; one at least.
+def even_legs(task: Task, legs: int) -> tuple[int, ...]:
+    """How many of the repeated units each of so many legs has, so that all multiply about as many weights; one at least.
 
     Raises OptionError when there are too few, ModelError where the model cannot be divided."""
     route = _route(task)
     count = len(route.repeated)
-    if count < workers:
-        raise OptionError(f"{count} layers cannot be divided among {workers} workers. Give --workers {count} or fewer.")
+    if count < legs:
+        raise OptionError(
+            f"{count} layers cannot be divided into {legs} legs. Give --legs or --workers {count}, or fewer."
+        )
     sizes = [_elements(task.model, name) for name in route.repeated]
     ends, whole = list(accumulate(sizes)), sum(sizes) + _elements(task.model, route.head)
     cuts = [0]
-    for number in range(1, workers):
-        wanted = bisect_left(ends, whole * number / workers - sizes[0] / 2) + 1
-        cuts.append(min(max(wanted, cuts[-1] + 1), count - (workers - number)))
+    for number in range(1, legs):
+        wanted = bisect_left(ends, whole * number / legs - sizes[0] / 2) + 1
+        cuts.append(min(max(wanted, cuts[-1] + 1), count - (legs - number)))
     return tuple(stop - start for start, stop in pairwise([*cuts, count]))
 
 
 def plan_line(task: Task, workers: Sequence[Worker], settled: bool = False) -> list[Plan]:
-    """A plan for each worker, of which each has so many of the repeated units as the `legs` of `task` say. Unless these are
-    `settled`, the slowest worker gives one to a neighbour as long as that makes steps shorter.
+    """A plan for each worker, in legs of so many of the repeated units as `task` says; those of one leg have the plan of who
+    has least memory. Unless legs are `settled`, units go from one to another until all have room for what they have, and
+    then as long as steps become shorter.
 
     Raises BudgetError naming a worker who has too little, and as `plan_training`."""
     route, known = _route(task), {}
-    found = _line(task, route, workers, known)
-    for _ in range(0 if settled else TRIES):
-        moved = [replace(task, request=replace(task.request, legs=legs)) for legs in found.eased()]
-        best = min([found, *(_line(other, route, workers, known) for other in moved)], key=lambda line: line.seconds)
-        if best is found:
+    found, tries = _line(task, route, workers, known), 0
+    while not settled and tries < (SEARCHED if found.lacking else TRIES):
+        moved = (_line(_with(task, legs), route, workers, known) for legs in found.eased())
+        better = next((line for line in moved if line.cost < found.cost), None)
+        if better is None:
             break
-        found = best
+        found, tries = better, tries + 1
     return found.told()
+
+
+def fullest(plans: Sequence[Plan]) -> Plan:
+    """Of the worker who needs the most of what memory it may use."""
+    return max(plans, key=lambda plan: _predicted(plan).host_peak_bytes / (plan.memory_bytes or 1))
 
 
 def leave_leg(model: nn.Module, plan: Plan, block_class: str | None) -> list[Unit]:
     """Leave of `model` what the worker of `plan` has. Returns its units."""
     route = find_route(model)
-    leg = route.leg_to_train(plan.legs, plan.rank, shared_with_head(model, route))
+    leg = route.leg_to_train(plan.legs, plan.leg, shared_with_head(model, route))
     keep_leg(model, leg, find_precision(plan.precision).compute)
     return find_units(model, block_class)
 
@@ -88,60 +100,139 @@ def _elements(model: nn.Module, name: str) -> int:
     return sum(parameter.numel() for parameter in model.get_submodule(name).parameters())
 
 
+def _with(task: Task, legs: tuple[int, ...]) -> Task:
+    return replace(task, request=replace(task.request, legs=legs))
+
+
 @dataclass(frozen=True)
 class _Line:
-    """The plans of all workers, and the seconds that each would take for a step alone."""
+    """What a worker of each leg would do, where these have so many of the repeated units: its plan, or what it would need
+    beyond its budget. `said`: which units those are. `sharers`: workers of a leg."""
 
-    plans: tuple[Plan, ...]
+    legs: tuple[int, ...]
+    sharers: int
+    budgets: tuple[int, ...]
+    found: tuple[Plan | BudgetError, ...]
+    said: tuple[str, ...]
 
     @property
     def own(self) -> list[float]:
-        return [plan.predicted.seconds_per_step or 0.0 for plan in self.plans if plan.predicted is not None]
+        """Seconds that each leg for which there is room would take for a step alone."""
+        return [_seconds(plan) for plan in self.found if isinstance(plan, Plan)]
 
     @property
     def seconds(self) -> float:
-        """Of a step: micro-batches follow each other as fast as the slowest worker takes them, and the first has to go
-        through all the others."""
-        return max(self.own) + (sum(self.own) - max(self.own)) / self.plans[0].accumulate
+        """Of a step: micro-batches follow each other as fast as the slowest leg takes them, and the first has to go through
+        all the others."""
+        slowest = max(self.own, default=0.0)
+        return slowest + (sum(self.own) - slowest) / self._micro_batches
+
+    @property
+    def _micro_batches(self) -> int:
+        return next((plan.accumulate for plan in self.found if isinstance(plan, Plan)), 1)
+
+    @cached_property
+    def lacking(self) -> int:
+        """Bytes that they need beyond what they may use."""
+        pairs = zip(self.found, self.budgets, strict=True)
+        return sum(_least(one, budget) - budget for one, budget in pairs if isinstance(one, BudgetError))
+
+    @property
+    def cost(self) -> tuple[int, float]:
+        return self.lacking, self.seconds
 
     def eased(self) -> Iterator[tuple[int, ...]]:
-        """The legs, with one unit of the slowest worker at a neighbour."""
-        legs, slowest = self.plans[0].legs, self.own.index(max(self.own))
+        """Other legs: so many units each as it would do in the same time, if all took as long as its own do now; and those
+        of now, but for one unit of the slowest at a neighbour."""
+        loads = self._loads()
+        unit = min(load / units for units, load in zip(self.legs, loads, strict=True))
+        if not self.lacking and max(loads) - min(loads) <= unit:
+            return  # whoever gets one more would take as long
+        speeds = [units / max(load, 1e-9) for units, load in zip(self.legs, loads, strict=True)]
+        yield in_proportion(sum(self.legs), speeds)
+        slowest = loads.index(max(loads))
         for other in (slowest - 1, slowest + 1):
-            if 0 <= other < len(legs) and legs[slowest] > 1:
-                yield tuple(n - (rank == slowest) + (rank == other) for rank, n in enumerate(legs))
+            if 0 <= other < len(self.legs) and self.legs[slowest] > 1:
+                yield tuple(n - (rank == slowest) + (rank == other) for rank, n in enumerate(self.legs))
+
+    def _loads(self) -> list[float]:
+        """Seconds; of who has too little room as many more than of all others as it needs more room."""
+        longest = max(self.own, default=1.0)
+        return [
+            _seconds(one) if isinstance(one, Plan) else longest * _least(one, budget) / budget
+            for one, budget in zip(self.found, self.budgets, strict=True)
+        ]
 
     def told(self) -> list[Plan]:
-        each = ", ".join(f"{seconds:.2f}" for seconds in self.own)
+        """The plans of all workers. Raises BudgetError."""
+        for leg, one in enumerate(self.found):
+            if isinstance(one, BudgetError):
+                raise BudgetError(f"Worker {leg * self.sharers}: {one}", one.least) from one
+        plans = [plan for plan in self.found if isinstance(plan, Plan)]
         idle = 1 - sum(self.own) / len(self.own) / max(self.seconds, 1e-9)
-        said = f"line: alone the workers would take {each} s for a step; of {self.seconds:.2f} s they wait {idle:.0%}"
-        return [as_slow(plan, self.seconds, said) for plan in self.plans]
+        bubble = (
+            f"bubble: of {self.seconds:.2f} s a step workers wait {idle:.0%} on average: for the first micro-batch to come, "
+            "the last to go, and who takes longest"
+        )
+        said = [self._say(leg, plan) for leg, plan in enumerate(plans)]
+        slowed = [as_slow(plan, self.seconds, *said, bubble) for plan in plans]
+        return [replace(plan, rank=plan.rank + other) for plan in slowed for other in range(self.sharers)]
+
+    def _say(self, leg: int, plan: Plan) -> str:
+        predicted, who = _predicted(plan), f"worker {plan.rank}"
+        if self.sharers > 1:
+            who = f"workers {plan.rank}-{plan.rank + self.sharers - 1}"
+        return (
+            f"{who}: {self.said[leg]}; peaks at {format_size(predicted.host_peak_bytes)} of "
+            f"{format_size(self.budgets[leg])}, {format_size(predicted.disk_bytes)} of disk; alone it would take "
+            f"{_seconds(plan):.2f} s for a step"
+        )
+
+
+def _predicted(plan: Plan) -> Predicted:
+    assert plan.predicted is not None
+    return plan.predicted
+
+
+def _seconds(plan: Plan) -> float:
+    return _predicted(plan).seconds_per_step or 0.0
+
+
+def _least(problem: BudgetError, budget: int) -> int:
+    """Bytes of memory that would do; of a disk that is too small nobody says."""
+    return max(problem.least or 2 * budget, budget + 1)
 
 
 def _line(task: Task, route: Route, workers: Sequence[Worker], known: Known) -> _Line:
     """The first worker's plan says how often all commit."""
-    ends, plans = [0, *accumulate(task.request.legs)], []
-    for rank, worker in enumerate(workers):
-        key = (rank, ends[rank], ends[rank + 1])
+    legs, sharers = task.request.legs, task.request.sharers
+    shared, found, said, budgets = shared_with_head(task.model, route), [], [], []
+    for first in range(0, len(workers), sharers):
+        worker = min(workers[first : first + sharers], key=lambda one: (one.memory_bytes, one.place.disk_free_bytes))
+        task = replace(task, request=replace(task.request, memory_bytes=worker.memory_bytes, rank=first))
+        leg = route.leg_to_train(legs, task.request.leg, shared)
+        key = (leg, task.request.commit_every)
         if key not in known:
-            known[key] = _plan(_part(task, route, rank), worker)
-        plans.append(replace(known[key], legs=task.request.legs))
-        task = replace(task, request=replace(task.request, commit_every=plans[0].commit_every))
-    return _Line(tuple(plans))
+            known[key] = _planned(_part(task, leg), worker)
+        one = known[key]
+        found.append(replace(one, legs=legs) if isinstance(one, Plan) else one)
+        said.append(str(leg))
+        budgets.append(worker.memory_bytes)
+        if first == 0 and isinstance(one, Plan):
+            task = replace(task, request=replace(task.request, commit_every=one.commit_every))
+    return _Line(legs, sharers, tuple(budgets), tuple(found), tuple(said))
 
 
-def _part(task: Task, route: Route, rank: int) -> Task:
-    """What the worker has of the job."""
+def _part(task: Task, leg: Leg) -> Task:
+    """What a worker of the leg has of the job."""
     model = bare_copy(task.model)
-    leg = route.leg_to_train(task.request.legs, rank, shared_with_head(task.model, route))
     keep_leg(model, leg, find_precision(task.request.precision).compute)
-    request, units = replace(task.request, rank=rank), find_units(model, task.block_class)
-    return replace(task, model=model, units=units, request=request, micro_batches=task.batches, whole=task)
+    units = find_units(model, task.block_class)
+    return replace(task, model=model, units=units, micro_batches=task.batches, whole=task)
 
 
-def _plan(task: Task, worker: Worker) -> Plan:
-    request = replace(task.request, memory_bytes=worker.memory_bytes)
+def _planned(task: Task, worker: Worker) -> Plan | BudgetError:
     try:
-        return plan_training(replace(task, request=request), worker.place)
+        return plan_training(task, worker.place)
     except BudgetError as problem:
-        raise BudgetError(f"Worker {request.rank}: {problem}", problem.least) from problem
+        return problem

@@ -59,9 +59,23 @@ def _say_workers(search: Search) -> tuple[str, ...]:
         return ()
     if request.legs:
         return (
-            f"pipeline: {', '.join(map(str, request.legs))} layers each, this is number {request.rank + 1}; the "
+            f"pipeline: legs of {', '.join(map(str, request.legs))} layers, this is number {request.leg + 1}; the "
             f"{request.accumulate} micro-batches of a step go through them in the order of {plan.schedule}",
+            *_say_sharers(search),
         )
+    return _say_sharers(search)
+
+
+def _say_sharers(search: Search) -> tuple[str, ...]:
+    """Who divides state and batch, and how what they exchange gets from one to the other."""
+    request, plan = search.request, search.bare
+    if request.sharers == 1:
+        return ()
+    who = (
+        f"{request.sharers} of each leg, neighbours,"
+        if request.legs
+        else f"{request.workers} on {request.nodes} nodes,"
+    )
     divided = ", ".join(("optimizer state", "gradients", "weights")[: request.zero])
     copies = f"; of the weights each of {plan.weight_copies} nodes has a copy" if plan.weight_copies > 1 else ""
     links = (
@@ -70,7 +84,7 @@ def _say_workers(search: Search) -> tuple[str, ...]:
         for tier, link in search.wire.items()
     )
     return (
-        f"workers: {request.workers} on {request.nodes} nodes, who divide {divided}{copies}; of a step's sequences they "
+        f"workers: {who} who divide {divided}{copies}; of a step's sequences they "
         f"take {', '.join(map(str, request.sequences)) or 'equally many'}",
         f"wire: {'; '.join(links) or 'taken for infinitely fast'}",
     )

@@ -124,7 +124,7 @@ class Rehearsal:
     ) -> None:
         self.mode, self.prices = Fakes(allow_non_fake_inputs=True), prices
         self.group = self._group(Arrangement.of(plan.rank, plan.workers, plan.nodes), wire)
-        self.scribe = self._store()
+        self.scribe = self._store(self.group.row(plan.sharers))
         self.live = LiveBytes(self.scribe.tell)
         self.priced = Priced(self.scribe, prices, self.live)
         self.job = self._bind(model, plan, rule, source_dtype, block_class)
@@ -134,11 +134,11 @@ class Rehearsal:
             return Group()
         return Imagined(arrangement, wire, lambda *told: self.scribe.events.append(Exchanged(*told)), self._allocate)
 
-    def _store(self) -> Scribe:
+    def _store(self, group: Group) -> Scribe:
         clock = SimulatedClock({"disk": Rates(1.0, 1.0, 1.0, 0.0)})
         tiers = {"host": NullTier("host", ENDLESS), "disk": NullTier("disk", ENDLESS)}
         transfers: Any = SimulatedTransfers(clock)
-        return ShardedScribe(self.group, tiers, 0, self._allocate, transfers)
+        return ShardedScribe(group, tiers, 0, self._allocate, transfers)
 
     def _allocate(self, nbytes: int) -> torch.Tensor:
         """Memory of the store, which is nobody's tensor."""

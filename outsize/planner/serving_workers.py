@@ -40,7 +40,7 @@ def plan_leg(
     route, units = find_route(model), find_units(model)
     leg = route.leg(divide(route, units, rooms), rank)
     plan = plan_serving(model, units, request, baseline_bytes, disk_free_bytes, leg)
-    return replace(plan, workers=len(rooms), rank=rank, reasons=(f"worker {rank}: {_say(leg)}", *plan.reasons)), leg
+    return replace(plan, workers=len(rooms), rank=rank, reasons=(f"worker {rank}: {leg}", *plan.reasons)), leg
 
 
 def pages_of(plan: Plan) -> tuple[int, int]:
@@ -98,11 +98,3 @@ def _together(plans: Sequence[Plan]) -> Plan:
         predicted=replace(fullest, bytes_read=streamed, disk_bytes=streamed),
         reasons=(*first.reasons[1:-2], *lines, whole_first.reasons[-1]),
     )
-
-
-def _say(leg: Leg) -> str:
-    route, (start, stop) = leg.route, leg.span
-    run = [f"{route.repeated[start]} to {route.repeated[stop - 1]}" if stop - start > 1 else route.repeated[start]]
-    first = [*route.before] if start == 0 else []
-    last = [*route.after] if stop == len(route.repeated) else []
-    return ", ".join([*first, *run, *last, *([route.head] if start == 0 else [])])

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from outsize.distributed.arrangement import Arrangement
-from outsize.distributed.group import Group, Imagined
+from outsize.distributed.group import Imagined
 from outsize.distributed.shard import ShardedStore
 from outsize.memory.null import NullTier
 from outsize.memory.store import Store
@@ -51,7 +51,7 @@ def split_weights(
 ) -> frozenset[str]:
     """What ZeRO 3 divides at home too. Small weights stay whole; so do tables, of which each worker needs other rows, and
     what one worker alone may update."""
-    if request.workers == 1 or request.zero < 3 or request.legs:
+    if request.sharers == 1 or request.zero < 3:
         return frozenset()
     whole = rows.keys() | always_near(units)
     divided = {
@@ -75,7 +75,8 @@ def sizes_of(
     Raises OptionError when the optimizer refuses a weight."""
     endless = 1 << 60
     transfers = Transfers(readers=0)
-    group = Group() if request.legs else Imagined(Arrangement.of(request.rank, request.workers, request.nodes))
+    everyone = Imagined(Arrangement.of(request.rank, request.workers, request.nodes))
+    group = everyone.row(request.sharers)
     store = ShardedStore(
         group,
         {"host": NullTier("host", endless), "disk": NullTier("disk", endless)},

@@ -81,7 +81,7 @@ def _together(plans: list[Plan]) -> list[Plan]:
     return [as_slow(plan, seconds, said) for plan in plans]
 
 
-def as_slow(plan: Plan, seconds: float, said: str) -> Plan:
+def as_slow(plan: Plan, seconds: float, *said: str) -> Plan:
     """With steps of so many seconds, as others take longer. `said` is why."""
     predicted = plan.predicted
     assert predicted is not None and predicted.seconds_per_step is not None
@@ -92,7 +92,7 @@ def as_slow(plan: Plan, seconds: float, said: str) -> Plan:
         tokens_per_second=(predicted.tokens_per_second or 0.0) / slower,
         wire_wait_seconds=(predicted.wire_wait_seconds or 0.0) + seconds - predicted.seconds_per_step,
     )
-    return replace(plan, predicted=predicted, reasons=(*plan.reasons, said))
+    return replace(plan, predicted=predicted, reasons=(*plan.reasons, *said))
 
 
 def _say(plans: list[Plan]) -> list[str]:

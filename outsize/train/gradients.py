@@ -62,6 +62,7 @@ class Gradients:
         self._partial: set[str] = set()  # blocks to whose gradient micro-batches are being added
         self._held: dict[str, RowBlock] = {}  # blocks whose gradient waits, in order of arrival
         self._norms: dict[str, torch.Tensor] = {}
+        self._elsewhere: set[str] = set()  # blocks that the first leg has, too, and counts
         self._rows: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         self._settled: Settled | None = None
         attachment.take_gradient = self.take
@@ -122,7 +123,7 @@ class Gradients:
                     target.index_add_(0, rows[inside] - block.start, gradient[inside].to(target.dtype))
             self._complete(table.weight, block)
             if not self._pipeline.first:
-                self._norms.pop(block.name, None)  # the first worker has it, too
+                self._elsewhere.add(block.name)
 
     def _check_finite(self, weight: Weight, gradient: torch.Tensor) -> None:
         if not torch.isfinite(gradient.sum()):
@@ -216,7 +217,8 @@ class Gradients:
         """The global norm of what is held: of the norms by weight, as `torch.nn.utils.clip_grad_norm_` computes it; of
         several legs, of theirs."""
         order = [block.name for weight in self.attachment.weights.values() for block in weight.blocks]
-        own = torch.stack([self._norms[name] for name in order if name in self._norms]).tolist()
+        counted = self._norms.keys() - self._elsewhere
+        own = torch.stack([self._norms[name] for name in order if name in counted]).tolist()
         return self._pipeline.norm(torch.linalg.vector_norm(torch.tensor(self.group.each(*own))))
 
     def settle(self, groups: list[dict[str, Any]], clip: float | None) -> float | None:

@@ -78,7 +78,7 @@ class Job:
         device: torch.device,
         group: Group | None = None,
     ) -> None:
-        """`group`: of all workers; those of the updater's divide state and batch between them."""
+        """`group`: of all workers; those of the updater's, all or those of a leg, divide state and batch between them."""
         self.model, self.store, self.plan, self.updater, self.weights = model, store, plan, updater, weights
         self.group = group or updater.group
         tables = dict(plan.table_rows)
@@ -88,7 +88,7 @@ class Job:
         resident -= tables.keys() | plan.split_weights
         self.attachment = Attachment(model, store, units, weights, resident, plan, device)
         self.tables = [Table(weights[name], store, users_of(model, weights[name].parameter), device) for name in tables]
-        pipeline = Line(self.group) if plan.legs else Pipeline()
+        pipeline = Line(self.group.column(plan.sharers)) if plan.legs else Pipeline()
         apart = plan.accumulate if plan.legs else 0
         self.gradients = Gradients(
             *(store, self.attachment, updater, plan.gradient_home, plan.hold, plan.zero == 1, plan.accumulate > 1),
@@ -334,7 +334,8 @@ def bind(
     leave_meta(model, device)
     precision = find_precision(plan.precision)
     moments = torch.bfloat16 if plan.moments == "bf16" else None
-    updater = make_updater(store, precision, rule, moments, group=Group() if plan.legs else group)
+    group = group or Group()
+    updater = make_updater(store, precision, rule, moments, group=group.row(plan.sharers))
     weights: dict[str, Weight] = {}
     rows = dict(plan.table_rows)
     near = plan.near_weights | always_near(

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from outsize.distributed.group import Group
+from outsize.distributed.shares import in_proportion
 from outsize.errors import OptionError, RunError
 from outsize.machine.allocator import recycle_up_to
 from outsize.machine.describe import process_memory
@@ -22,7 +23,6 @@ from outsize.memory.homes import Committed
 from outsize.memory.transfer import Ticket
 from outsize.model.companions import persistent_buffers
 from outsize.model.export import read_along, write_safetensors
-from outsize.plan import in_proportion
 from outsize.train.counts import Counts, Ways
 from outsize.train.data import PackedDataset, batches, in_order
 from outsize.train.ending import ModuleLoss

@@ -16,7 +16,7 @@ from outsize.train.state import REMEMBERED, replace_file
 VERSION = 1  # of run.json
 FREE = {
     "memory", "out", "activations", "commit_every", "keeper", "keep_last", "keep_every", "eval_data", "eval_every",
-    "sample_prompt", "sample_every", "plan", "replan", "workers", "pipeline", "worker_timeout", "json",
+    "sample_prompt", "sample_every", "plan", "replan", "workers", "pipeline", "legs", "worker_timeout", "json",
 }  # fmt: skip
 """What may differ when a run is continued; all else must stay as it was."""
 PATHS = ("data", "eval_data", "optimizer_state", "out", "plan")
@@ -61,6 +61,7 @@ class TrainSettings:
     optimizer_state: Path | None = None
     workers: int = 1
     pipeline: bool = False
+    legs: int | None = None
     zero: int = 3
     worker_timeout: float = 30.0
     json: bool = False

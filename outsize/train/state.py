@@ -318,10 +318,9 @@ def open_store(
     if plan.shared_bytes:
         again = found is not None and found.memory.nbytes == plan.shared_bytes
         memory = found.memory if found and again else Shared(folder.directory, plan.shared_bytes)
+    row = (group or Group()).row(plan.sharers)
     tiers = {"host": HostTier(plan.memory_bytes or 1 << 60), "disk": wrap_disk(DiskTier(folder.blocks))}
-    store = ShardedStore(
-        group or Group(), tiers, plan.arena_bytes, allocate_slab, Transfers(), checked=True, shared=memory
-    )
+    store = ShardedStore(row, tiers, plan.arena_bytes, allocate_slab, Transfers(), checked=True, shared=memory)
     if manifest is not None:
         kept = {name: folder.read_kept(name).places for name in folder.kept_names()}
         store.homes.recover(

@@ -146,7 +146,7 @@ class _Several:
 def open_together(state: Path, committed: Committed) -> Iterator[Checkpoint]:
     """The committed step of so many workers as logical entries. Raises RunError when a worker's folder is not here, or a
     run goes on in it."""
-    bytes_of, blocks, optimizer, facts = _Several(), {}, [], {}
+    bytes_of, blocks, optimizer, shapes, facts = _Several(), {}, [], {}, {}
     with ExitStack() as stack:
         for folder in map(StateFolder, folders_of(state, committed.workers)):
             if not stack.enter_context(nobody_writing(folder)):
@@ -162,9 +162,12 @@ def open_together(state: Path, committed: Committed) -> Iterator[Checkpoint]:
             bytes_of.add(manifest, disk)
             blocks |= {block.name: block for block in manifest.layout.blocks}
             optimizer += manifest.facts["optimizer"]
+            shapes |= manifest.facts.get("shapes", {})  # of one leg they are not those of another
             facts = facts or manifest.facts
         layout = Layout(tuple(blocks.values()))
-        yield Checkpoint(Manifest(committed.step, layout, {}, {**facts, "optimizer": optimizer}), bytes_of)
+        yield Checkpoint(
+            Manifest(committed.step, layout, {}, {**facts, "optimizer": optimizer, "shapes": shapes}), bytes_of
+        )
 
 
 @contextmanager
