@@ -2,12 +2,15 @@
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from exactness import Setting, bind_job, make_batches, make_model, make_plan
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from outsize.machine.find import find_machine
 from outsize.memory.store import Store
@@ -15,7 +18,7 @@ from outsize.model.units import find_units
 from outsize.plan import KEEP, MOVE, Activations
 from outsize.planner.clock import ways_of
 from outsize.planner.play import play
-from outsize.planner.prices import RatedPrices
+from outsize.planner.prices import Price, RatedPrices, operations_of
 from outsize.planner.rehearsal import homes, rehearse
 from outsize.planner.script import Event, Live, Spend
 from outsize.train.job import always_near
@@ -124,3 +127,47 @@ def _spent(events: Iterable[Event]) -> float:
 
 def _peak(events: Iterable[Event]) -> int:
     return max(accumulate(event.nbytes for event in events if isinstance(event, Live)))
+
+
+class Products(TorchDispatchMode):
+    """Notes which products and attention are computed, on what shapes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[Any] = set()
+
+    def note(self, function: Any, args: Any, kwargs: Any) -> None:
+        if operations_of(function) is not None or "attention" in str(function):
+            given = (*args, *(kwargs or {}).values())
+            self.seen.add((str(function), tuple(a.shape if isinstance(a, torch.Tensor) else type(a) for a in given)))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.note(func, args, kwargs)
+        return func(*args, **(kwargs or {}))
+
+
+@dataclass(frozen=True)
+class Noted(RatedPrices):
+    products: Products = field(default_factory=Products)
+
+    def of(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Price:
+        self.products.note(function, args, kwargs)
+        return super().of(function, args, kwargs, result)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "qwen3"])
+@pytest.mark.parametrize("table_rows", [None, 64])
+def test_the_same_products_are_rehearsed_that_a_run_computes(
+    family: str, table_rows: int | None, tmp_path: Path
+) -> None:
+    """Attention with a mask is another kernel than without, and takes twice as long."""
+    model = make_model(family)
+    plan = make_plan(model, Setting(table_rows=table_rows))
+    (micro_batches,) = make_batches(1, 1)
+    prices, products = Noted(LAPTOP), Products()
+    rehearse(model, plan, RULE, prices, micro_batches, torch.float32)
+    job = bind_job(model, RULE, plan, tmp_path)
+    with products:
+        job.train_step(micro_batches)
+    assert prices.products.seen == products.seen and any("attention" in name for name, _ in products.seen)
+    job.close()

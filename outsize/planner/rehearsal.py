@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from math import prod
 from typing import Any
 
 import torch
@@ -43,17 +44,39 @@ CPU = torch.device("cpu")
 
 
 class Fakes(FakeTensorMode):
-    """Fake tensors; but what is computed from real ones alone, the token ids, is real."""
+    """Fake tensors; but what is computed from real ones alone is real: token ids, and where in their sequence they are.
+    Modules look at these: text that is one sequence needs no mask, and without one attention is another kernel."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not _holds(args, FakeTensor) and _holds(args, torch.Tensor):
-            return func(*args, **(kwargs or {}))
-        return super().__torch_dispatch__(func, types, args, kwargs)
+        held = list(_tensors(args))
+        if held and not any(isinstance(tensor, FakeTensor) for tensor in held):
+            real = not _grows(held)
+        else:
+            real = not held and _counts(func, args, kwargs or {})
+        return func(*args, **(kwargs or {})) if real else super().__torch_dispatch__(func, types, args, kwargs)
 
 
-def _holds(values: Any, kind: type) -> bool:
-    """One of the values, or of the values in them, is such a tensor."""
-    return any(isinstance(v, kind) or (isinstance(v, list | tuple) and _holds(v, kind)) for v in values)
+def _counts(function: Any, args: Any, kwargs: dict[str, Any]) -> bool:
+    """It makes positions."""
+    whole = all(isinstance(value, int) for value in args) and kwargs.get("dtype") in (None, torch.int64)
+    return whole and getattr(function, "overloadpacket", None) is torch.ops.aten.arange
+
+
+def _tensors(values: Any) -> Iterator[torch.Tensor]:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
+
+
+def _grows(held: list[torch.Tensor]) -> bool:
+    """Each of some tokens beside each other: a mask, too large to be made for a plan."""
+    sizes = [tensor.numel() for tensor in held]
+    try:
+        return len(held) > 1 and prod(torch.broadcast_shapes(*(tensor.shape for tensor in held))) > max(sizes)
+    except RuntimeError:  # no operation of element beside element
+        return False
 
 
 class Priced(TorchDispatchMode):
@@ -66,7 +89,7 @@ class Priced(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
             return args[0].fake_device  # asked ten thousand times a step
-        if func is torch.ops.aten._local_scalar_dense.default:
+        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return 1.0 if args[0].is_floating_point() else 1  # a loss, a norm, whether all is finite
         result = func(*args, **(kwargs or {}))
         price = self._prices.of(func, args, kwargs or {}, result)
