@@ -24,7 +24,7 @@ from outsize.memory.transfer import Ticket, Transfers
 from outsize.train.loss import Head, blocked_cross_entropy, next_tokens
 
 CHUNK = 1 << 20  # elements: what arithmetic alone likes best
-CHUNKS = 24  # of state in turn: more than the processor's caches hold, for state always comes from farther away
+CHUNKS = 96  # of state in turn, 1.3 GB: more than the caches of any processor, for state always comes from farther away
 TABLE_ROWS = 2048  # of the head in one block
 PIECE = 12 << 20  # bytes moved at once; a chunk of state has as many
 RING = 12  # pieces under way

@@ -92,8 +92,11 @@ def floor_of(shape: str, name: str, results: Results) -> float | None:
     lanes = ", 8 x 512" if "8 x 512" in name else ""
     kept = shape == SMOLLM2.name and name.endswith("all near")
     recompute = ", checkpointing" if shape == SMOLLM2.name and not kept else ""
-    alone = (f"compute alone{lanes}{recompute}", f"disk alone, after {name}")
-    floors = [there.get(row, {}).get("seconds") for row in alone]
+    rows = f"compute alone{lanes}{recompute}", f"disk alone, after {name}"
+    compute, disk = (there.get(row, {}).get("seconds") for row in rows)
+    if disk is None and there[name].get("bytes_read") and not lanes:
+        return None  # it may be the larger one
+    floors = [compute, disk]
     return max((floor for floor in floors if floor is not None), default=None)
 
 

@@ -149,8 +149,9 @@ def planning(
     asked = Request(0, **request)
     if legs and not pipeline:
         raise OptionError("legs are of a pipeline: set both, or leave them out.")
-    in_line = pipeline and workers > 1
-    if not in_line:
+    if pipeline and workers == 1:
+        raise OptionError("A pipeline is of several workers. Give --workers 2 or more, or leave out --pipeline.")
+    if not pipeline:
         asked = asked.divided(in_proportion(asked.batch_size * asked.accumulate, [1] * workers), nodes)
     source = open_model(model)
     tokenizer = source.tokenizer()  # a run will hold it
@@ -164,7 +165,7 @@ def planning(
     crowd, disk = Crowd().times(max(1.0, each / places(there))), there.capacity("disk") // each
     here = Place(there, process_memory().resident_bytes, disk, wire_of(there, each), crowd)
     job = Task(module, units, rule, asked, [], source.stored_dtype, block_class)
-    if in_line:
+    if pipeline:
         job = replace(job, request=asked.in_line(even_legs(job, legs or workers), workers, nodes))
     elif not there.unlike:
         return partial(_within, Planning(job, here), tokenizer)

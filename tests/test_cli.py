@@ -103,7 +103,8 @@ def test_a_second_process_is_refused_and_ctrl_c_commits_the_first(inputs: tuple[
     assert listed.startswith(f"step {len(steps_of(out))}: committed\n")
 
 
-def test_generate_is_what_transformers_generates(undisturbed: Path) -> None:
+def test_generate_takes_what_transformers_finds_likeliest(undisturbed: Path) -> None:
+    """To within a few roundings of bf16, in which small models have words that are equally likely."""
     done = outsize(
         "generate", "--model", undisturbed / "model", "--memory", "1GiB", "--prompt", "w1 w2 w3", "--json",
         "--max-new-tokens", 8,
@@ -112,8 +113,14 @@ def test_generate_is_what_transformers_generates(undisturbed: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(undisturbed / "model")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(undisturbed / "model")
     ids = tokenizer("w1 w2 w3", return_tensors="pt")
-    expected = model.generate(**ids, max_new_tokens=8, do_sample=False)[0, ids["input_ids"].shape[1] :]
-    assert json.loads(done.stdout)["text"] == tokenizer.decode(expected, skip_special_tokens=True)
+    chosen = tokenizer(json.loads(done.stdout)["text"], return_tensors="pt")["input_ids"]
+    assert chosen.shape == (1, 8)
+    with torch.no_grad():
+        logits = (
+            model(torch.cat((ids["input_ids"], chosen), dim=1)).logits[0, ids["input_ids"].shape[1] - 1 : -1].float()
+        )
+    best, taken = logits.amax(dim=-1), logits.gather(1, chosen[0, :, None])[:, 0]
+    assert bool((best - taken <= best.abs() * 2**-6).all())
 
 
 def refused(*arguments: object) -> str:

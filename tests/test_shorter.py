@@ -102,3 +102,19 @@ def test_heads_that_are_counted_are_rotated_apart(count: int, rolls: int) -> Non
     with Recorder(inputs := {"tokens": trial(5, 2)["tokens"]}) as recorder:
         with_heads(count, **inputs)
     assert [call.name for call in shorter(recorder.calls)].count("roll") == rolls
+
+
+def three_alike(tokens: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    parts = TABLE[tokens].split([16, 16, 16], dim=-1)
+    first, second, third = (part.view((1, tokens.shape[1], -1, HEAD)).transpose(1, 2) for part in parts)
+    angles = TABLE[tokens][..., :HEAD]
+    found = rotate(first, angles, angles) * rotate(second, angles, angles) * rotate(third, angles, angles)
+    return found.transpose(1, 2)[:, wanted]
+
+
+def test_of_three_neighbours_two_are_rotated_together() -> None:
+    program = record(three_alike, [trial(*size) for size in ((1, 1), (4, 2), (6, 4), (33, 3), (5, 3))], sizes)
+    assert program is not None and torch.equal(program(**(inputs := trial(20, 9))), three_alike(**inputs))
+    with Recorder(inputs) as recorder:
+        three_alike(**inputs)
+    assert [call.name for call in shorter(recorder.calls)].count("roll") == 2

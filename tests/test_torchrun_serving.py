@@ -38,5 +38,5 @@ def test_a_server_that_is_told_to_end_leaves_nothing(tmp_path: Path) -> None:
         command.process.send_signal(signal.SIGTERM)
         assert command.end(tracebacks=1) == 1 and "SignalException" in command.said
         assert "is lost" not in command.said
-    with outsize.Engine(str(model), memory="2GiB") as engine:
+    with outsize.Engine(str(model), memory="8GiB") as engine:
         assert said["choices"][0]["text"] == engine.generate(["w1 w2 w3"], max_new_tokens=8, ignore_end=True)[0].text

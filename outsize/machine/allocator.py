@@ -15,7 +15,7 @@ from outsize.machine.describe import resident_bytes
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # malloc.h
 LARGEST_RECYCLED = 32 << 20  # bytes; glibc refuses a higher mmap threshold
 NEVER = (1 << 31) - 1  # bytes; the largest threshold there is
-TRANSFERRING = 8  # threads that do not compute, about
+HEAPS = 16  # at most; who looks for the first of them tries four times as often (`outsize.machine.threads`)
 COMPILED_KERNELS = 64  # that oneDNN keeps
 
 
@@ -23,7 +23,7 @@ def limit_heaps() -> None:
     """Let threads have few heaps, but enough that those which help with a product or move bytes have one of their own: where
     all share one, attention's backward takes 1.8 times as long, waiting for its turn to allocate. Those that compute by
     turns share the first (`outsize.machine.threads`). To be called before there is a second thread."""
-    _set(M_ARENA_MAX, (os.cpu_count() or 1) + TRANSFERRING)
+    _set(M_ARENA_MAX, HEAPS)
 
 
 @contextmanager

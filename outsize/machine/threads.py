@@ -16,7 +16,7 @@ import torch
 from outsize.machine.allocator import Heap
 
 SOFT = 1  # omp_pause_soft, omp.h
-TRIES = 64  # threads started for one in the first heap; there are fewer heaps than that
+TRIES = 64  # threads started for one in the first heap: with `HEAPS`, at most twice as many are needed
 PROBE = 4096  # bytes: more than a thread keeps aside for itself
 
 
@@ -30,8 +30,11 @@ def start_computing(work: Callable[[], None], name: str, daemon: bool = False) -
             answer: SimpleQueue[bool] = SimpleQueue()
 
             def begin(last: bool = not left, answer: SimpleQueue[bool] = answer) -> None:
-                here = last or in_first_heap()
-                answer.put(here)
+                here = last
+                try:
+                    here = last or in_first_heap()
+                finally:
+                    answer.put(here)
                 if here:
                     work()
                 else:

@@ -57,8 +57,10 @@ class Lanes:
             finally:
                 self._leave(index)
 
-        threads = [start_computing(partial(lane, index), f"lane {index}") for index in range(len(bodies))]
+        threads: list[threading.Thread] = []
         try:
+            for index in range(len(bodies)):
+                threads.append(start_computing(partial(lane, index), f"lane {index}"))
             for thread in threads:
                 thread.join()
         except BaseException as interrupt:  # Ctrl-C reaches only the caller's thread

@@ -25,8 +25,8 @@ from outsize.train.precision import find_precision
 TRIES = 3  # to divide the units better, when each worker has room for what it has
 SEARCHED = 6  # and when one has not
 
-Known = dict[tuple[Leg, int | None], Plan | BudgetError]
-"""What was found of a leg, where all are to commit every so many steps."""
+Known = dict[tuple[int, Leg, int | None], Plan | BudgetError]
+"""What was found for a worker and its leg, where all are to commit every so many steps."""
 
 
 def even_legs(task: Task, legs: int) -> tuple[int, ...]:
@@ -176,7 +176,9 @@ class _Line:
         )
         said = [self._say(leg, plan) for leg, plan in enumerate(plans)]
         slowed = [as_slow(plan, self.seconds, *said, bubble) for plan in plans]
-        return [replace(plan, rank=plan.rank + other) for plan in slowed for other in range(self.sharers)]
+        each = [replace(plan, rank=plan.rank + other) for plan in slowed for other in range(self.sharers)]
+        assert [plan.rank for plan in each] == list(range(len(each))), "a worker has another's plan"
+        return each
 
     def _say(self, leg: int, plan: Plan) -> str:
         predicted, who = _predicted(plan), f"worker {plan.rank}"
@@ -208,10 +210,10 @@ def _line(task: Task, route: Route, workers: Sequence[Worker], known: Known) -> 
     legs, sharers = task.request.legs, task.request.sharers
     shared, found, said, budgets = shared_with_head(task.model, route), [], [], []
     for first in range(0, len(workers), sharers):
-        worker = min(workers[first : first + sharers], key=lambda one: (one.memory_bytes, one.place.disk_free_bytes))
+        worker = _least_of(workers[first : first + sharers])
         task = replace(task, request=replace(task.request, memory_bytes=worker.memory_bytes, rank=first))
         leg = route.leg_to_train(legs, task.request.leg, shared)
-        key = (leg, task.request.commit_every)
+        key = (first, leg, task.request.commit_every)
         if key not in known:
             known[key] = _planned(_part(task, leg), worker)
         one = known[key]
@@ -221,6 +223,13 @@ def _line(task: Task, route: Route, workers: Sequence[Worker], known: Known) -> 
         if first == 0 and isinstance(one, Plan):
             task = replace(task, request=replace(task.request, commit_every=one.commit_every))
     return _Line(legs, sharers, tuple(budgets), tuple(found), tuple(said))
+
+
+def _least_of(sharers: Sequence[Worker]) -> Worker:
+    """One with no more than any of them has."""
+    least = min(sharers, key=lambda one: one.memory_bytes)
+    disk = min(one.place.disk_free_bytes for one in sharers)
+    return replace(least, place=least.place.beside(least.place.machine, disk))
 
 
 def _part(task: Task, leg: Leg) -> Task:

@@ -240,7 +240,10 @@ def measure_step(
     several = min(request.seats, -(-request.step_tokens // count))
     spans = [Span(range(n * one, (n + 1) * one), context - count, count) for n in range(several)]
     layers = _in(_dtype(plain), layers)
-    changes = changes_of(run_step(plain, layers, spans, PAGE_TOKENS, request.seats, leg=leg))
+    # Attention at once holds no scores, but nobody sees what it does hold: no more than these (`has_tiles`).
+    changes = changes_of(
+        run_step(plain, layers, spans, PAGE_TOKENS, request.seats, leg=leg, at_once=lambda layer: False)
+    )
     wider = max(1, _dtype(model).itemsize // _dtype(plain).itemsize)
     return wider * held_for(changes, LARGEST_RECYCLED)
 

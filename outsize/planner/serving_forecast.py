@@ -5,7 +5,7 @@ operation has its price; what streams is read meanwhile, and every weight passes
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -28,7 +28,7 @@ from outsize.planner.script import Live
 from outsize.planner.trial import Watched, on_fake_tensors
 from outsize.serve.attention import Paged
 from outsize.serve.cache import Cache
-from outsize.serve.layout import Layout, Span
+from outsize.serve.layout import Layout, Span, has_tiles
 from outsize.serve.leg import Cut
 
 
@@ -160,6 +160,7 @@ def run_step(
     seats: int,
     mode: TorchDispatchMode | None = None,
     leg: Leg | None = None,
+    at_once: Callable[[KvLayer], bool] = has_tiles,
 ) -> list[Live]:
     """One step on fake tensors, with logits for `seats` tokens, under `mode`; or its `leg`, whose `layers` these are.
     Returns what came and went meanwhile, weights and pages not among it."""
@@ -172,7 +173,7 @@ def run_step(
         if leg is not None:
             Cut(fake, leg, ImaginedRelay())
         with Watched([*fake.parameters(), *fake.buffers(), cache.bytes]) as watched:
-            layout = Layout(spans, page_tokens, torch.device("cpu"))
+            layout = Layout(spans, page_tokens, torch.device("cpu"), at_once)
             given = {
                 "input_ids": torch.zeros((1, count), dtype=torch.long),
                 "position_ids": layout.positions(),

@@ -69,8 +69,10 @@ class Chunk:
 
 def has_tiles(layer: KvLayer) -> bool:
     """The processor multiplies the layer's numbers in tiles (AMX). There torch's own attention takes half the time of
-    products in blocks; elsewhere it takes several times as long (docs/log.md)."""
-    return layer.dtype == "bfloat16" and layer.key_size == layer.value_size and _tiles()
+    products in blocks; elsewhere it takes several times as long (docs/log.md). It may copy keys and values for each head,
+    which is no more than the scores of a block where these are as many."""
+    fits = layer.key_size == layer.value_size <= QUERY_BLOCK
+    return layer.dtype == "bfloat16" and fits and _tiles()
 
 
 @cache

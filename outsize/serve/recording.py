@@ -9,6 +9,7 @@ with the module's. Where any of that does not hold, the module keeps running its
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -118,13 +119,14 @@ def record(forward: Forward, trials: Sequence[Inputs], sizes: Callable[[Inputs],
         (last,) = lasts if len(lasts) == 1 else (None,)
         if last is None:
             raise NotAlike("what comes out")
-        expected = forward(**trials[-1])
-        for calls in ([shorter(one) for one in written], written):
+    except NotAlike:
+        return None
+    expected = forward(**trials[-1])
+    for calls in ([shorter(one) for one in written], written):
+        with suppress(NotAlike):
             program = _Writer([sizes(inputs) for inputs in trials[:-1]]).write(calls, list(trials[0]), last, sizes)
             if torch.equal(program(**trials[-1]), expected):
                 return program
-    except NotAlike:
-        pass
     return None
 
 

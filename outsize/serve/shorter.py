@@ -1,6 +1,7 @@
 """A program's calls, made fewer: each costs Python and torch some 2 us, more than one row takes to compute. What models
-write out in many calls torch has in one, or they do it over and over. Every rule keeps all numbers, bit for bit, and applies
-wherever calls are such, whosever model it is; the recorder compares the whole in the end."""
+write out in many calls torch has in one, or they do it over and over. Rules apply wherever calls are such, whosever model it
+is. They keep all numbers where such calls round as usual: a norm that rounds elsewhere would come out as another, so the
+recorder compares the whole in the end, and takes the calls as they were where a bit differs."""
 
 from __future__ import annotations
 
@@ -63,7 +64,7 @@ def share_views(calls: list[Call]) -> list[Call]:
     """The same dimension is added to the same tensor once: rotary embeddings do it in every layer."""
     first, same, kept = dict[Any, str](), dict[str, str](), list[Call]()
     for call in calls:
-        if call.name == "unsqueeze" and isinstance(call.args[0], Register):
+        if call.name == "unsqueeze" and call.args and isinstance(call.args[0], Register):
             known = first.setdefault(renamed((call.args, tuple(call.kwargs.items())), same), call.results[0])
             if known != call.results[0]:
                 same[call.results[0]] = known
@@ -105,7 +106,9 @@ def rotate_together(calls: list[Call]) -> list[Call]:
     for one, other in pairwise(found.all(ROTATION)):
         split = found.maker.get(one["part"].name)
         alike = all(one[key] == other[key] for key in ("shape", "cosine", "shift", "sine"))
-        if alike and split is not None and _beside(split, one, other) and found.unused_before(one.root, other.root):
+        if split is None or not alike or not _beside(split, one, other) or found.is_put(one):
+            continue
+        if found.unused_before(one.root, other.root):
             found.put(one, [])
             found.put(other, _rotated(split, one, other))
     return found.edited()
@@ -197,6 +200,10 @@ class _Matches:
     def unused_before(self, call: Call, later: Call) -> bool:
         """What the call makes is not wanted before the later one."""
         return all(self._place[user] > self._place[id(later)] for name in call.results for user in self._users[name])
+
+    def is_put(self, match: _Match) -> bool:
+        """Other calls are in its place already."""
+        return id(match.root) in self._instead
 
     def put(self, match: _Match, new: list[Call]) -> None:
         """In place of all that the match is made of, where its root was."""
