@@ -9,15 +9,12 @@ with the module's. Where any of that does not hold, the module keeps running its
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
-
-from outsize.serve.calls import Call, Register
-from outsize.serve.shorter import shorter
 
 Inputs = dict[str, Any]
 Forward = Callable[..., torch.Tensor]
@@ -39,6 +36,24 @@ SHAPED_BY_ARGUMENTS = {"repeat_interleave": 1, "tensor_split": 1, "arange": 0, "
 
 class NotAlike(Exception):
     """The calls depend on more than the numbers of tokens."""
+
+
+@dataclass(frozen=True)
+class Register:
+    """A tensor that an earlier call gave, or an input by its name."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Call:
+    """`results`: of one tensor, or of a tuple of them."""
+
+    function: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    results: tuple[str, ...]
+    single: bool
 
 
 class Recorder(TorchFunctionMode):
@@ -119,15 +134,10 @@ def record(forward: Forward, trials: Sequence[Inputs], sizes: Callable[[Inputs],
         (last,) = lasts if len(lasts) == 1 else (None,)
         if last is None:
             raise NotAlike("what comes out")
+        program = _Writer([sizes(inputs) for inputs in trials[:-1]]).write(written, list(trials[0]), last, sizes)
     except NotAlike:
         return None
-    expected = forward(**trials[-1])
-    for calls in ([shorter(one) for one in written], written):
-        with suppress(NotAlike):
-            program = _Writer([sizes(inputs) for inputs in trials[:-1]]).write(calls, list(trials[0]), last, sizes)
-            if torch.equal(program(**trials[-1]), expected):
-                return program
-    return None
+    return program if torch.equal(program(**trials[-1]), forward(**trials[-1])) else None
 
 
 class _Writer:
@@ -213,9 +223,18 @@ def _dropping(lines: list[str], calls: list[Call], last: str) -> list[str]:
     """With each tensor forgotten after its last use."""
     used: dict[str, int] = {}
     for number, call in enumerate(calls):
-        used.update(dict.fromkeys([*call.uses, *call.results], number))
+        used.update(dict.fromkeys([*_registers_in(call.args), *_registers_in(call.kwargs), *call.results], number))
     dead: dict[int, list[str]] = {}
     for name, number in used.items():
         if name.startswith("r") and name[1:].isdigit() and name != last:
             dead.setdefault(number, []).append(name)
     return [f"{line}; del {', '.join(dead[n])}" if n in dead else line for n, line in enumerate(lines)]
+
+
+def _registers_in(value: Any) -> list[str]:
+    if isinstance(value, Register):
+        return [value.name]
+    if isinstance(value, slice):
+        return _registers_in((value.start, value.stop, value.step))
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, tuple | list) else ()
+    return [name for part in parts for name in _registers_in(part)]
