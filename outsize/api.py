@@ -130,15 +130,7 @@ def planning(
     concurrency, step_tokens and weights, and `workers` divide the model's layers (None: one has all).
     `machine` is the name or file of one described, None this one, whose disk is that of `directory`. `model` may be a
     folder that holds nothing but config.json. Raises OptionError or ModelError; the plans raise BudgetError."""
-    known = {
-        "train": {field.name for field in fields(Request)}
-        - {"memory_bytes", "hold", "workers", "nodes", "weight_copies", "sequences", "shares", "rank", "legs"},
-        "serve": {"context", "concurrency", "step_tokens", "weights"},
-    }.get(task)
-    if known is None:
-        raise OptionError(f"task {task!r} cannot be planned; there are train and serve.")
-    if unknown := sorted(request.keys() - known):
-        raise OptionError(f"plan of {task} has no option {unknown[0]!r}; it has {', '.join(sorted(known))}.")
+    _check_asked(task, request, pipeline, legs)
     there = _machine(machine, Path(directory))
     if task == "serve":
         from outsize.serving import plan_service
@@ -147,8 +139,6 @@ def planning(
     nodes = there.nodes.count
     workers = workers or (nodes * places(there) if nodes > 1 else 1)
     asked = Request(0, **request)
-    if legs and not pipeline:
-        raise OptionError("legs are of a pipeline: set both, or leave them out.")
     if pipeline and workers == 1:
         raise OptionError("A pipeline is of several workers. Give --workers 2 or more, or leave out --pipeline.")
     if not pipeline:
@@ -172,6 +162,22 @@ def planning(
     machines = [there.node(rank // each) for rank in range(workers)]
     apart = [here.beside(machine, machine.capacity("disk") // each) for machine in machines]
     return partial(_each_within, job, apart, each, tokenizer)
+
+
+def _check_asked(task: str, request: dict[str, Any], pipeline: bool, legs: int | None) -> None:
+    known = {
+        "train": {field.name for field in fields(Request)}
+        - {"memory_bytes", "hold", "workers", "nodes", "weight_copies", "sequences", "shares", "rank", "legs"},
+        "serve": {"context", "concurrency", "step_tokens", "weights"},
+    }.get(task)
+    if known is None:
+        raise OptionError(f"task {task!r} cannot be planned; there are train and serve.")
+    if unknown := sorted(request.keys() - known):
+        raise OptionError(f"plan of {task} has no option {unknown[0]!r}; it has {', '.join(sorted(known))}.")
+    if legs and not pipeline:
+        raise OptionError("legs are of a pipeline: set both, or leave them out.")
+    if pipeline and task == "serve":
+        raise OptionError("A pipeline is planned for training. When serving, workers divide the layers without it.")
 
 
 def _each_within(task: Task, apart: list[Place], each: int, _held: object, memory: str | int) -> Plan:

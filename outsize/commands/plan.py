@@ -84,14 +84,7 @@ def plan(
     sizes = [size.strip() for size in compare.split(",")] if compare else []
     for size in (memory, *sizes):
         parse_size(size)
-    if task == "serve" and (picture or trace):
-        raise OptionError("--picture and --trace show a step of training; leave them out for --task serve.")
-    if sizes and (save or trace):
-        raise OptionError("--save and --trace are of one plan; leave them out with --compare, or --compare out.")
-    if pipeline and save:
-        raise OptionError(
-            "--save keeps a plan for `outsize train --plan`, which no --pipeline obeys. Leave out one of them."
-        )
+    _check_shown(task, sizes, pipeline, save, picture, trace)
     if task == "train":
         asked["optimizer_options"] = read_options(optimizer_option or [])
     from outsize.api import planning
@@ -104,6 +97,19 @@ def plan(
         found = planned(memory)
         _keep(found, save, picture, trace)
     print(found.to_json() if json_lines else str(found))
+
+
+def _check_shown(
+    task: str, sizes: list[str], pipeline: bool, save: Path | None, picture: Path | None, trace: Path | None
+) -> None:
+    if task == "serve" and (picture or trace):
+        raise OptionError("--picture and --trace show a step of training; leave them out for --task serve.")
+    if sizes and (save or trace):
+        raise OptionError("--save and --trace are of one plan; leave them out with --compare, or --compare out.")
+    if pipeline and save:
+        raise OptionError(
+            "--save keeps a plan for `outsize train --plan`, which no --pipeline obeys. Leave out one of them."
+        )
 
 
 def _keep(plan: Plan, save: Path | None, picture: Path | None, trace: Path | None) -> None:

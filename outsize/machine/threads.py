@@ -16,7 +16,7 @@ import torch
 from outsize.machine.allocator import Heap
 
 SOFT = 1  # omp_pause_soft, omp.h
-TRIES = 64  # threads started for one in the first heap: with `HEAPS`, at most twice as many are needed
+TRIES = 64  # threads started for one in the first heap; it takes at most two for each heap (`HEAPS`)
 PROBE = 4096  # bytes: more than a thread keeps aside for itself
 
 
@@ -32,7 +32,7 @@ def start_computing(work: Callable[[], None], name: str, daemon: bool = False) -
             def begin(last: bool = not left, answer: SimpleQueue[bool] = answer) -> None:
                 here = last
                 try:
-                    here = last or in_first_heap()
+                    here = here or in_first_heap()
                 finally:
                     answer.put(here)
                 if here:
