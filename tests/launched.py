@@ -126,7 +126,7 @@ class Work:
     def compare(self) -> None:
         """Answer what is left, and everything again, without being disturbed; all must be the same."""
         undisturbed = self.folder / "undisturbed.jsonl"
-        with outsize.Engine(str(self.model), memory="2GiB") as engine:
+        with outsize.Engine(str(self.model), memory="8GiB") as engine:
             for answers, left in ((self.answers, PROMPTS - self.count()), (undisturbed, PROMPTS)):
                 assert answer_file(engine, self.folder / "prompts.jsonl", answers, Sampling(100, seed=0)) == left
         assert self.answers.read_bytes() == undisturbed.read_bytes()

@@ -46,7 +46,7 @@ def obeys(text: str) -> bool:
 
 
 def test_an_engine_answers_by_the_schema(model: Path) -> None:
-    with outsize.Engine(str(model), memory="2GiB", context=256, concurrency=4) as engine:
+    with outsize.Engine(str(model), memory="8GiB", context=256, concurrency=4) as engine:
         options = {"max_new_tokens": 200, "json_schema": json.dumps(SCHEMA), "n": 4, "seed": 1}
         drawn = engine.generate(["a pet", "another"], temperature=1.5, **options)
         assert all(obeys(one.text) and one.finish == "stop" for one in drawn)
@@ -81,7 +81,7 @@ def test_the_official_client_gets_what_it_asked_for(server: Address) -> None:
 
 def test_without_the_library_a_message_says_what_to_install(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llguidance.hf", None)  # as if it were not installed
-    with outsize.Engine(str(model), memory="2GiB", context=64) as engine:
+    with outsize.Engine(str(model), memory="8GiB", context=64) as engine:
         with pytest.raises(OptionError, match=r"pip install 'outsize\[structured\]'"):
             engine.generate(["w1"], max_new_tokens=2, json_schema="{}")
         engine.generate(["w1"], max_new_tokens=2)

@@ -134,13 +134,23 @@ def test_a_torn_index_is_read_as_far_as_it_goes(llama: Bound, tmp_path: Path) ->
 
 
 KILLED = """
-import os, signal, sys
+import os, signal, sys, time
+from pathlib import Path
 import outsize
+from outsize.serve.far_index import SIZE
+
+def wait_for(pages):  # a disk may be slow
+    end = time.monotonic() + 60
+    (index,) = Path(sys.argv[2]).rglob("index")
+    while index.stat().st_size < pages * SIZE and time.monotonic() < end:
+        time.sleep(0.01)
+
 with outsize.Engine(sys.argv[1], memory="1GiB", context=128, kv_directory=sys.argv[2]) as engine:
     for prompt in eval(sys.argv[3]):
         engine.generate([prompt], max_new_tokens=20, ignore_end=True)
     for number, event in enumerate(engine.stream(list(range(3, 50)), max_new_tokens=60, ignore_end=True)):
         if number == 20:
+            wait_for(3 + 3 + 2)
             os.kill(os.getpid(), signal.SIGKILL)
 """
 

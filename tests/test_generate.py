@@ -93,7 +93,7 @@ def test_two_workers_answer_as_one_does(model: Path, tmp_path: Path) -> None:
 def test_answers_to_what_was_asked_before_are_not_taken(model: Path, tmp_path: Path) -> None:
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     lines = [{"prompt": f"w{n} w{n + 1}", "max_new_tokens": 4, "ignore_end": True} for n in range(3)]
-    with outsize.Engine(str(model), memory="2GiB", context=64, concurrency=2) as engine:
+    with outsize.Engine(str(model), memory="8GiB", context=64, concurrency=2) as engine:
 
         def answer(seed: int = 1) -> int:
             source.write_text("\n".join(map(json.dumps, lines)))
@@ -117,7 +117,7 @@ def test_answers_to_what_was_asked_before_are_not_taken(model: Path, tmp_path: P
         {name: weight * 1.01 for name, weight in weights.items()}, trained / "model.safetensors", {"format": "pt"}
     )
     with (
-        outsize.Engine(str(trained), memory="2GiB", context=64, concurrency=2) as engine,
+        outsize.Engine(str(trained), memory="8GiB", context=64, concurrency=2) as engine,
         pytest.raises(DataError, match="answers line 1 and 2 more as it was before: the model"),
     ):
         answer_file(engine, source, target, Sampling(temperature=0.7, seed=1))
@@ -135,8 +135,8 @@ def test_an_engine_streams_and_plans(model: Path) -> None:
     with pytest.raises(BudgetError, match="Give --memory"):
         outsize.Engine(str(model), memory="64MiB")
     with pytest.raises(OptionError, match="512 tokens"):
-        outsize.Engine(str(model), memory="2GiB", context=513)
-    with outsize.Engine(str(model), memory="2GiB", context=64, concurrency=2) as engine:
+        outsize.Engine(str(model), memory="8GiB", context=513)
+    with outsize.Engine(str(model), memory="8GiB", context=64, concurrency=2) as engine:
         assert engine.plan.serving is not None and engine.plan.serving.pages == 8
         events = list(engine.stream("w1 w2 w3", max_new_tokens=5, ignore_end=True, n=2, temperature=1.0))
         assert sorted(event.index for event in events if event.finish) == [0, 1]

@@ -122,7 +122,7 @@ def test_a_plan_holds_a_quarter_of_the_bytes(folder: Path) -> None:
 
 def test_what_cannot_be_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="weights 'int3' is unknown; there are stored and int8"):
-        outsize.Engine(str(folder), memory="2GiB", weights="int3")
+        outsize.Engine(str(folder), memory="8GiB", weights="int3")
     tiny_model("llama", tied=False, layers=2, hidden=40).save_pretrained(tmp_path)
     command = [sys.executable, "-m", "outsize", "generate", "--model", tmp_path, "--prompt", "a", "--weights", "int8"]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)

@@ -178,12 +178,12 @@ def test_layers_go_to_workers_who_have_room_for_them(model: str) -> None:
     """Whose memory is too small for an even leg has a smaller one; for whom none is small enough is named."""
     module = AutoModelForCausalLM.from_pretrained(model)
     place = Place(cluster(1e9), 200 << 20, 1 << 40, wire_of(cluster(1e9), 1))
-    request = Request(0, sequence_length=256, accumulate=2, activations="keep").in_line((4, 4), 2, 2)
+    request = Request(0, sequence_length=1024, accumulate=2, activations="keep").in_line((4, 4), 2, 2)
     task = Task(module, find_units(module), rule_of("adamw", {}), request)
     with pytest.raises(BudgetError, match="Worker 0: A budget of 100.00 MiB is too small") as refused:
         plan_line(task, [Worker(100 << 20, place), Worker(8 << 30, place)], settled=True)
     assert refused.value.least is not None
-    tight = refused.value.least - (24 << 20)
+    tight = refused.value.least - (24 << 20)  # a layer keeps more than that
     plans = plan_line(task, [Worker(tight, place), Worker(8 << 30, place)])
     assert plans[0].legs[0] < 4 and sum(plans[0].legs) == 8 and len({plan.alike for plan in plans}) == 1
     assert [plan.memory_bytes for plan in plans] == [tight, 8 << 30] and fullest(plans).rank == 0

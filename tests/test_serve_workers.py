@@ -88,5 +88,5 @@ def test_a_killed_worker_is_named_to_all_and_what_they_knew_is_known_again(model
         said = httpx2.post(server.url, json=asked(8), timeout=PATIENCE).json()
         server.launched.process.send_signal(signal.SIGTERM)
         assert server.launched.end() == 143
-    with outsize.Engine(str(model), memory="2GiB") as engine:
+    with outsize.Engine(str(model), memory="8GiB") as engine:
         assert said["choices"][0]["text"] == engine.generate([PROMPT], max_new_tokens=8, ignore_end=True)[0].text
