@@ -214,6 +214,21 @@ def test_the_search_finds_what_trying_everything_finds() -> None:
     assert best < max(tried)
 
 
+def test_a_small_arena_must_be_clearly_faster() -> None:
+    """Or a disk that is faster than it was measured has nothing to do while compute goes on."""
+    search = Planning(task(replace(REQUEST, memory_bytes=600 << 20), 4), place()).least
+    search.best()
+    good = [choice for choice in search.tried if choice.placement.arena_bytes >= search.needs.good_arena]
+    small = [choice for choice in search.tried if choice not in good]
+    assert good and small and not any(choice.tight for choice in good) and all(choice.tight for choice in small)
+    one, other = good[0], small[0]
+    slow = one.forecast.seconds
+    for seconds, expected in ((0.96 * slow, one), (0.94 * slow, other)):
+        other = replace(other, forecast=replace(other.forecast, seconds=seconds))
+        chosen = min([one, other], key=lambda choice: choice.cost)
+        assert chosen.tight == expected.tight
+
+
 def every(search: Search) -> Iterator[Placement]:
     """Placements by unit: any of them with its weights near, any with its states near."""
     sizes = search.job.sizes

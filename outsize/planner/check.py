@@ -10,7 +10,7 @@ from outsize.errors import BudgetError, OptionError
 from outsize.plan import Plan, Request
 from outsize.planner.needs import tensor_bytes
 from outsize.planner.reasons import finished
-from outsize.planner.search import Choice, JobSizes, Placement
+from outsize.planner.search import JobSizes, Placement
 from outsize.planner.training import Place, Task, check_disk, search_of, sizes_of_job
 from outsize.sizes import format_size
 from outsize.train.job import always_near
@@ -57,7 +57,7 @@ def check_plan(plan: Plan, task: Task, place: Place) -> Plan:
         filled="as told",
         shared=plan.shared_bytes > 0,
     )
-    search.tried.append(Choice(told, search.foretell(told)))
+    search.tried.append(search.choice(told))
     checked = finished(search, search.tried[0])
     _check_memory(checked, request)
     check_disk(checked, place.disk_free_bytes)

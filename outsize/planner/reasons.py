@@ -30,11 +30,14 @@ def finished(search: Search, choice: Choice) -> Plan:
 def _reasons(search: Search, choice: Choice) -> tuple[str, ...]:
     placement, needs = choice.placement, search.needs
     work = search.rehearsed.work
-    slowest = max(search.tried, key=lambda tried: tried.forecast.seconds)
+    played = [tried.forecast.seconds for tried in search.tried]
     why = "no other placement was worth playing"
-    if len(search.tried) > 1:
+    if len(played) > 1:
+        why = f"the fastest of {len(played)} placements played; the slowest takes {max(played):.2f} s"
+    if min(played) < choice.forecast.seconds:
         why = (
-            f"the fastest of {len(search.tried)} placements played; the slowest takes {slowest.forecast.seconds:.2f} s"
+            f"of {len(played)} placements played the fastest takes {min(played):.2f} s, with so small an arena that the disk "
+            "must be just as fast as measured"
         )
     named = "compute and update" if search.request.workers == 1 else "compute, update and exchange"
     return (

@@ -28,6 +28,7 @@ from outsize.planner.sizes_of import WeightSize
 
 SNAPSHOT_SHARE = 8  # of what a step moves, snapshots of state in memory may add one part in so many
 LONGEST_WITHOUT = 50  # steps between snapshots, at most
+TIGHT = 0.05  # by so much a small arena must be faster: where the disk is not as measured it loses more, docs/log.md
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,16 @@ class Placement:
 
 @dataclass(frozen=True)
 class Choice:
+    """`tight`: something streams, and through less than a good arena."""
+
     placement: Placement
     forecast: Forecast
+    tight: bool = False
+
+    @property
+    def cost(self) -> float:
+        """Seconds of a step, by which choices are compared."""
+        return self.forecast.seconds * (1 + TIGHT * self.tight)
 
 
 class Search:
@@ -127,7 +136,7 @@ class Search:
             placement = Placement(always, always, least, "disk", "nothing")
             try:
                 found.need_room(placement)
-                found.tried.append(Choice(placement, found.foretell(placement)))
+                found.tried.append(found.choice(placement))
                 return found
             except BudgetError:
                 larger = pages(int(1.1 * least))
@@ -193,12 +202,12 @@ class Search:
         return Placement(frozenset(weights), frozenset(states), arena, "disk", order)
 
     def best(self) -> Choice:
-        """The fastest candidate, or the first that waits for hardly anything. Raises BudgetError when every arena is too
-        small for what is leased at once."""
+        """The fastest candidate, or the first that waits for hardly anything; one with a tight arena must be clearly the
+        fastest. Raises BudgetError when every arena is too small for what is leased at once."""
         problem: BudgetError | None = None
         for placement in self.candidates():
             try:
-                self.tried.append(Choice(placement, self.foretell(placement)))
+                self.tried.append(self.choice(placement))
             except BudgetError as error:
                 problem = error
             else:
@@ -206,7 +215,13 @@ class Search:
                     break
         if not self.tried:
             raise problem or BudgetError("No placement fits; give more memory.")
-        return min(self.tried, key=lambda choice: choice.forecast.seconds)
+        return min(self.tried, key=lambda choice: choice.cost)
+
+    def choice(self, placement: Placement) -> Choice:
+        """What it comes to. Raises BudgetError as `foretell`."""
+        good = min(self.needs.good_arena, self.room) // PAGE * PAGE
+        tight = placement.filled != "everything" and placement.arena_bytes < good
+        return Choice(placement, self.foretell(placement), tight)
 
     def plan(self, placement: Placement) -> Plan:
         return replace(

@@ -199,7 +199,7 @@ def _fastest(found: list[Search]) -> Plan:
     """Of what was tried, the fastest that is still found to have room when it is played closely."""
     problem: BudgetError | None = None
     tried = [(choice, search) for search in found for choice in search.tried]
-    for choice, search in sorted(tried, key=lambda pair: pair[0].forecast.seconds):
+    for choice, search in sorted(tried, key=lambda pair: pair[0].cost):
         try:
             return finished(search, choice)
         except BudgetError as error:
