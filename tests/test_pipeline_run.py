@@ -124,6 +124,14 @@ def test_what_a_pipeline_cannot_do_is_refused(
     assert all(message in log for log in said(tmp_path, 2))
 
 
+def test_one_worker_is_no_pipeline(gang: Crew, settings: dict[str, Any], tmp_path: Path) -> None:
+    """It would train with all layers, as if nothing had been said."""
+    told = {"settings": settings | {"out": str(tmp_path / "run"), "pipeline": True}}
+    assert gang.attempt("run", 1, tmp_path, told) == [1]
+    assert "and there is one. Give --workers 2 or more, or --no-pipeline." in said(tmp_path, 1)[0]
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_pipeline_stays_one(gang: Crew, settings: dict[str, Any], line: Path, tmp_path: Path) -> None:
     """As many workers that divide state instead of layers would find other blocks."""
     assert gang.attempt("run", 2, tmp_path, {"settings": settings | {"out": str(line)}}) == [1, 1]

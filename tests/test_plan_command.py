@@ -85,6 +85,21 @@ def test_what_is_of_one_plan_is_refused_for_several(model: Path, tmp_path: Path,
     assert not (tmp_path / "kept").exists()
 
 
+@pytest.mark.parametrize(
+    ("task", "option", "message"),
+    [
+        ("serve", ["--pipeline"], "--pipeline is for --task train, and this is serve"),
+        ("serve", ["--clip", "1"], "--clip is for --task train"),
+        ("serve", ["--optimizer-option", "momentum=0.9"], "--optimizer-option is for --task train"),
+        ("train", ["--step-tokens", "512"], "--step-tokens is for --task serve, and this is train"),
+    ],
+)
+def test_an_option_of_another_task_is_refused(model: Path, task: str, option: list[str], message: str) -> None:
+    """It would change nothing; whether it says what would be so anyway does not matter."""
+    done = CliRunner().invoke(app, ["plan", "--model", str(model), "--memory", "3GiB", "--task", task, *option])
+    assert isinstance(done.exception, OptionError) and message in str(done.exception)
+
+
 def test_the_optimizers_options_count(model: Path) -> None:
     bare, momentum = (
         planned(model, "--optimizer", "sgd", *more) for more in ((), ("--optimizer-option", "momentum=0.9"))

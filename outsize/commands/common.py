@@ -60,3 +60,9 @@ def read_options(pairs: list[str]) -> dict[str, Any]:
         except ValueError:
             found[name] = value
     return found
+
+
+def was_given(command: typer.Context, name: str) -> bool:
+    """The command line says what the parameter `name` is to be."""
+    source = command.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"  # typer has its own copy of click's enumeration

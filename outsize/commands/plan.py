@@ -11,7 +11,7 @@ import typer
 
 from outsize.commands import serving_options as serving
 from outsize.commands import training_options as options
-from outsize.commands.common import Json, Model, interruptible, read_options
+from outsize.commands.common import Json, Model, interruptible, read_options, was_given
 from outsize.errors import BudgetError, OptionError, StorageError
 from outsize.sizes import format_size, parse_size
 
@@ -30,9 +30,9 @@ WorkersThere = Annotated[
 ]
 ASKED = {
     "train": {
-        *("sequence_length", "batch_size", "accumulate", "precision", "moments", "optimizer", "clip", "loss"),
-        *("activations", "commit_every", "keeper", "workers", "pipeline", "legs"),
-        *("zero", "block_class"),
+        *("sequence_length", "batch_size", "accumulate", "precision", "moments", "optimizer", "optimizer_option"),
+        *("clip", "loss", "activations", "commit_every", "keeper", "block_class"),
+        *("workers", "pipeline", "legs", "zero"),
     },
     "serve": {"context", "concurrency", "step_tokens", "weights", "workers"},
 }
@@ -42,6 +42,7 @@ SERVED = ["peak", "requests", "tokens/s", "together", "first token", "read"]
 
 
 def plan(
+    command: typer.Context,
     model: Model,
     memory: Annotated[str, typer.Option(help="Peak memory of the whole process, such as 3GiB or 800MiB.")],
     task: Annotated[str, typer.Option(help="What is planned: train or serve.")] = "train",
@@ -84,9 +85,10 @@ def plan(
     sizes = [size.strip() for size in compare.split(",")] if compare else []
     for size in (memory, *sizes):
         parse_size(size)
+    _check_task(task, command)
     _check_shown(task, sizes, pipeline, save, picture, trace)
     if task == "train":
-        asked["optimizer_options"] = read_options(optimizer_option or [])
+        asked["optimizer_options"] = read_options(asked.pop("optimizer_option") or [])
     from outsize.api import planning
 
     with interruptible("Nothing was kept."):
@@ -97,6 +99,16 @@ def plan(
         found = planned(memory)
         _keep(found, save, picture, trace)
     print(found.to_json() if json_lines else str(found))
+
+
+def _check_task(task: str, command: typer.Context) -> None:
+    """Raises OptionError for an option of another task."""
+    for other in ASKED.keys() - {task} if task in ASKED else ():
+        for name in sorted(ASKED[other] - ASKED[task]):
+            if was_given(command, name):
+                raise OptionError(
+                    f"--{name.replace('_', '-')} is for --task {other}, and this is {task}. Leave it out, or plan that."
+                )
 
 
 def _check_shown(

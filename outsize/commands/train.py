@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from outsize.commands import training_options as options
-from outsize.commands.common import Json, Memory, interruptible, read_options
+from outsize.commands.common import Json, Memory, interruptible, read_options, was_given
 from outsize.errors import OptionError
 from outsize.sizes import parse_size
 
@@ -108,7 +108,7 @@ def _settings(context: typer.Context, resume: Path | None, told: dict[str, Any])
     told["memory"] = parse_size(told["memory"]) if told["memory"] else None
     told["optimizer_option"] = read_options(told["optimizer_option"] or [])
     if resume is not None:
-        told = {name: value for name, value in told.items() if _was_given(context, name)}
+        told = {name: value for name, value in told.items() if was_given(context, name)}
         if "out" in told:
             raise OptionError("--resume names the run's folder; --out would name another. Give one of them.")
     else:
@@ -117,8 +117,3 @@ def _settings(context: typer.Context, resume: Path | None, told: dict[str, Any])
             raise OptionError(f"{', '.join(missing)} is missing. To continue a run, --resume RUN is enough.")
     values = {SETTING.get(name, name): value for name, value in told.items()}
     return TrainSettings(**values) if resume is None else replace(read_settings(resume), **values)
-
-
-def _was_given(context: typer.Context, name: str) -> bool:
-    source = context.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"  # typer has its own copy of click's enumeration

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from outsize.distributed.group import Group
+from outsize.distributed.launch import is_worker
 from outsize.errors import OptionError
 from outsize.plan import Request
 from outsize.train.settings import TrainSettings
@@ -13,7 +14,7 @@ def request_of(
 ) -> Request:
     """Of all workers together. `copies`: how many of split weights there are already; `shares`: in which proportion state is
     divided, if that is settled. Raises OptionError for what several workers cannot do."""
-    _check_pipeline(settings)
+    _check_pipeline(settings, group)
     for option, given in (("--keeper", settings.keeper), ("--replan", settings.replan)):
         if given and group.size > 1:
             raise OptionError(f"{option} is for one worker, and there are {group.size}. Leave it out, or --workers.")
@@ -35,10 +36,15 @@ def request_of(
     )
 
 
-def _check_pipeline(settings: TrainSettings) -> None:
+def _check_pipeline(settings: TrainSettings, group: Group) -> None:
     """Raises OptionError for what a pipeline cannot do, and what nothing else can."""
     if settings.legs and not settings.pipeline:
         raise OptionError("--legs says how --pipeline divides the model. Give both, or leave it out.")
+    if settings.pipeline and group.size == 1 and not is_worker():  # whom torchrun leaves alone has all layers
+        raise OptionError(
+            "--pipeline divides layers among several workers, and there is one. Give --workers 2 or more, or "
+            "--no-pipeline."
+        )
     for option, given in (("--plan", settings.plan), ("--sample-prompt", settings.sample_prompt)):
         if settings.pipeline and given is not None:
             raise OptionError(
