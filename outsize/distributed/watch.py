@@ -1,5 +1,5 @@
 """Who is still there. Each worker counts up at the meeting point while it lives; whoever finds that another has stopped
-counting ends its own process, as the exchange that it waits in would not."""
+counting, or that a process of its own machine is gone, ends its own, as the exchange that it waits in would not."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 
 from torch._C._distributed_c10d import Store
 
@@ -22,13 +23,15 @@ STOPPED = 1  # exit code
 
 class Watch:
     """A thread of worker `rank` of `size`. `patience`, in seconds, is for a worker that is stopped or cut off; of one that
-    has died, the exchange tells at once. `afterwards` is what to do when that has ended all."""
+    has died, the exchange tells at once, or else the system, if it was on this machine. `afterwards` is what to do when that
+    has ended all."""
 
     def __init__(self, meeting: Store, rank: int, size: int, patience: float, afterwards: str = CONTINUES) -> None:
         self.rank, self._patience, self._afterwards = rank, patience, afterwards
         self._meeting: Store = meeting.clone()  # pyright: ignore[reportAttributeAccessIssue] - a connection of its own
         self._others = [peer for peer in range(size) if peer != rank]
         self._closing = threading.Event()
+        self._processes: dict[int, int | None] = {}  # of the others; None: on another machine
         self.on_end: Callable[[str], None] | None = None
         """Hears why the process is about to end. `NOTICE` seconds are left for what it does."""
         self._thread = threading.Thread(target=self._look, daemon=True, name="watch")
@@ -48,9 +51,10 @@ class Watch:
         except RuntimeError:  # the meeting point is gone too
             names = names or [0]
         reason = str(problem).partition("\n")[0]
-        return RunError(
-            f"Worker {names[0] if names else '?'} is lost, and worker {self.rank} stops: {reason} {self._afterwards}"
-        )
+        return RunError(self._lost(names[0] if names else "?", reason))
+
+    def _lost(self, peer: int | str, reason: str) -> str:
+        return f"Worker {peer} is lost, and worker {self.rank} stops: {reason} {self._afterwards}"
 
     def fail(self, problem: Exception) -> None:
         """Tell the others why this worker stops, if it is not because of one of them."""
@@ -78,22 +82,36 @@ class Watch:
     def close(self) -> None:
         self._closing.set()
         self._thread.join()
+        with suppress(RuntimeError):  # whoever has left may end
+            self._meeting.set(_left(self.rank), "")
+
+    def _has_died(self, peer: int) -> bool:
+        if peer not in self._processes and self._meeting.check([_process(peer)]):
+            where, _, number = self._meeting.get(_process(peer)).decode().rpartition(" ")
+            self._processes[peer] = int(number) if where and where == _machine() else None
+        process = self._processes.get(peer)
+        return process is not None and not _runs(process) and not self._meeting.check([_left(peer)])
 
     def _look(self) -> None:
         # Counts, and the look that saw each first: who is stopped does not look.
         counts: dict[int, tuple[bytes, int]] = dict.fromkeys(self._others, (b"", 0))
-        number = 0
+        number, died = 0, set[int]()
         while not self._closing.wait(LOOK_EVERY):
             number += 1
             try:
                 self._meeting.set(_alive(self.rank), str(number))
+                if number == 1:
+                    self._meeting.set(_process(self.rank), f"{_machine()} {os.getpid()}")
                 for peer in self._others:
                     count = self._meeting.get(_alive(peer)) if self._meeting.check([_alive(peer)]) else b""
                     if count != counts[peer][0]:
                         counts[peer] = (count, number)
                 said = self._failure()
+                died, before = {peer for peer in self._others if self._has_died(peer)}, died
             except RuntimeError:
                 return  # the meeting point has closed: whatever goes wrong now, exchanges will tell
+            for peer in died & before:  # for a second it was the exchange's to tell
+                said = said or self._lost(peer, "its process has ended.")
             for peer, (_, since) in counts.items():
                 if (number - since) * LOOK_EVERY > self._patience:
                     said = (
@@ -121,3 +139,26 @@ def _stops(rank: int) -> str:
 
 def _failed(rank: int) -> str:
     return f"failed {rank}"
+
+
+def _left(rank: int) -> str:
+    return f"left {rank}"
+
+
+def _process(rank: int) -> str:
+    return f"process {rank}"
+
+
+def _machine() -> str:
+    """Where a process is known by its number; empty where the system does not say."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
+def _runs(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "XZ"
+    except OSError:
+        return False
