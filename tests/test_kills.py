@@ -21,9 +21,9 @@ from outsize.memory import keeper, shared
 STEPS = 60
 
 
-def test_twenty_kills_change_no_number(tmp_path: Path) -> None:
-    done = soak(tmp_path, kills=20, seed=0, steps=40)
-    assert sum(done.kills.values()) == 20
+def test_kills_change_no_number(tmp_path: Path) -> None:
+    done = soak(tmp_path, kills=8, seed=0, steps=40)
+    assert sum(done.kills.values()) == 8
     assert len(done.kills) > 1, f"all kills hit the same place: {done.kills}"
 
 

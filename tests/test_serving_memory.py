@@ -28,9 +28,9 @@ except BudgetError as refused:
     least = int(str(refused).split("Give --memory ")[1].split("MiB")[0])
 memory = (least + int(sys.argv[2])) << 20
 with engine(memory) as served:
-    prompts = [[3 + (n * k) % 900 for n in range(40 + 25 * k)] for k in range(1, 17)]
+    prompts = [[3 + (n * k) % 900 for n in range(40 + 12 * k)] for k in range(1, 17)]
     for _ in range(2):
-        answers = served.generate(prompts, max_new_tokens=24, ignore_end=True)
+        answers = served.generate(prompts, max_new_tokens=12, ignore_end=True)
     far = served.engine.store.ledger.moved["host", "disk", "kv"]
     read = served.engine.store.ledger.moved["disk", "host", "weight"]
     planned = served.plan.predicted.host_peak_bytes + served.plan.headroom_bytes

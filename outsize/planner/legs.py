@@ -24,6 +24,8 @@ from outsize.model.units import Unit, find_units
 from outsize.planner.trial import measurable, on_fake_tensors
 from outsize.serve.attention import Discovery
 
+ALIKE = 1.05  # times the smallest room
+
 
 @dataclass
 class _Calls:
@@ -110,7 +112,10 @@ def _undivided(model: nn.Module, why: str) -> ModelError:
 
 def divide(route: Route, units: Sequence[Unit], rooms: Sequence[int]) -> tuple[int, ...]:
     """How many repeated units each worker has: in proportion to the bytes of `rooms` that are left to it beside what only the
-    first and the last hold; one at least. Raises OptionError when there are too few."""
+    first and the last hold; one at least. Rooms that differ by little are taken for equal: a worker that is started again
+    holds some pages more or less, and its keys and values are found by the units that it has.
+
+    Raises OptionError when there are too few."""
     count, rooms = len(route.repeated), list(rooms)
     unit_bytes = {unit.name: sum(parameter.nbytes for _, parameter in unit.parameters) for unit in units}
     rooms[0] -= sum(_weights(units, (*route.before, route.head)).values())
@@ -119,8 +124,9 @@ def divide(route: Route, units: Sequence[Unit], rooms: Sequence[int]) -> tuple[i
         raise OptionError(
             f"{count} layers cannot be divided among {len(rooms)} workers. Give --workers {count} or fewer."
         )
+    least = max(min(rooms), 1)
     ends = list(accumulate(unit_bytes[name] for name in route.repeated))
-    shares = list(accumulate(max(room, 1) for room in rooms))
+    shares = list(accumulate(least if room <= ALIKE * least else room for room in rooms))
     cuts = [0]
     for number, share in enumerate(shares[:-1], 1):
         wanted = bisect_left(ends, ends[-1] * share / shares[-1] - unit_bytes[route.repeated[0]] / 2) + 1
