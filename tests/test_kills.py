@@ -22,8 +22,8 @@ STEPS = 60
 
 
 def test_kills_change_no_number(tmp_path: Path) -> None:
-    done = soak(tmp_path, kills=8, seed=0, steps=40)
-    assert sum(done.kills.values()) == 8
+    done = soak(tmp_path, kills=6, seed=0, steps=24)
+    assert sum(done.kills.values()) == 6
     assert len(done.kills) > 1, f"all kills hit the same place: {done.kills}"
 
 
