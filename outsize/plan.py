@@ -141,7 +141,8 @@ class Plan(Divided):
     these all together have `weight_copies`: one, or one on each of several `nodes`. What is divided is so in proportion to
     `shares`, equally if there are none, and so are a step's sequences to `sequences`; the plan is that of worker `rank`.
     With `legs` they are a pipeline: each leg has so many of the repeated units, and micro-batches go from one to the next in
-    the order of `schedule` (gpipe or 1f1b); of several workers of a leg each has its share, as said. `packed`: weights near,
+    the order of `schedule` (gpipe, 1f1b or interleaved); of several workers of a leg each has its share, as said, and of
+    more legs than workers each has several. `packed`: weights near,
     in groups that are multiplied at once, which are held as the processor's matrix products read them. `serving`: what a
     plan for serving says beside, and `served` what that means for requests."""
 
@@ -354,21 +355,26 @@ class Request(Divided):
     @property
     def schedule(self) -> str:
         """The order in which each worker of a pipeline holds the activations of the fewest micro-batches."""
+        if self.laps > 1:
+            return "interleaved"
         return "1f1b" if self.accumulate >= len(self.legs) else "gpipe"
 
     @property
     def underway(self) -> int:
-        """Micro-batches between their forward and their backward, at most."""
+        """Micro-batches that are between their forward and their backward at once, with all units of this worker."""
+        if self.laps > 1:
+            return min(self.accumulate, self.workers, 2 * (self.workers - 1 - self.rank) + 1)
         return min(self.accumulate, len(self.legs) - self.leg) if self.legs else self.accumulate
 
     def in_line(self, legs: tuple[int, ...], workers: int, nodes: int) -> Request:
         """As a pipeline, whose legs have so many of the repeated units; of several workers of a leg each takes as many of the
         step's sequences. Raises OptionError when they cannot."""
-        sharers, sequences = workers // len(legs), self.batch_size * self.accumulate
-        if workers % len(legs) or sequences % sharers:
+        sharers, sequences = max(workers // len(legs), 1), self.batch_size * self.accumulate
+        if max(workers, len(legs)) % min(workers, len(legs)) or sequences % sharers:
             raise OptionError(
-                f"{workers} workers cannot be equally many for each of {len(legs)} legs, and take equally many of the "
-                f"{sequences} sequences of a step each. Give another --legs, --workers or --accumulate."
+                f"{workers} workers cannot be equally many for each of {len(legs)} legs, or have equally many of them each, "
+                f"and take equally many of the {sequences} sequences of a step. Give another --legs, --workers or "
+                "--accumulate."
             )
         each = self.divided((sequences // sharers,) * sharers, 1) if sharers > 1 else self
         return replace(each, workers=workers, nodes=nodes, legs=legs)

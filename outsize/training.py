@@ -29,7 +29,7 @@ from outsize.model.units import Unit, find_units
 from outsize.plan import Plan, Request
 from outsize.planner.asked import request_of
 from outsize.planner.check import check_plan, read_plan
-from outsize.planner.pipeline import even_legs, leave_leg, plan_line
+from outsize.planner.pipeline import even_legs, leave_legs, plan_line
 from outsize.planner.remembered import circumstances, recall, recall_slowness, remember, remember_slowness
 from outsize.planner.training import Place, Task, check_disk, plan_training
 from outsize.planner.workers import Worker, alike_disks, plan_workers
@@ -136,7 +136,7 @@ class _Training:
         if self.speaks:
             keep_companions(self.source, model, self.settings.out / COMPANIONS)
         if plan.legs:
-            units = leave_leg(model, plan, self.settings.block_class)
+            units = leave_legs(model, plan, self.settings.block_class)
         job = self._placed(model, units, plan, begin)
         if job.plan.blocked_loss and not self.continuing:
             check_loss(job, data)

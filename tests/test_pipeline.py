@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from exactness import VOCABULARY
 from models import tiny_model
 from workers import Case, Crew, Found
 
-from outsize.distributed.pipeline import order_of
+from outsize.distributed.pipeline import Turn, order_of, returning
 from outsize.errors import OptionError
 from outsize.machine.find import find_machine
 from outsize.model.units import find_units
@@ -31,6 +32,7 @@ def alone(case: Case) -> Case:
 def assert_same(found: Found, expected: Found) -> None:
     assert found.losses == expected.losses
     assert found.norms == expected.norms
+    assert None in (found.evaluated, expected.evaluated) or found.evaluated == expected.evaluated
     assert found.weights.keys() == expected.weights.keys()
     for name, weight in expected.weights.items():
         assert torch.equal(found.weights[name], weight), name
@@ -53,6 +55,24 @@ LINE = Case(legs=(2, 2), steps=2)
 def test_a_pipeline_gives_the_bits_of_one_worker(gang: Crew, tmp_path: Path, case: Case) -> None:
     expected = gang.run(alone(case), tmp_path / "one")
     assert_same(gang.run(case, tmp_path / "line"), expected)
+
+
+LAPS = Case(legs=(1, 1, 1, 1), schedule="interleaved", steps=2)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        LAPS,
+        replace(LAPS, tied=True, table_rows=40, precision="mixed", sequences=5, placement="near", activations="keep"),
+        replace(LAPS, layers=7, legs=(2, 1, 1, 3), optimizer="muon", placement="mixed", activations="move"),
+        replace(LAPS, workers=3, layers=6, legs=(1,) * 6, family="qwen3", sequences=2, table_rows=40),
+    ],
+    ids=str,
+)
+def test_several_legs_each_give_the_bits_of_one_worker(gang: Crew, tmp_path: Path, case: Case) -> None:
+    """With two workers the one before is the one after; with fewer micro-batches than workers all wait."""
+    assert_same(gang.run(case, tmp_path / "laps"), gang.run(alone(case), tmp_path / "one"))
 
 
 SHARED = Case(workers=4, legs=(2, 2), steps=2)
@@ -81,14 +101,16 @@ def test_legs_that_workers_share_give_the_bits_of_as_many_who_share_the_model(
         assert_same(gang.run(case, tmp_path / "each"), gang.run(alone(replace(case, nodes=1)), tmp_path / "one"))
 
 
-@pytest.mark.parametrize("shared", [False, True])
-def test_clipping_by_the_norm_of_all_legs(gang: Crew, tmp_path: Path, shared: bool) -> None:
+@pytest.mark.parametrize("how", ["a leg each", "shared legs", "several legs each"])
+def test_clipping_by_the_norm_of_all_legs(gang: Crew, tmp_path: Path, how: str) -> None:
     """Squares are added by leg first: of n weights, the norm's relative difference is at most that of two sums of n terms
     in fp32, n eps. A step of gradient descent without momentum moves weights by no more than that differs. Gradients of
     shared legs wait whole."""
     case = replace(LINE, clip=0.1, optimizer="sgd", steps=1, tied=True, table_rows=40)
     plain = alone(case)
-    if shared:
+    if how == "several legs each":
+        case = replace(case, legs=(1, 1, 1, 1), schedule="interleaved")
+    if how == "shared legs":
         case = replace(case, workers=4, zero=1)
         plain = replace(case, workers=2, legs=())
     expected, found = gang.run(plain, tmp_path / "one"), gang.run(case, tmp_path / "line")
@@ -99,10 +121,12 @@ def test_clipping_by_the_norm_of_all_legs(gang: Crew, tmp_path: Path, shared: bo
     assert gang.run(case, tmp_path / "again").norms == found.norms
 
 
-def test_what_goes_over_the_wire(gang: Crew, tmp_path: Path) -> None:
-    """Of each micro-batch its hidden states one way and their gradient the other; of a tied table, its gradient both ways."""
-    case = replace(LINE, tied=True, table_rows=40, steps=2)
-    hidden, table = 4 * 16 * 64 * 4, 4 * VOCABULARY * 64
+@pytest.mark.parametrize("case", [LINE, LAPS], ids=str)
+def test_what_goes_over_the_wire(gang: Crew, tmp_path: Path, case: Case) -> None:
+    """Of each micro-batch its hidden states one way and their gradient the other, from leg to leg; of a tied table, its
+    gradient both ways."""
+    case = replace(case, tied=True, table_rows=40)
+    hidden, table = (len(case.legs) - 1) * 4 * 16 * 64 * 4, 4 * VOCABULARY * 64
     for moved in (each["moved"] for each in gang.run(case, tmp_path / "line").ledgers):
         for way in (("host", "peer"), ("peer", "host")):
             assert moved[(*way, "activation")] == case.steps * hidden
@@ -154,4 +178,52 @@ def test_micro_batches_come_in_the_order_of_torch_s_schedules(schedule: str, tor
             asked: Any = Recorder(stages, stage)
             known = getattr(schedules, torchs)(asked, count, loss_fn=lambda output, target: output.sum())
             known._step_microbatches([()] * count, [{}] * count, [None] * count)
-            assert order_of(schedule, stages, stage, count) == asked.order
+            assert [(forward, number) for forward, _, number in order_of(schedule, stages, stage, count)] == asked.order
+
+
+def test_laps_come_in_the_order_of_torch_s_schedule() -> None:
+    """Which refuses micro-batches that make no groups of one size."""
+    from torch.distributed.pipelining import schedules
+
+    for workers, laps, count in ((2, 2, 4), (2, 3, 6), (3, 2, 9), (4, 2, 6), (4, 3, 3)):
+        for worker in range(workers):
+            stages: Any = [Recorder(workers * laps, worker + lap * workers) for lap in range(laps)]
+            for stage in stages:
+                stage.group_size, stage.group_rank = workers, worker
+            known = schedules.ScheduleInterleaved1F1B(stages, count, loss_fn=lambda output, target: output.sum())
+            asked = [action for action in known.pipeline_order[worker] if action is not None]
+            expected = [
+                (a.computation_type.name == "FORWARD", a.stage_index // workers, a.microbatch_index) for a in asked
+            ]
+            assert order_of("interleaved", workers, worker, count, laps) == expected
+
+
+@pytest.mark.parametrize("workers", range(2, 7))
+def test_no_worker_waits_for_ever(workers: int) -> None:
+    """Whoever passes something on waits for nobody; but of gradients only so many may be on their way."""
+    for laps, count in product(range(1, 5), range(1, 14)):
+        schedule = "interleaved" if laps > 1 else "1f1b"
+        orders = [order_of(schedule, workers, worker, count, laps) for worker in range(workers)]
+        assert sorted(orders[0]) == sorted(product((False, True), range(laps), range(count)))
+        done: set[tuple[bool, int, int]] = set()  # by leg
+        at, moved = [0] * workers, True
+        while moved:
+            moved = False
+            for worker, order in enumerate(orders):
+                while at[worker] < len(order) and _may(order, at[worker], worker, workers, laps, done):
+                    forward, lap, number = order[at[worker]]
+                    done.add((forward, lap * workers + worker, number))
+                    at[worker], moved = at[worker] + 1, True
+        assert at == [len(order) for order in orders], (workers, laps, count)
+
+
+def _may(order: list[Turn], at: int, worker: int, workers: int, laps: int, done: set[Turn]) -> bool:
+    """What the turn takes has been passed on, and of what the worker has passed back enough has been taken."""
+    forward, lap, number = order[at]
+    leg = lap * workers + worker
+    if forward:
+        return not leg or (True, leg - 1, number) in done
+    sent = [(lap * workers + worker, number) for forward, lap, number in order[:at] if not forward]
+    waited = sent[: max(len(sent) + 1 - returning(laps), 0)]
+    taken = all(not leg or (False, leg - 1, number) in done for leg, number in waited)
+    return taken and (leg == workers * laps - 1 or (False, leg + 1, number) in done)

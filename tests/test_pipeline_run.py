@@ -22,7 +22,7 @@ STEPS = 5
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return make_settings(tmp_path_factory.mktemp("inputs")) | {"steps": STEPS}
+    return make_settings(tmp_path_factory.mktemp("inputs"), layers=4) | {"steps": STEPS}
 
 
 def run(gang: Crew, settings: dict[str, Any], workers: int, folder: Path) -> Path:
@@ -60,9 +60,10 @@ def states_of(run: Path, folder: Path) -> dict[str, torch.Tensor]:
 def test_a_run_goes_on_with_other_numbers_of_workers(
     gang: Crew, settings: dict[str, Any], alone: Path, tmp_path: Path
 ) -> None:
-    """All have the bits of one worker. A worker that is killed is named by the others."""
-    for workers, line, victim in ((2, 1, 1), (1, 2, 0), (3, 3, 1), (3, STEPS, None)):
-        told: dict[str, Any] = {"settings": settings | {"out": str(tmp_path / "run"), "pipeline": workers > 1}}
+    """All have the bits of one worker, with several legs each, too. A worker that is killed is named by the others."""
+    given = settings | {"out": str(tmp_path / "run")}
+    for workers, legs, line, victim in ((2, 4, 1, 1), (1, None, 2, 0), (3, None, 3, 1), (2, 4, STEPS, None)):
+        told: dict[str, Any] = {"settings": given | {"pipeline": workers > 1, "legs": legs}}
         if victim is not None:
             told["kill"] = {"rank": victim, "line": line, "signal": "SIGKILL"}
         codes = gang.attempt("run", workers, tmp_path, told)
@@ -73,8 +74,11 @@ def test_a_run_goes_on_with_other_numbers_of_workers(
         for rank in set(range(workers)) - {victim}:
             assert codes[rank] == 1 and f"Worker {victim} is lost" in said(tmp_path, workers)[rank]
     assert_same(tmp_path / "run", alone)
+    assert len({(run / "model" / "model.safetensors").read_bytes() for run in (tmp_path / "run", alone)}) == 1
+    mine, others = states_of(tmp_path / "run", tmp_path / "mine"), states_of(alone, tmp_path / "others")
+    assert mine.keys() == others.keys() and all(torch.equal(tensor, others[name]) for name, tensor in mine.items())
     state = tmp_path / "run" / "state"
-    assert sorted(path.name for path in state.glob("worker*")) == [f"worker-{rank}-of-3" for rank in range(3)]
+    assert sorted(path.name for path in state.glob("worker*")) == [f"worker-{rank}-of-2" for rank in range(2)]
 
 
 def test_tied_tables_clipping_and_evaluation(gang: Crew, settings: dict[str, Any], tmp_path: Path) -> None:
@@ -112,6 +116,7 @@ def numbers(run: Path) -> list[float]:
         ({"sample_prompt": "w1"}, "--sample-prompt is for a whole model on each worker"),
         ({"model": "tied", "loss": "module"}, "have one weight"),
         ({"pipeline": False, "legs": 2}, "--legs says how --pipeline divides the model"),
+        ({"legs": 3}, "2 workers cannot be equally many for each of 3 legs, or have equally many of them each"),
     ],
 )
 def test_what_a_pipeline_cannot_do_is_refused(
@@ -134,5 +139,6 @@ def test_one_worker_is_no_pipeline(gang: Crew, settings: dict[str, Any], tmp_pat
 
 def test_a_pipeline_stays_one(gang: Crew, settings: dict[str, Any], line: Path, tmp_path: Path) -> None:
     """As many workers that divide state instead of layers would find other blocks."""
-    assert gang.attempt("run", 2, tmp_path, {"settings": settings | {"out": str(line)}}) == [1, 1]
-    assert all("were a pipeline. Give --pipeline" in log for log in said(tmp_path, 2))
+    for other in ({}, {"pipeline": True, "legs": 4}):
+        assert gang.attempt("run", 2, tmp_path, {"settings": settings | {"out": str(line)} | other}) == [1, 1]
+        assert all("were a pipeline. Give --pipeline, or another number" in log for log in said(tmp_path, 2))

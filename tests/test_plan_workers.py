@@ -162,8 +162,18 @@ def test_a_pipeline_is_planned_for_workers_who_are_not_there(model: str) -> None
     assert f"worker {plan.rank} of 2 peaks at" in said
     assert f"worker 0 model.embed_tokens, model.layers.0 to model.layers.{first - 1}, lm_head; peaks at" in said
     assert f"worker 1 model.embed_tokens, model.layers.{first} to model.layers.7, model.norm, lm_head; peaks at" in said
-    bubble = int(said.partition("workers wait ")[2].partition("%")[0])
-    assert 20 <= bubble < 40  # of equal legs a fifth: each passes a micro-batch four times and waits for one
+    assert 20 <= bubble_of(plan) < 40  # of equal legs a fifth: each passes a micro-batch four times and waits for one
+    laps = outsize.plan(model, memory="8GiB", pipeline=True, legs=4, **asked)
+    assert len(laps.legs) == 4 and sum(laps.legs) == 8 and laps.schedule == "interleaved" and laps.predicted is not None
+    moved = {(source, kind): count for source, _, kind, count in laps.predicted.moved}
+    assert moved["remote", "activation"] == 3 * 4 * 32 * 512 * 2
+    assert 11 <= bubble_of(laps) < bubble_of(plan)  # of equal legs a ninth
+    assert "and model.layers." in " ".join(str(laps).split())
+
+
+def bubble_of(plan: Plan) -> int:
+    """Percent."""
+    return int(" ".join(str(plan).split()).partition("workers wait ")[2].partition("%")[0])
 
 
 def test_legs_and_workers_must_divide_each_other_and_the_step() -> None:

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import pytest
 import torch
 from exactness import Setting, bind_job, make_batches, make_model, make_plan
 from torch.utils._python_dispatch import TorchDispatchMode
+from worker_child import in_line
 
 from outsize.machine.find import find_machine
 from outsize.memory.store import Store
@@ -115,6 +116,24 @@ def test_four_units_stand_for_all(family: str, name: str, monkeypatch: pytest.Mo
         assert list(_asked(one)) == list(_asked(other))
         assert _spent(one) == pytest.approx(_spent(other), rel=1e-3)
         assert _peak(other) <= _peak(one) <= 1.06 * _peak(other)
+
+
+def test_four_units_of_each_leg_stand_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they do for a whole model; the other worker's are elsewhere."""
+    legs = (1, 6, 1, 7)
+    model = make_model("llama", tied=True, layers=sum(legs))
+    plan = make_plan(model, Setting("mixed", "disk", accumulate=2, table_rows=64))
+    plan = in_line(model, replace(plan, workers=2, legs=legs, schedule="interleaved"), 1)
+    found = []
+    for fewest in (6, 100):
+        monkeypatch.setattr("outsize.planner.rehearsal.FEWEST", fewest)
+        found.append(rehearse(model, plan, RULE, RatedPrices(LAPTOP), make_batches(1, 2)[0], torch.float32))
+    short, full = found
+    assert len(short.runs) == 2 and not full.runs
+    assert short.work == pytest.approx(full.work, rel=1e-3)
+    for one, other in zip(short.whole.steps, full.whole.steps, strict=True):
+        assert list(_asked(one)) == list(_asked(other))
+        assert _peak(other) <= _peak(one) <= 1.1 * _peak(other)
 
 
 def _asked(events: Iterable[Event]) -> Iterator[Event]:

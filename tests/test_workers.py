@@ -169,6 +169,7 @@ def test_shares_of_any_size_do_not_show_in_the_numbers(gang: Crew, tmp_path: Pat
         Case(workers=3, sequences=4, precision="mixed"),
         Case(legs=(1, 3), tied=True, table_rows=40, precision="mixed"),
         Case(workers=4, legs=(2, 2), nodes=2),
+        Case(legs=(1, 1, 1, 1), schedule="interleaved", steps=2, tied=True, table_rows=40),
     ],
     ids=str,
 )

@@ -35,12 +35,12 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return make_settings(tmp_path_factory.mktemp("inputs"))
 
 
-def make_settings(folder: Path, tied: bool = False) -> dict[str, Any]:
+def make_settings(folder: Path, tied: bool = False, layers: int = 3) -> dict[str, Any]:
     """Of a run in which a micro-batch is a sequence, so that only the order of sums depends on the number of workers."""
     words = ["<eos>", "<unk>", *(f"w{number}" for number in range(200))]
     tokenizer = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = Whitespace()
-    tiny_model("llama", tied=tied, hidden=256).save_pretrained(folder / "model")
+    tiny_model("llama", tied=tied, layers=layers, hidden=256).save_pretrained(folder / "model")
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>").save_pretrained(
         folder / "model"
     )

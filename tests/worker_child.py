@@ -26,7 +26,7 @@ from workers import Case
 from outsize.commands.serving_options import joined
 from outsize.distributed.launch import LISTENING
 from outsize.distributed.workers import find_group
-from outsize.model.route import keep_leg, shared_with_head
+from outsize.model.route import keep_legs, shared_with_head
 from outsize.model.units import find_units
 from outsize.plan import Plan
 from outsize.planner.legs import find_route
@@ -105,7 +105,7 @@ def optimizer(name: str) -> OptimizerRule:
 
 def sharers(case: Case) -> int:
     """Workers that divide a step's sequences, and state."""
-    return case.workers // max(len(case.legs), 1)
+    return max(case.workers // max(len(case.legs), 1), 1)
 
 
 def plan_of(model: nn.Module, case: Case) -> Plan:
@@ -141,19 +141,19 @@ def plan_of(model: nn.Module, case: Case) -> Plan:
 def in_line(model: nn.Module, plan: Plan, rank: int) -> Plan:
     """Leave of the model, and of the plan, what this worker has."""
     route, plan = find_route(model), replace(plan, rank=rank)
-    leg = route.leg_to_train(plan.legs, plan.leg, shared_with_head(model, route))
-    keep_leg(model, leg, find_precision(plan.precision).compute)
+    legs = route.legs_to_train(plan.legs, plan.own_legs, shared_with_head(model, route))
+    keep_legs(model, legs, find_precision(plan.precision).compute)
     own = dict(model.named_parameters())
     return replace(
         plan,
-        activations=tuple((name, how) for name, how in plan.activations if leg.has(name)),
+        activations=tuple((name, how) for name, how in plan.activations if any(leg.has(name) for leg in legs)),
         table_rows=tuple((name, rows) for name, rows in plan.table_rows if name in own),
     )
 
 
 def _train(folder: Path, told: dict[str, Any]) -> None:
     case, group = Case(**told), find_group()
-    model = make_model(case.family, case.tied, hidden=case.hidden)
+    model = make_model(case.family, case.tied, case.layers, case.hidden)
     plan = plan_of(model, case)
     if case.legs:
         plan = in_line(model, plan, group.rank)
@@ -170,6 +170,8 @@ def _train(folder: Path, told: dict[str, Any]) -> None:
     moved = {key: count - start.get(key, 0) for key, count in group.ledger.moved.items()}
     found = {"losses": losses, "norms": norms, "weights": weights_of(job)}
     found["ledger"] = {"moved": moved, "held": dict(group.ledger.held), "shares": shares_of(job)}
+    if sharers(case) == 1:  # others have no batch in common
+        found["evaluated"] = job.evaluate(iter(micro_batches[:2]))
     job.store.flush()
     job.store.transfers.drain()
     torch.save(found, folder / f"found-{group.rank}")

@@ -22,7 +22,8 @@ class Case:
     """A job that `workers` train for `steps` steps over `sequences` sequences a step, in micro-batches of `batch`.
 
     `split`: of ZeRO 3, weights of more elements than this, of which there are so many `copies`. `parts`:
-    in which proportion they divide state. `legs`: of how many layers, in a pipeline; as many workers have each."""
+    in which proportion they divide state. `legs`: of how many layers, in a pipeline; as many workers have each,
+    or each worker as many."""
 
     workers: int = 2
     zero: int = 3
@@ -44,16 +45,19 @@ class Case:
     parts: tuple[int, ...] = ()
     legs: tuple[int, ...] = ()
     schedule: str = "1f1b"
+    layers: int = 4
 
 
 @dataclass
 class Found:
-    """What the workers found: losses, norms and weights (of a pipeline, of all), and what each held, moved and waited for."""
+    """What the workers found: losses, norms and weights (of a pipeline, of all), what each held, moved and waited for, and,
+    in a pipeline or alone, the loss of two micro-batches afterwards."""
 
     losses: list[float]
     norms: list[float | None]
     weights: dict[str, torch.Tensor]
     ledgers: list[dict[str, Any]] = field(default_factory=list)
+    evaluated: float | None = None
 
 
 class Crew:
@@ -79,7 +83,9 @@ class Crew:
         self.call("train", case.workers, folder, asdict(case))
         found = [torch.load(folder / f"found-{rank}", weights_only=False) for rank in range(case.workers)]
         weights = {name: weight for each in reversed(found) for name, weight in each["weights"].items()}
-        self._found[case] = Found(found[0]["losses"], found[0]["norms"], weights, [each["ledger"] for each in found])
+        (evaluated,) = {each.get("evaluated") for each in found}
+        ledgers = [each["ledger"] for each in found]
+        self._found[case] = Found(found[0]["losses"], found[0]["norms"], weights, ledgers, evaluated)
         return self._found[case]
 
     def call(self, do: str, workers: int, folder: Path, told: dict[str, Any]) -> None:

@@ -78,7 +78,8 @@ Legs = Annotated[
     int | None,
     typer.Option(
         min=2,
-        help="Of a pipeline: so many runs of layers, each divided among workers as --zero says; otherwise one for each.",
+        help="Of a pipeline: so many runs of layers, otherwise one for each worker. Fewer: each is divided among several, as "
+        "--zero says. More: each worker has several, and waits less.",
     ),
 ]
 Zero = Annotated[

@@ -28,15 +28,17 @@ class Begun:
     peer: int | None
 
 
-def exchange(outgoing: Mapping[int, torch.Tensor], incoming: Mapping[int, torch.Tensor]) -> None:
+def exchange(outgoing: Mapping[int, torch.Tensor], incoming: Mapping[int, torch.Tensor], tag: int = 0) -> None:
     """Send to workers, and receive from them: bytes, whatever they mean. Raises Unreachable."""
-    finish(begin(outgoing, incoming))
+    finish(begin(outgoing, incoming, tag))
 
 
-def begin(outgoing: Mapping[int, torch.Tensor], incoming: Mapping[int, torch.Tensor]) -> list[Begun]:
-    """As `exchange`, which ends with `finish`: until then the tensors must stay, and what is sent must not change."""
-    operations = [P2POp(distributed.isend, _bytes(data), peer) for peer, data in outgoing.items() if data.numel()]
-    operations += [P2POp(distributed.irecv, _bytes(data), peer) for peer, data in incoming.items() if data.numel()]
+def begin(outgoing: Mapping[int, torch.Tensor], incoming: Mapping[int, torch.Tensor], tag: int = 0) -> list[Begun]:
+    """As `exchange`, which ends with `finish`: until then the tensors must stay, and what is sent must not change. What is
+    sent under a `tag` is received under it, in order."""
+    pairs = [(distributed.isend, *message) for message in outgoing.items()]
+    pairs += [(distributed.irecv, *message) for message in incoming.items()]
+    operations = [P2POp(way, _bytes(data), peer, tag=tag) for way, peer, data in pairs if data.numel()]
     works = distributed.batch_isend_irecv(operations) if operations else []
     known = len(works) == len(operations)  # NCCL has one for all
     tensors = [*outgoing.values(), *incoming.values()]

@@ -71,20 +71,21 @@ class Group:
         """On how many there are equally many workers."""
         return self.arrangement.nodes
 
-    def send(self, outgoing: Messages, incoming: Messages) -> None:
-        """Exchange bytes: worker -> tensor to send, and worker -> tensor to fill."""
+    def send(self, outgoing: Messages, incoming: Messages, tag: int = 0) -> None:
+        """Exchange bytes: worker -> tensor to send, and worker -> tensor to fill. What goes from one worker to another comes
+        in order, that of each `tag` for itself."""
 
-    def begin(self, outgoing: Messages) -> Callable[[], None]:
+    def begin(self, outgoing: Messages, tag: int = 0) -> Callable[[], None]:
         """Send while this worker goes on; what is returned waits until all has gone. Till then nobody may change it."""
-        return lambda: None
+        return dict(outgoing).clear  # till then it takes memory
 
-    def take(self, peer: int, into: torch.Tensor, kind: str) -> torch.Tensor:
+    def take(self, peer: int, into: torch.Tensor, kind: str, tag: int = 0) -> torch.Tensor:
         """Fill a tensor with what that worker has for this one. `kind`: in the ledger."""
         return into
 
-    def pass_on(self, peer: int, data: torch.Tensor, kind: str) -> Callable[[], None]:
+    def pass_on(self, peer: int, data: torch.Tensor, kind: str, tag: int = 0) -> Callable[[], None]:
         """The other side of `take`, as `begin`."""
-        return self.begin({peer: data})
+        return self.begin({peer: data}, tag)
 
     def each(self, *numbers: float) -> list[tuple[float, ...]]:
         """What every worker says here, in their order."""
@@ -172,14 +173,14 @@ class Several(Group):
         ranks = range(self.rank % size, self.size, size)
         return self if size == 1 else Some(self, ranks, Arrangement(self.rank // size, ((REMOTE, len(ranks)),)))
 
-    def take(self, peer: int, into: torch.Tensor, kind: str) -> torch.Tensor:
-        self.send({}, {peer: into})
+    def take(self, peer: int, into: torch.Tensor, kind: str, tag: int = 0) -> torch.Tensor:
+        self.send({}, {peer: into}, tag)
         self._count(self.arrangement.tier_of(peer), kind, 0, into.nbytes)
         return into
 
-    def pass_on(self, peer: int, data: torch.Tensor, kind: str) -> Callable[[], None]:
+    def pass_on(self, peer: int, data: torch.Tensor, kind: str, tag: int = 0) -> Callable[[], None]:
         self._count(self.arrangement.tier_of(peer), kind, data.nbytes, 0)
-        return self.begin({peer: data})
+        return self.begin({peer: data}, tag)
 
     def _versions(
         self, level: int, spans: tuple[range, ...], total: torch.Tensor, start: int
@@ -233,17 +234,17 @@ class Some(Several):
         self.ledger, self.clock = whole.ledger, whole.clock
         self._whole, self._ranks = whole, ranks
 
-    def send(self, outgoing: Messages, incoming: Messages) -> None:
-        self._whole.send(self._there(outgoing), self._there(incoming))
+    def send(self, outgoing: Messages, incoming: Messages, tag: int = 0) -> None:
+        self._whole.send(self._there(outgoing), self._there(incoming), tag)
 
-    def begin(self, outgoing: Messages) -> Callable[[], None]:
-        return self._whole.begin(self._there(outgoing))
+    def begin(self, outgoing: Messages, tag: int = 0) -> Callable[[], None]:
+        return self._whole.begin(self._there(outgoing), tag)
 
-    def take(self, peer: int, into: torch.Tensor, kind: str) -> torch.Tensor:
-        return self._whole.take(self._ranks[peer], into, kind)
+    def take(self, peer: int, into: torch.Tensor, kind: str, tag: int = 0) -> torch.Tensor:
+        return self._whole.take(self._ranks[peer], into, kind, tag)
 
-    def pass_on(self, peer: int, data: torch.Tensor, kind: str) -> Callable[[], None]:
-        return self._whole.pass_on(self._ranks[peer], data, kind)
+    def pass_on(self, peer: int, data: torch.Tensor, kind: str, tag: int = 0) -> Callable[[], None]:
+        return self._whole.pass_on(self._ranks[peer], data, kind, tag)
 
     def each(self, *numbers: float) -> list[tuple[float, ...]]:
         return self._whole.among(self._ranks, *numbers)

@@ -4,27 +4,46 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 
 import torch
 
 from outsize.distributed.group import Group
 
 HIDDEN = "activation"  # in the ledger
+ON, BACK = 0, 1  # tags: of two workers the one before is the one after
+Turn = tuple[bool, int, int]
+"""(forward, or else backward; in which lap; of which micro-batch)."""
 
 
-def order_of(schedule: str, legs: int, leg: int, micro_batches: int) -> list[tuple[bool, int]]:
-    """What a worker does in a step, one thing after the other: (forward, or else backward; of which micro-batch).
+def order_of(schedule: str, workers: int, worker: int, micro_batches: int, laps: int = 1) -> list[Turn]:
+    """What a worker does in a step, one thing after the other. With several legs each, micro-batches go through all workers
+    in as many `laps`.
 
     `gpipe` (arXiv 1811.06965): all forward, then all backward. `1f1b` (PipeDream-Flush, arXiv 2006.09503): once the first has
-    come back, each forward follows a backward, so that no more are under way than workers follow. As
+    come back, each forward follows a backward, so that no more are under way than workers follow. `interleaved` (arXiv
+    2104.04473): so, too, in laps; micro-batches take a lap in groups of as many as there are workers, or a few more. As
     `torch.distributed.pipelining` has them, whose import alone takes 73 MiB of each worker's memory."""
-    ahead = micro_batches if schedule == "gpipe" else min(micro_batches, legs - leg)
-    order = [(True, number) for number in range(ahead)]
-    for number in range(micro_batches):
-        order.append((False, number))
-        if ahead + number < micro_batches:
-            order.append((True, ahead + number))
+    count = max(micro_batches // workers, 1) if schedule == "interleaved" else 1
+    cuts = [-(-micro_batches * number // count) for number in range(count + 1)]
+    groups = [range(*cut) for cut in pairwise(cuts)]
+    on = [(True, lap, number) for group in groups for lap in range(laps) for number in group]
+    back = [(False, lap, number) for group in groups for lap in reversed(range(laps)) for number in group]
+    ahead = {
+        "gpipe": len(on),
+        "1f1b": workers - worker,
+        "interleaved": (laps - 1) * len(groups[0]) + 2 * (workers - 1 - worker) + 1,
+    }[schedule]
+    order = on[:ahead]
+    for number, turn in enumerate(back):
+        order += [turn, *on[ahead + number : ahead + number + 1]]
     return order
+
+
+def returning(laps: int) -> int:
+    """How many gradients may be on their way from a worker at once, the fewest with which no two workers wait for each other
+    for ever: in laps, whoever is to take one may first be waiting for the next."""
+    return min(laps, 2)
 
 
 class Pipeline:
@@ -68,22 +87,23 @@ class Pipeline:
 
 
 class Line(Pipeline):
-    """Of the workers of `group`, in their order."""
+    """Of the workers of `group`, in their order; with several legs each, after the last comes the first again."""
 
     def __init__(self, group: Group) -> None:
         self.rank, self.size, self._group = group.rank, group.size, group
+        self._before, self._after = (self.rank - 1) % self.size, (self.rank + 1) % self.size
 
     def take(self, like: torch.Tensor) -> torch.Tensor:
-        return self._take(self.rank - 1, torch.empty_like(like).contiguous())
+        return self._group.take(self._before, torch.empty_like(like).contiguous(), HIDDEN, ON)
 
     def take_back(self, like: torch.Tensor) -> torch.Tensor:
-        return self._take(self.rank + 1, torch.empty_like(like).contiguous())
+        return self._group.take(self._after, torch.empty_like(like).contiguous(), HIDDEN, BACK)
 
     def pass_on(self, hidden: torch.Tensor) -> Callable[[], None]:
-        return self._group.pass_on(self.rank + 1, hidden.detach().contiguous(), HIDDEN)
+        return self._group.pass_on(self._after, hidden.detach().contiguous(), HIDDEN, ON)
 
     def pass_back(self, gradient: torch.Tensor) -> Callable[[], None]:
-        return self._group.pass_on(self.rank - 1, gradient.contiguous(), HIDDEN)
+        return self._group.pass_on(self._before, gradient.contiguous(), HIDDEN, BACK)
 
     @contextmanager
     def both_ends(self, gradient: torch.Tensor) -> Iterator[None]:
@@ -98,6 +118,3 @@ class Line(Pipeline):
 
     def norm(self, own: torch.Tensor) -> torch.Tensor:
         return torch.linalg.vector_norm(torch.tensor(self._group.each(float(own))))
-
-    def _take(self, peer: int, into: torch.Tensor) -> torch.Tensor:
-        return self._group.take(peer, into, HIDDEN)

@@ -45,12 +45,12 @@ class Workers(Several):
                 "to each; GLOO_SOCKET_IFNAME names the interface that does."
             ) from problem
 
-    def send(self, outgoing: Messages, incoming: Messages) -> None:
-        self._wait(lambda: exchange(outgoing, incoming))
+    def send(self, outgoing: Messages, incoming: Messages, tag: int = 0) -> None:
+        self._wait(lambda: exchange(outgoing, incoming, tag))
 
-    def begin(self, outgoing: Messages) -> Callable[[], None]:
+    def begin(self, outgoing: Messages, tag: int = 0) -> Callable[[], None]:
         begun: list[Begun] = []
-        self._wait(lambda: begun.extend(begin(outgoing, {})))
+        self._wait(lambda: begun.extend(begin(outgoing, {}, tag)))
         return lambda: self._wait(lambda: finish(begun))
 
     def each(self, *numbers: float) -> list[tuple[float, ...]]:

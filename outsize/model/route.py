@@ -4,7 +4,7 @@ Each has a *leg*: a run of the repeated units, and what comes before them, after
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -31,13 +31,17 @@ class Route:
         last = self.after if worker == len(lengths) - 1 else ()
         return self._leg(lengths, worker, first, last)
 
-    def leg_to_train(self, lengths: Sequence[int], worker: int, shared: Sequence[str]) -> Leg:
-        """As `leg`, of a worker that trains: the last one has the head. What is `shared` (`shared_with_head`) the first and
-        the last both have."""
-        ends = worker == len(lengths) - 1
-        first = self.before if worker == 0 else tuple(shared) if ends else ()
-        last = (*self.after, self.head) if ends else (self.head,) if worker == 0 and shared else ()
-        return self._leg(lengths, worker, first, last)
+    def leg_to_train(self, lengths: Sequence[int], number: int, shared: Sequence[str]) -> Leg:
+        """As `leg`, the one of that number, of a worker that trains: the last one has the head. What is `shared`
+        (`shared_with_head`) the first and the last both have."""
+        ends = number == len(lengths) - 1
+        first = self.before if number == 0 else tuple(shared) if ends else ()
+        last = (*self.after, self.head) if ends else (self.head,) if number == 0 and shared else ()
+        return self._leg(lengths, number, first, last)
+
+    def legs_to_train(self, lengths: Sequence[int], numbers: Iterable[int], shared: Sequence[str]) -> tuple[Leg, ...]:
+        """Those of these numbers."""
+        return tuple(self.leg_to_train(lengths, number, shared) for number in numbers)
 
     def _leg(self, lengths: Sequence[int], worker: int, first: tuple[str, ...], last: tuple[str, ...]) -> Leg:
         start, stop = [0, *accumulate(lengths)][worker : worker + 2]
@@ -112,10 +116,16 @@ class Absent(nn.Module):
         return given[0].new_zeros((*given[0].shape, self._width), dtype=self._dtype)
 
 
-def keep_leg(model: nn.Module, leg: Leg, dtype: torch.dtype) -> None:
+def keep_legs(model: nn.Module, legs: Sequence[Leg], dtype: torch.dtype) -> None:
     """Leave of `model`, whose hidden states are of that dtype, what a worker that trains has: its parameters are those of
-    the leg, under the names that they had."""
-    for name in leg.others:
-        holder, _, own = name.rpartition(".")
-        parent = model.get_submodule(holder)
-        parent._modules[own] = Absent(model.get_submodule(name), dtype)
+    its legs, under the names that they had."""
+    for name in legs[0].others:
+        if not any(leg.has(name) for leg in legs):
+            holder, own = holder_of(model, name)
+            holder._modules[own] = Absent(model.get_submodule(name), dtype)
+
+
+def holder_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that holds that one, and its name there."""
+    holder, _, own = name.rpartition(".")
+    return model.get_submodule(holder), own

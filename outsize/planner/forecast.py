@@ -51,12 +51,12 @@ def forecast(rehearsed: Rehearsed, arena_bytes: int, home_of: HomeOf, ways: Ways
     units = rehearsed.units
     if not units:
         return run(rehearsed.script)
-    a_unit = sum(isinstance(event, Touched) for event in rehearsed.script.steps[-1]) / 4
+    a_unit = sum(isinstance(event, Touched) for event in rehearsed.script.steps[-1]) / (4 * len(rehearsed.runs))
     count = max(2 * FEWEST, int((MOST_EVENTS if closely else FEW_EVENTS) / a_unit))
     if len(units) <= 2 * count:
         return run(rehearsed.whole)
-    many, few = (run(rehearsed.over(_evenly(units, number))) for number in (count, count // 2))
-    return _carried_on(many, few, count, count // 2, len(units))
+    many, few = (rehearsed.some(number) for number in (count, count // 2))
+    return _carried_on(run(rehearsed.over(many)), run(rehearsed.over(few)), len(many), len(few), len(units))
 
 
 def with_snapshots(found: Forecast, snapshot: dict[str, int], every: int, ways: Ways) -> Forecast:
@@ -93,10 +93,6 @@ def _played(script: Script, arena_bytes: int, home_of: HomeOf, ways: Ways, steps
         alike[len(alike) // 2],
         script.floating_operations,
     )
-
-
-def _evenly(units: tuple[str, ...], number: int) -> list[str]:
-    return [units[round(index * (len(units) - 1) / (number - 1))] for index in range(number)]
 
 
 def _carried_on(many: Forecast, few: Forecast, count: int, fewer: int, units: int) -> Forecast:

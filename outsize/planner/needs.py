@@ -108,8 +108,7 @@ def tensor_bytes(rehearsed: Rehearsed, recycle: int) -> int:
     """What the C library takes for a step's tensors; of many units as many as it is asked for, the rest carried on."""
 
     def taken(count: int) -> int:
-        units = rehearsed.units
-        script = rehearsed.over(units[:count]) if units else rehearsed.script
+        script = rehearsed.over(rehearsed.some(count)) if rehearsed.runs else rehearsed.script
         return held_for(changes_of(script.steps[-1]), recycle)
 
     if len(rehearsed.units) <= MANY:

@@ -12,7 +12,7 @@ from torch import nn
 
 from outsize.distributed.shares import in_proportion
 from outsize.errors import BudgetError, ModelError, OptionError
-from outsize.model.route import Leg, Route, keep_leg, shared_with_head
+from outsize.model.route import Leg, Route, keep_legs, shared_with_head
 from outsize.model.units import Unit, find_units
 from outsize.plan import Plan, Predicted
 from outsize.planner.legs import find_route
@@ -25,8 +25,8 @@ from outsize.train.precision import find_precision
 TRIES = 3  # to divide the units better, when each worker has room for what it has
 SEARCHED = 6  # and when one has not
 
-Known = dict[tuple[int, Leg, int | None], Plan | BudgetError]
-"""What was found for a worker and its leg, where all are to commit every so many steps."""
+Known = dict[tuple[int, tuple[Leg, ...], int | None], Plan | BudgetError]
+"""What was found for a worker and its legs, where all are to commit every so many steps."""
 
 
 def even_legs(task: Task, legs: int) -> tuple[int, ...]:
@@ -70,11 +70,11 @@ def fullest(plans: Sequence[Plan]) -> Plan:
     return max(plans, key=lambda plan: _predicted(plan).host_peak_bytes / (plan.memory_bytes or 1))
 
 
-def leave_leg(model: nn.Module, plan: Plan, block_class: str | None) -> list[Unit]:
+def leave_legs(model: nn.Module, plan: Plan, block_class: str | None) -> list[Unit]:
     """Leave of `model` what the worker of `plan` has. Returns its units."""
     route = find_route(model)
-    leg = route.leg_to_train(plan.legs, plan.leg, shared_with_head(model, route))
-    keep_leg(model, leg, find_precision(plan.precision).compute)
+    legs = route.legs_to_train(plan.legs, plan.own_legs, shared_with_head(model, route))
+    keep_legs(model, legs, find_precision(plan.precision).compute)
     return find_units(model, block_class)
 
 
@@ -107,7 +107,8 @@ def _with(task: Task, legs: tuple[int, ...]) -> Task:
 @dataclass(frozen=True)
 class _Line:
     """What a worker of each leg would do, where these have so many of the repeated units: its plan, or what it would need
-    beyond its budget. `said`: which units those are. `sharers`: workers of a leg."""
+    beyond its budget. `said`: which units those are. `sharers`: workers of a leg. Of more legs than workers each has every
+    so many."""
 
     legs: tuple[int, ...]
     sharers: int
@@ -117,15 +118,15 @@ class _Line:
 
     @property
     def own(self) -> list[float]:
-        """Seconds that each leg for which there is room would take for a step alone."""
+        """Seconds that each worker for whom there is room would take for a step alone."""
         return [_seconds(plan) for plan in self.found if isinstance(plan, Plan)]
 
     @property
     def seconds(self) -> float:
-        """Of a step: micro-batches follow each other as fast as the slowest leg takes them, and the first has to go through
-        all the others."""
-        slowest = max(self.own, default=0.0)
-        return slowest + (sum(self.own) - slowest) / self._micro_batches
+        """Of a step: micro-batches follow each other as fast as the slowest worker takes them, and the first has to go once
+        through all the others."""
+        slowest, laps = max(self.own, default=0.0), len(self.legs) // len(self.found)
+        return slowest + (sum(self.own) - slowest) / (laps * self._micro_batches)
 
     @property
     def _micro_batches(self) -> int:
@@ -144,16 +145,16 @@ class _Line:
     def eased(self) -> Iterator[tuple[int, ...]]:
         """Other legs: so many units each as it would do in the same time, if all took as long as its own do now; and those
         of now, but for one unit of the slowest at a neighbour."""
-        loads = self._loads()
-        unit = min(load / units for units, load in zip(self.legs, loads, strict=True))
-        if not self.lacking and max(loads) - min(loads) <= unit:
+        loads, count = self._loads(), len(self.found)
+        units = [sum(self.legs[worker::count]) for worker in range(count)]
+        if not self.lacking and max(loads) - min(loads) <= min(load / n for n, load in zip(units, loads, strict=True)):
             return  # whoever gets one more would take as long
-        speeds = [units / max(load, 1e-9) for units, load in zip(self.legs, loads, strict=True)]
-        yield in_proportion(sum(self.legs), speeds)
-        slowest = loads.index(max(loads))
-        for other in (slowest - 1, slowest + 1):
-            if 0 <= other < len(self.legs) and self.legs[slowest] > 1:
-                yield tuple(n - (rank == slowest) + (rank == other) for rank, n in enumerate(self.legs))
+        speeds = [n / max(load, 1e-9) for n, load in zip(units, loads, strict=True)]
+        yield in_proportion(sum(self.legs), [speeds[leg % count] for leg in range(len(self.legs))])
+        for leg in range(loads.index(max(loads)), len(self.legs), count):
+            for other in (leg - 1, leg + 1):
+                if 0 <= other < len(self.legs) and self.legs[leg] > 1:
+                    yield tuple(n - (number == leg) + (number == other) for number, n in enumerate(self.legs))
 
     def _loads(self) -> list[float]:
         """Seconds; of who has too little room as many more than of all others as it needs more room."""
@@ -212,13 +213,13 @@ def _line(task: Task, route: Route, workers: Sequence[Worker], known: Known) -> 
     for first in range(0, len(workers), sharers):
         worker = _least_of(workers[first : first + sharers])
         task = replace(task, request=replace(task.request, memory_bytes=worker.memory_bytes, rank=first))
-        leg = route.leg_to_train(legs, task.request.leg, shared)
-        key = (first, leg, task.request.commit_every)
+        own = route.legs_to_train(legs, task.request.own_legs, shared)
+        key = (first, own, task.request.commit_every)
         if key not in known:
-            known[key] = _planned(_part(task, leg), worker)
+            known[key] = _planned(_part(task, own), worker)
         one = known[key]
         found.append(replace(one, legs=legs) if isinstance(one, Plan) else one)
-        said.append(str(leg))
+        said.append(" and ".join(map(str, own)))
         budgets.append(worker.memory_bytes)
         if first == 0 and isinstance(one, Plan):
             task = replace(task, request=replace(task.request, commit_every=one.commit_every))
@@ -232,10 +233,10 @@ def _least_of(sharers: Sequence[Worker]) -> Worker:
     return replace(least, place=least.place.beside(least.place.machine, disk))
 
 
-def _part(task: Task, leg: Leg) -> Task:
-    """What a worker of the leg has of the job."""
+def _part(task: Task, legs: Sequence[Leg]) -> Task:
+    """What a worker of these legs has of the job."""
     model = bare_copy(task.model)
-    keep_leg(model, leg, find_precision(task.request.precision).compute)
+    keep_legs(model, legs, find_precision(task.request.precision).compute)
     units = find_units(model, task.block_class)
     return replace(task, model=model, units=units, micro_batches=task.batches, whole=task)
 

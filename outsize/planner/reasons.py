@@ -62,7 +62,8 @@ def _say_workers(search: Search) -> tuple[str, ...]:
         return ()
     if request.legs:
         return (
-            f"pipeline: legs of {', '.join(map(str, request.legs))} layers, this is number {request.leg + 1}; the "
+            f"pipeline: legs of {', '.join(map(str, request.legs))} layers, of which this worker has number "
+            f"{' and '.join(str(number + 1) for number in request.own_legs)}; the "
             f"{request.accumulate} micro-batches of a step go through them in the order of {plan.schedule}",
             *_say_sharers(search),
         )

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import accumulate, chain, pairwise
 from math import prod
 from typing import Any
 
@@ -26,6 +27,7 @@ from outsize.distributed.shard import ShardedStore
 from outsize.distributed.wire import NO_WIRE, Wire
 from outsize.memory.null import NullTier
 from outsize.memory.tier import pages
+from outsize.model.route import holder_of
 from outsize.model.units import find_units
 from outsize.plan import KEEP, NEAR, Plan
 from outsize.planner.clock import Rates, SimulatedClock, SimulatedTransfers
@@ -216,27 +218,42 @@ class Rehearsal:
 
 @dataclass(frozen=True)
 class Rehearsed:
-    """Scripts of one module under one plan. `units` are the repeated ones if four of them stand for all, else ()."""
+    """Scripts of one module under one plan. `runs` are repeated units that pass one after the other, of each of which the
+    first four stand for all; there is none where every unit stands for itself."""
 
     script: Script
-    units: tuple[str, ...]
+    runs: tuple[tuple[str, ...], ...]
     _spread: dict[tuple[str, ...], Script] = field(default_factory=dict, repr=False, compare=False)
 
+    @property
+    def units(self) -> tuple[str, ...]:
+        return tuple(chain(*self.runs))
+
     def over(self, units: Sequence[str]) -> Script:
-        """The script as it would be with only these of the repeated units, in order, six or more."""
-        known, every = list(self.units[:4]), list(units)
-        if tuple(every) not in self._spread:
-            steps = tuple(spread(step, known, every) for step in self.script.steps)
-            self._spread[tuple(every)] = Script(spread(self.script.setup, known, every), steps)
-        return self._spread[tuple(every)]
+        """The script as it would be with only these of the units, in order; of each run two or more."""
+        every = tuple(units)
+        if every not in self._spread:
+            found = self.script
+            for run in self.runs:
+                known, own = list(run[:4]), [name for name in every if name in run]
+                steps = tuple(spread(step, known, own) for step in found.steps)
+                found = Script(spread(found.setup, known, own), steps)
+            self._spread[every] = found
+        return self._spread[every]
+
+    def some(self, number: int) -> list[str]:
+        """About so many of the units, evenly taken from each run, its first and its last among them."""
+        shares = [max(2, number * len(run) // len(self.units)) for run in self.runs]
+        return [name for run, share in zip(self.runs, shares, strict=True) for name in _evenly(run, share)]
 
     @cached_property
     def work(self) -> float:
         """Seconds of compute, update and exchange in a step of all units."""
-        four = self.script.work
+        four, known = self.script.work, 4 * len(self.runs)
         if not self.units:
             return four
-        return four + (self.over(self.units[:FEWEST]).work - four) / (FEWEST - 4) * (len(self.units) - 4)
+        few = self.some(FEWEST * len(self.runs))
+        return four + (self.over(few).work - four) / (len(few) - known) * (len(self.units) - known)
 
     @property
     def whole(self) -> Script:
@@ -245,7 +262,11 @@ class Rehearsed:
     @cached_property
     def asked(self) -> Script:
         """What the whole script asks of the store, when is left open."""
-        return Rehearsed(self.script.bare, self.units).whole
+        return Rehearsed(self.script.bare, self.runs).whole
+
+
+def _evenly(units: Sequence[str], number: int) -> list[str]:
+    return [units[round(index * (len(units) - 1) / (number - 1))] for index in range(number)]
 
 
 def rehearse(
@@ -281,11 +302,13 @@ def _rehearse(
     def run(model: nn.Module, plan: Plan = plan) -> Script:
         return Rehearsal(model, plan, rule, prices, source_dtype, block_class, wire).run(micro_batches)
 
-    if len(units) < FEWEST or not _alike(model, units, plan):
+    runs = runs_of(units, plan) if _alike(model, units, plan) else ()
+    if not runs:
         return Rehearsed(run(model), ())
+    others = [name for each in runs for name in each[4:]]
     try:
-        found = Rehearsed(run(shortened(model, units), without(plan, units[4:])), units)
-        found.over(units[:FEWEST])
+        found = Rehearsed(run(shortened(model, others), without(plan, others)), runs)
+        found.over(found.some(FEWEST * len(runs)))
         return found
     except (ValueError, IndexError, KeyError, AttributeError):  # a module that counts on all of its units
         return Rehearsed(run(model), ())
@@ -297,6 +320,13 @@ def _alike(model: nn.Module, units: Sequence[str], plan: Plan) -> bool:
     left = {activations.get(name, KEEP) for name in units}
     moved = any(choice.home != NEAR for choice in activations.values())
     return len(left) == 1 and not moved and same_shape(model, units)
+
+
+def runs_of(units: Sequence[str], plan: Plan) -> tuple[tuple[str, ...], ...]:
+    """Those that pass one after the other, if they are many enough that four stand for them."""
+    lengths = [plan.legs[number] for number in plan.own_legs] if plan.legs else [len(units)]
+    runs = (tuple(units[start:stop]) for start, stop in pairwise([0, *accumulate(lengths)]))
+    return tuple(run for run in runs if len(run) >= FEWEST)
 
 
 def same_shape(model: nn.Module, units: Sequence[str]) -> bool:
@@ -313,17 +343,19 @@ def same_shape(model: nn.Module, units: Sequence[str]) -> bool:
 
 
 def shortened(model: nn.Module, units: Sequence[str]) -> nn.Module:
-    """A copy without bytes, with the first four of `units`."""
+    """A copy without bytes, and without these units."""
     twin = bare_copy(model)
-    holder = twin.get_submodule(units[0].rpartition(".")[0])
-    for name in units[4:]:
-        del holder._modules[name.rpartition(".")[2]]
+    for name in units:
+        holder, own = holder_of(twin, name)
+        del holder._modules[own]
     return twin
 
 
 def without(plan: Plan, units: Sequence[str]) -> Plan:
-    """The plan for a module that lacks these units."""
-    return replace(plan, activations=tuple((name, how) for name, how in plan.activations if name not in units))
+    """The plan for a module that lacks these units, all but four of each run."""
+    legs = [min(n, 4) if number in plan.own_legs and n >= FEWEST else n for number, n in enumerate(plan.legs)]
+    activations = tuple((name, how) for name, how in plan.activations if name not in units)
+    return replace(plan, activations=activations, legs=tuple(legs))
 
 
 def homes(plan: Plan, always: set[str]) -> HomeOf:

@@ -58,7 +58,7 @@ def kept_bytes(model: nn.Module, units: Sequence[Unit], batch: Batch) -> int:
         return 0
     mode = Fakes(allow_non_fake_inputs=True)
     try:
-        fake = fake_copy(shortened(model, names), mode)
+        fake = fake_copy(shortened(model, names[4:]), mode)
         saved = _Saved()
         for unit in map(fake.get_submodule, names[:4]):
             unit.register_forward_pre_hook(saved.enter, with_kwargs=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,8 +12,9 @@ import torch
 from torch import nn
 
 from outsize.distributed.group import Group
-from outsize.distributed.pipeline import Pipeline, order_of
+from outsize.distributed.pipeline import Pipeline, order_of, returning
 from outsize.model.attach import Attachment
+from outsize.model.laps import Lap
 from outsize.model.route import hidden_of, with_hidden
 from outsize.train.ending import Batch, Counts, Ending, hidden_states
 
@@ -76,58 +78,67 @@ class Passage:
 
 @dataclass
 class LegByLeg:
-    """Each micro-batch goes through all units of this worker's leg, then on to the next worker; in the order of a pipeline's
-    schedule. Units are leased for one micro-batch at a time: what fits near is read once."""
+    """Each micro-batch goes through all units of a leg, then on to the next worker; in the order of a pipeline's schedule,
+    and of several legs each in as many `laps`. Units are leased for one micro-batch at a time: what fits near is read
+    once."""
 
     job: Steps
     pipeline: Pipeline
     schedule: str
-    entrance: nn.Module | None
-    """The first of the repeated units here, where the model begins at another worker."""
+    laps: list[Lap]
     _came: torch.Tensor | None = None
-    _open: dict[int, Passage] = field(default_factory=dict)
+    _open: dict[tuple[int, int], Passage] = field(default_factory=dict)
     _parts: list[torch.Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if self.entrance is not None:
-            handle = self.entrance.register_forward_pre_hook(self._enter, with_kwargs=True)
+        for lap in self.laps[1:] if self.pipeline.first else self.laps:  # where the model begins, nothing comes in
+            handle = lap.entrance.register_forward_pre_hook(self._enter, with_kwargs=True)
             self.job.attachment.until_detached(handle)
 
     def _enter(self, module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
         self._came = self.pipeline.take(hidden_of(given, named))
         return with_hidden(self._came.requires_grad_(torch.is_grad_enabled()), given, named)
 
+    def _ends(self, lap: int) -> bool:
+        """The model ends in this lap."""
+        return self.pipeline.last and lap == len(self.laps) - 1
+
     def step(self, micro_batches: list[Batch], counts: Counts) -> float:
-        job, returned = self.job, lambda: None
+        job, count = self.job, len(self.laps)
+        order = order_of(self.schedule, self.pipeline.size, self.pipeline.rank, len(micro_batches), count)
+        sent: deque[Callable[[], None]] = deque()
         self._open, self._parts = {}, []
         with job.attachment.traversal():
             job.update_unentered()
-            for forward, number in order_of(self.schedule, self.pipeline.size, self.pipeline.rank, len(micro_batches)):
+            for forward, lap, number in order:
                 if forward:
-                    self._forward(number, micro_batches[number], counts)
-                else:
-                    returned()  # one gradient on its way is enough
-                    returned = self._backward(number)
-            returned()
+                    self._forward(lap, number, micro_batches[number], counts)
+                    continue
+                if len(sent) == returning(count):
+                    sent.popleft()()
+                sent.append(self._backward(lap, number))
+            for gone in sent:
+                gone()
             job.finish_tables()
         return job.check_loss(float(job.ending.total(self._parts, counts)) if self._parts else 0.0)
 
-    def _forward(self, number: int, batch: Batch, counts: Counts) -> None:
-        job, last = self.job, self.pipeline.last
-        output = job.ending.forward(batch) if last else hidden_states(job.model, batch)
-        if number == 0:
+    def _forward(self, lap: int, number: int, batch: Batch, counts: Counts) -> None:
+        job, ends = self.job, self._ends(lap)
+        with self.laps[lap].alone():
+            output = job.ending.forward(batch) if ends else hidden_states(job.model, batch)
+        if number == 0 and lap == len(self.laps) - 1:
             job.apply_held()  # all units have been entered
-        passage = Passage(self._came, output, (lambda: None) if last else self.pipeline.pass_on(output))
-        if last:
-            ends = job.ending.ends([output], [batch], counts, number)
-            self._parts += ends.parts
-            job.check_finite(float(ends.parts[0]))
-            (passage.backward,) = ends.backward
-        self._open[number] = passage
+        passage = Passage(self._came, output, (lambda: None) if ends else self.pipeline.pass_on(output))
+        if ends:
+            found = job.ending.ends([output], [batch], counts, number)
+            self._parts += found.parts
+            job.check_finite(float(found.parts[0]))
+            (passage.backward,) = found.backward
+        self._open[lap, number] = passage
         self._came = None
 
-    def _backward(self, number: int) -> Callable[[], None]:
-        passage = self._open.pop(number)
+    def _backward(self, lap: int, number: int) -> Callable[[], None]:
+        passage = self._open.pop((lap, number))
         gradient = None if passage.backward else self.pipeline.take_back(passage.left)
         passage.gone()
         with torch.random.fork_rng(devices=[]):  # units that run again restore what they drew
@@ -137,9 +148,11 @@ class LegByLeg:
 
     def evaluate(self, batch: Batch, ending: Ending) -> float:
         loss = 0.0
-        if self.pipeline.last:
-            loss = ending.evaluate(batch)
-        else:
-            self.pipeline.pass_on(hidden_states(self.job.model, batch))()
+        for number, lap in enumerate(self.laps):
+            with lap.alone():
+                if self._ends(number):
+                    loss = ending.evaluate(batch)
+                else:
+                    self.pipeline.pass_on(hidden_states(self.job.model, batch))()
         self._came = None
         return self.job.group.each(loss)[-1][0]

@@ -17,6 +17,7 @@ from outsize.distributed.pipeline import Line, Pipeline
 from outsize.errors import RunError
 from outsize.memory.store import Store
 from outsize.model.attach import Attachment
+from outsize.model.laps import laps_of
 from outsize.model.units import Unit
 from outsize.model.vocabulary import Table
 from outsize.model.weights import WEIGHT, RowBlock, Weight, create_blocks, fill_blocks, leave_meta, make_weight
@@ -104,8 +105,9 @@ class Job:
         self.ending: Ending = BlockedLoss(model, self.head) if plan.blocked_loss else ModuleLoss(model)
         self.course: Course = UnitByUnit(self)
         if plan.legs:
-            entrance = next(unit.module for unit in units if unit.repeated)
-            self.course = LegByLeg(self, pipeline, plan.schedule, None if pipeline.first else entrance)
+            lengths = [plan.legs[number] for number in plan.own_legs]
+            laps = laps_of(model, units, lengths, pipeline.first, find_precision(plan.precision).compute)
+            self.course = LegByLeg(self, pipeline, plan.schedule, laps)
         self._own_loop: Any = None
 
     # -- a step of ours ---------------------------------------------------------------------------------------------

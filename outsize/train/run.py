@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from outsize.distributed.group import Group
 from outsize.distributed.shares import in_proportion
@@ -328,6 +329,7 @@ def export(job: Job, directory: Path) -> None:
         for name, spec in theirs.items():
             owners.setdefault(name, rank)
             specs.setdefault(name, spec)
+    specs = {name: specs[name] for name in in_order_of(job.model, specs)}
 
     def read(name: str, start: int, stop: int) -> torch.Tensor:
         if name in buffers:
@@ -345,6 +347,18 @@ def export(job: Job, directory: Path) -> None:
         else:
             read_along(specs, read)
         job.group.each(0)
+
+
+def in_order_of(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Of parameters and buffers, as `model` defines them; those of a module that is not here as they come."""
+    places = {name: place for place, (name, _) in enumerate(model.named_modules())}
+
+    def place(name: str) -> int:
+        while name not in places:
+            name = name.rpartition(".")[0]
+        return places[name]
+
+    return sorted(names, key=place)
 
 
 def _brought(group: Group, rows: torch.Tensor, owner: int) -> torch.Tensor:
