@@ -21,8 +21,9 @@ from outsize.model.vocabulary import Table
 from outsize.plan import KEEP, MOVE, RECOMPUTE, Activations, Plan, Request
 from outsize.planner.clock import ways_of
 from outsize.planner.keeper import no_room
+from outsize.planner.known_prices import KnownPrices, prices_file
 from outsize.planner.needs import find_needs
-from outsize.planner.prices import CrowdedPrices, MeasuredPrices, Prices, RatedPrices, seconds_of_passing
+from outsize.planner.prices import CrowdedPrices, MeasuredPrices, Prices, RatedPrices, seconds_of_passing, yardsticks
 from outsize.planner.reasons import finished
 from outsize.planner.rehearsal import Batch, rehearse
 from outsize.planner.search import JobSizes, Search
@@ -116,8 +117,13 @@ class Place:
     def prices(self) -> Prices:
         """Of a machine that is here: measured."""
         rated = RatedPrices(self.machine)
-        found = rated if self.machine.origin == "described" else MeasuredPrices(rated, seconds_of_passing())
+        found = rated if self.machine.origin == "described" else _measured(rated)
         return found if self.crowd == Crowd() else CrowdedPrices(found, self.crowd)
+
+
+def _measured(rated: RatedPrices) -> MeasuredPrices:
+    passing = seconds_of_passing()
+    return MeasuredPrices(rated, passing, KnownPrices.read(prices_file(rated.machine), yardsticks(passing)))
 
 
 def plan_training(task: Task, place: Place) -> Plan:
@@ -213,6 +219,7 @@ def search_of(task: Task, place: Place, job: JobSizes, bare: Plan) -> Search:
     found = rehearse(
         task.model, bare, task.rule, place.prices, task.batches, task.source_dtype, task.block_class, place.wire
     )
+    place.prices.keep()
     give_back()
     needs = find_needs(task.units, job.sizes, job.rows, job.always, place.baseline_now, found, bare)
     ways = ways_of(place.machine, task.request.workers // task.request.nodes)
