@@ -11,7 +11,7 @@ from models import tiny_model
 from outsize.machine.find import DESCRIBED, find_machine
 from outsize.plan import Plan, Request
 from outsize.planner.known_prices import KnownPrices, prices_file
-from outsize.planner.prices import MeasuredPrices, RatedPrices, yardsticks
+from outsize.planner.prices import Cooling, MeasuredPrices, RatedPrices, yardsticks
 from outsize.planner.rehearsal import rehearse
 from outsize.planner.training import sample_batches
 from outsize.train.optimizers import uniform_rule
@@ -91,4 +91,5 @@ def test_a_second_planning_measures_nothing(tmp_path: Path) -> None:
         work.append(rehearse(model, Plan("mixed", 1 << 20), rule, prices, batches).work)
         prices.keep()
     assert work[0] == work[1]
-    assert len(yardsticks(1e-6)) == 3 and all(each > 0 for each in yardsticks(1e-6))
+    found = yardsticks(1e-6, Cooling())
+    assert len(found) == 3 and all(each > 0 for each in found)

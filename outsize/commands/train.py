@@ -82,6 +82,7 @@ def _start(settings: TrainSettings) -> None:
         launch(settings.workers)
         return
     from outsize.errors import PlanAgain
+
     with lasting():
         from outsize.training import train as run
 

@@ -41,8 +41,8 @@ FREE = Price(0.0)
 
 
 class Prices(Protocol):
-    """Seconds of each torch operation, and of the optimizer by the elements it steps. After `keep` the next planning knows
-    what this one has measured."""
+    """Seconds of each torch operation, and of the optimizer by the elements it steps. `keep` is called when no more is
+    asked for a while: the next planning will know what this one has measured."""
 
     def of(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Price: ...
 
@@ -82,6 +82,22 @@ class RatedPrices:
     def keep(self) -> None: ...
 
 
+class Cooling:
+    """Leaves nothing of use in the processor's caches. Its slab lies in huge pages, which come fast, but only once: it is
+    kept until `end`."""
+
+    def __init__(self) -> None:
+        self._slab: torch.Tensor | None = None
+
+    def __call__(self) -> None:
+        if self._slab is None:
+            self._slab = allocate_slab(COLD)
+        self._slab.fill_(1)
+
+    def end(self) -> None:
+        self._slab = None
+
+
 @dataclass(frozen=True)
 class MeasuredPrices:
     """Prices of the machine that this runs on: each operation is done a few times, on tensors of the same shapes and dtypes.
@@ -92,6 +108,7 @@ class MeasuredPrices:
     passing: float
     """Seconds that an operation costs besides (`seconds_of_passing`)."""
     known: KnownPrices = field(default_factory=KnownPrices)
+    cooling: Cooling = field(default_factory=Cooling)
     _prices: dict[Any, Price] = field(default_factory=dict)
     _left: set[Any] = field(default_factory=set)
 
@@ -111,7 +128,7 @@ class MeasuredPrices:
             # The weight of a product comes from memory, not from a cache.
             seconds = self.known.find(
                 str(key),
-                lambda: do(lambda done: usual_seconds(done, _cooling() if product else lambda: None)),
+                lambda: do(lambda done: usual_seconds(done, self.cooling if product else lambda: None)),
                 lambda: self._leave(key if product else function, do),
             )
         return Price((rated.seconds if seconds is None else seconds) + self.passing, rated.floating_operations)
@@ -123,17 +140,15 @@ class MeasuredPrices:
             do(lambda done: done())
 
     def update(self, elements: int, like: Any, make: Callable[[], Callable[[], None]]) -> float:
-        def measure() -> float:
-            with _disable_current_modes():
-                return usual_seconds(make(), _cooling())  # the first step makes the optimizer's state
-
-        def once() -> None:
-            with _disable_current_modes():
-                make()()
-
-        return self.known.find(str(like), measure, once) or 0.0
+        key = str(like)
+        if key not in self._prices:
+            with _disable_current_modes():  # the first step that is done makes the optimizer's state
+                seconds = self.known.find(key, lambda: usual_seconds(make(), self.cooling), lambda: make()())
+            self._prices[key] = Price(seconds or 0.0)
+        return self._prices[key].seconds
 
     def keep(self) -> None:
+        self.cooling.end()
         self.known.keep()
 
 
@@ -186,12 +201,12 @@ def seconds_of_passing() -> float:
     return min(seconds) / counting.count
 
 
-def yardsticks(passing: float) -> list[float]:
+def yardsticks(passing: float, cooling: Cooling) -> list[float]:
     """Seconds of what prices are made of: a product, an operation as fast as memory is, and what an operation costs
     besides."""
     numbers, large = torch.full((1024, 1024), 0.25, dtype=torch.bfloat16), torch.full((4, 1 << 20), 0.25)
     done = (partial(torch.mm, numbers[:512], numbers), partial(torch.add, large, large))
-    return [*(usual_seconds(each, _cooling()) for each in done), passing]
+    return [*(usual_seconds(each, cooling) for each in done), passing]
 
 
 def _do(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], how: Callable[[Callable[[], Any]], Any]) -> Any:
@@ -222,12 +237,6 @@ def usual_seconds(function: Callable[[], Any], before: Callable[[], Any]) -> flo
 
 def _faults() -> int:
     return getrusage(RUSAGE_SELF).ru_minflt
-
-
-def _cooling() -> Callable[[], Any]:
-    """What leaves nothing of use in the processor's caches. Its slab lies in huge pages, which come fast, but only once."""
-    slab = allocate_slab(COLD)
-    return lambda: slab.fill_(1)
 
 
 def _numbers(tensor: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,15 @@ from outsize.planner.clock import ways_of
 from outsize.planner.keeper import no_room
 from outsize.planner.known_prices import KnownPrices, prices_file
 from outsize.planner.needs import find_needs
-from outsize.planner.prices import CrowdedPrices, MeasuredPrices, Prices, RatedPrices, seconds_of_passing, yardsticks
+from outsize.planner.prices import (
+    Cooling,
+    CrowdedPrices,
+    MeasuredPrices,
+    Prices,
+    RatedPrices,
+    seconds_of_passing,
+    yardsticks,
+)
 from outsize.planner.reasons import finished
 from outsize.planner.rehearsal import Batch, rehearse
 from outsize.planner.search import JobSizes, Search
@@ -122,8 +130,9 @@ class Place:
 
 
 def _measured(rated: RatedPrices) -> MeasuredPrices:
-    passing = seconds_of_passing()
-    return MeasuredPrices(rated, passing, KnownPrices.read(prices_file(rated.machine), yardsticks(passing)))
+    passing, cooling = seconds_of_passing(), Cooling()
+    known = KnownPrices.read(prices_file(rated.machine), yardsticks(passing, cooling))
+    return MeasuredPrices(rated, passing, known, cooling)
 
 
 def plan_training(task: Task, place: Place) -> Plan:
