@@ -36,10 +36,11 @@ from outsize.planner.reasons import finished
 from outsize.planner.rehearsal import Batch, rehearse
 from outsize.planner.search import JobSizes, Search
 from outsize.planner.sizes_of import SMALL, sizes_of, split_weights
-from outsize.planner.trial import kept_bytes
+from outsize.planner.trial import Left, left_behind
 from outsize.sizes import format_size
 from outsize.train.job import always_near, users_of
 from outsize.train.optimizers import OptimizerRule
+from outsize.train.precision import find_precision
 
 TABLE_BLOCK = 4 << 20  # elements of a vocabulary's table in one block, at most
 TABLE_ROWS = 2048  # and rows: the logits of 512 tokens against them are 4 MiB
@@ -159,6 +160,8 @@ class Planning:
         ways = [(how, job) for job in self._task.jobs for how in self._considered]
         possible = [(how, job) for how, job in ways if self._held(how) <= memory_bytes]
         for how, job in possible:
+            if self._work(how, job) >= fastest:
+                continue
             search = self.search(how, job).within(memory_bytes)
             if search.least > memory_bytes or search.rehearsed.work >= fastest:
                 continue
@@ -193,12 +196,20 @@ class Planning:
 
     def _held(self, how: Activations) -> int:
         """Bytes without which no budget does, told without a rehearsal."""
-        return self._place.baseline_bytes + (self._kept if how == KEEP else 0)
+        return self._place.baseline_bytes + (self._task.request.underway * self._left.nbytes if how == KEEP else 0)
+
+    def _work(self, how: Activations, job: JobSizes) -> float:
+        """Seconds that a step computes at least, told without another rehearsal: what is not kept is computed again."""
+        kept = self._searches.get((KEEP, job.copies))
+        if kept is None or how != RECOMPUTE:
+            return 0.0
+        return kept.rehearsed.work + len(self._task.batches) * self._left.seconds
 
     @cached_property
-    def _kept(self) -> int:
-        task = self._task
-        return task.request.underway * kept_bytes(task.model, task.units, task.batches[0])
+    def _left(self) -> Left:
+        """By one micro-batch."""
+        task, dtype = self._task, find_precision(self._task.request.precision).compute
+        return left_behind(task.model, task.units, task.batches[0], self._place.prices, dtype)
 
     def search(self, how: Activations, job: JobSizes | None = None) -> Search:
         """Ready to search; it need not fit. `job`: one of the task's."""
