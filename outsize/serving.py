@@ -17,6 +17,7 @@ from outsize.distributed.relay import Relay, Ring
 from outsize.errors import OptionError, RunError, StorageError
 from outsize.machine.allocator import compile_few_kernels, recycle_up_to
 from outsize.machine.describe import describe, process_memory
+from outsize.machine.garbage import lasting
 from outsize.machine.machine import Machine
 from outsize.machine.threads import dismiss_helpers
 from outsize.memory.disk import DiskTier
@@ -213,9 +214,10 @@ def plan_service(
 def _opened(model: str, weights: str) -> tuple[ModelSource, Any, Read, Any]:
     """A model's files, its module without weights in the dtype of the files, or with linear layers of int8, attending over
     pages; what reads its weights; and its tokenizer: all that is there when a plan asks what the process holds already."""
-    source = open_model(model)
-    stored = source.config.dtype if isinstance(source.config.dtype, torch.dtype) else torch.bfloat16
-    module = (source.build if source.files.has_weights else source.outline)(stored)
+    with lasting():
+        source = open_model(model)
+        stored = source.config.dtype if isinstance(source.config.dtype, torch.dtype) else torch.bfloat16
+        module = (source.build if source.files.has_weights else source.outline)(stored)
     use_paged_attention(module)
     read = use_int8(module, source.read) if weights == INT8 else source.read
     return source, module, read, source.tokenizer()

@@ -20,6 +20,7 @@ from outsize.errors import DamageError, OptionError, OutsizeError, PlanAgain, Ru
 from outsize.machine.allocator import give_back, recycle_up_to
 from outsize.machine.describe import describe, process_memory
 from outsize.machine.find import this_machine
+from outsize.machine.garbage import lasting
 from outsize.machine.machine import Machine
 from outsize.memory.shared import dismiss
 from outsize.model.companions import COMPANIONS, keep_companions
@@ -77,7 +78,8 @@ def train(settings: TrainSettings) -> dict[str, Any]:
 
 
 def _train(settings: TrainSettings, rule: OptimizerRule, group: Group) -> dict[str, Any] | None:
-    source = open_model(settings.model)
+    with lasting():
+        source = open_model(settings.model)
     group.agree({"version": f"{version('outsize')} on torch {torch.__version__}", **settings.shared()})
     continuing = bool(group.each(continues(settings))[0][0])
     state = StateFolder(group.folder(settings.out / "state"), several=group.size > 1).lock()

@@ -16,14 +16,14 @@ import outsize
 from outsize.errors import BudgetError, OptionError
 from outsize.machine.find import find_machine
 from outsize.model.units import find_units
-from outsize.plan import KEEP, MOVE, Activations, Plan, Predicted, Request
+from outsize.plan import KEEP, MOVE, RECOMPUTE, Activations, Plan, Predicted, Request
 from outsize.planner.check import check_plan, read_plan
 from outsize.planner.needs import TENSORS
 from outsize.planner.prices import MeasuredPrices, RatedPrices
 from outsize.planner.rehearsal import rehearse
 from outsize.planner.search import Placement, Search
 from outsize.planner.training import Place, Planning, Task, plan_training, sample_batches
-from outsize.planner.trial import kept_bytes
+from outsize.planner.trial import left_behind
 from outsize.train.optimizers import uniform_rule
 
 LAPTOP = find_machine("laptop")
@@ -194,11 +194,34 @@ def test_planning_draws_from_nobodys_random_numbers() -> None:
     model = tiny_model("gpt2", tied=True, layers=2)
     before = torch.get_rng_state()
     rehearse(model, Plan("mixed", 0), RULE, prices, sample_batches(model, REQUEST))
-    assert prices._known
+    assert prices.known.seconds
     assert torch.equal(torch.get_rng_state(), before)
 
 
 # -- the search ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_what_computing_again_takes_is_told_without_a_rehearsal(family: str) -> None:
+    """At least so much more than where all is kept, and not much less: a step's updates and head are not in it."""
+    request = replace(REQUEST, sequence_length=512)
+    model = tiny_model(family, tied=True, layers=6)
+    task = Task(model, find_units(model), RULE, request)
+    planning = Planning(task, place())
+    kept, again = (planning.search(how).rehearsed.work for how in (KEEP, RECOMPUTE))
+    left = left_behind(model, task.units, task.batches[0], RatedPrices(LAPTOP), torch.bfloat16)
+    assert 0.7 * (again - kept) <= left.seconds <= again - kept
+
+
+def test_what_cannot_be_faster_is_not_rehearsed() -> None:
+    """And the plan is the one that is found where it has been."""
+    planning = Planning(task(replace(REQUEST, sequence_length=512, batch_size=4), 6), place())
+    kept = planning.search(KEEP)
+    memory = int((kept.needs.fixed + 0.3 * kept.everything) / 0.98)
+    plan = planning.within(memory)
+    assert len(planning._searches) == 1 and "placements played" in plan.reasons[1]
+    planning.search(RECOMPUTE)
+    assert planning.within(memory) == plan
 
 
 def test_the_search_finds_what_trying_everything_finds() -> None:
@@ -273,6 +296,7 @@ def test_a_module_that_looks_at_its_token_ids_is_planned_for() -> None:
     model = tiny_model("gpt2", tied=True, layers=8)
     model.config.pad_token_id = 0
     task = Task(model, find_units(model), RULE, REQUEST)
-    assert kept_bytes(model, task.units, task.batches[0]) > 0
+    left = left_behind(model, task.units, task.batches[0], RatedPrices(LAPTOP), torch.bfloat16)
+    assert left.nbytes > 0 and left.seconds > 0
     found = plan_training(task, place())
     assert found.predicted is not None

@@ -13,6 +13,7 @@ from outsize.commands import serving_options as serving
 from outsize.commands import training_options as options
 from outsize.commands.common import Json, Model, interruptible, read_options, was_given
 from outsize.errors import BudgetError, OptionError, StorageError
+from outsize.machine.garbage import lasting
 from outsize.sizes import format_size, parse_size
 
 if TYPE_CHECKING:
@@ -89,9 +90,9 @@ def plan(
     _check_shown(task, sizes, pipeline, save, picture, trace)
     if task == "train":
         asked["optimizer_options"] = read_options(asked.pop("optimizer_option") or [])
-    from outsize.api import planning
+    with interruptible("Nothing was kept."), lasting():
+        from outsize.api import planning
 
-    with interruptible("Nothing was kept."):
         planned = planning(model, task=task, machine=machine, directory=directory, **asked)
         if sizes:
             _compare(planned, dict.fromkeys([memory, *sizes]), picture, json_lines)

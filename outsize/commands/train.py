@@ -14,6 +14,7 @@ import typer
 from outsize.commands import training_options as options
 from outsize.commands.common import Json, Memory, interruptible, read_options, was_given
 from outsize.errors import OptionError
+from outsize.machine.garbage import lasting
 from outsize.sizes import parse_size
 
 if TYPE_CHECKING:
@@ -81,7 +82,9 @@ def _start(settings: TrainSettings) -> None:
         launch(settings.workers)
         return
     from outsize.errors import PlanAgain
-    from outsize.training import train as run
+
+    with lasting():
+        from outsize.training import train as run
 
     try:
         report = run(settings)

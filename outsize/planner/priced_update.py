@@ -33,7 +33,10 @@ def priced_updater(prices: Prices) -> type[Updater]:
         ) -> None:
             chunk.stepped = True
             group = groups[self.kinds.index(chunk.kind)]
-            like = (chunk.kind.cls, weight.numel(), None if gradient is None else gradient.dtype, scale is None)
+            like = (
+                *(chunk.kind.cls, sorted(chunk.kind.options.items()), method, self.precision.name, self._moment_dtype),
+                *(weight.numel(), None if gradient is None else gradient.dtype, scale is None),
+            )
             make = partial(_real_step, self, chunk, weight, gradient, state_of, group, scale, method)
             spent: Any = self.store
             spent.spent("update", prices.update(chunk.stop - chunk.start, like, make))

@@ -22,6 +22,7 @@ from outsize.distributed.measure import Crowd
 from outsize.machine.allocator import recycling
 from outsize.machine.machine import Machine
 from outsize.memory.host import allocate_slab
+from outsize.planner.known_prices import KnownPrices
 
 LARGEST_DONE = 256 << 20  # bytes that an operation may touch to be done for its price
 SAMPLES, ATTEMPTS = 3, 8  # of an operation: samples that count, and those that may be taken for them
@@ -40,13 +41,16 @@ FREE = Price(0.0)
 
 
 class Prices(Protocol):
-    """Seconds of each torch operation, and of the optimizer by the elements it steps."""
+    """Seconds of each torch operation, and of the optimizer by the elements it steps. `keep` is called when no more is
+    asked for a while: the next planning will know what this one has measured."""
 
     def of(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Price: ...
 
     def update(self, elements: int, like: Any, make: Callable[[], Callable[[], None]]) -> float:
         """`make()` gives the same step of real numbers; those `like` each other take as long."""
         ...
+
+    def keep(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,24 @@ class RatedPrices:
         processor = self.machine.compute
         return elements / processor.update + elements * UPDATED / processor.copy
 
+    def keep(self) -> None: ...
+
+
+class Cooling:
+    """Leaves nothing of use in the processor's caches. Its slab lies in huge pages, which come fast, but only once: it is
+    kept until `end`."""
+
+    def __init__(self) -> None:
+        self._slab: torch.Tensor | None = None
+
+    def __call__(self) -> None:
+        if self._slab is None:
+            self._slab = allocate_slab(COLD)
+        self._slab.fill_(1)
+
+    def end(self) -> None:
+        self._slab = None
+
 
 @dataclass(frozen=True)
 class MeasuredPrices:
@@ -85,26 +107,49 @@ class MeasuredPrices:
     rated: RatedPrices
     passing: float
     """Seconds that an operation costs besides (`seconds_of_passing`)."""
-    _known: dict[Any, Price] = field(default_factory=dict)
-    _updates: dict[Any, float] = field(default_factory=dict)
+    known: KnownPrices = field(default_factory=KnownPrices)
+    cooling: Cooling = field(default_factory=Cooling)
+    _prices: dict[Any, Price] = field(default_factory=dict)
+    _left: set[Any] = field(default_factory=set)
 
     def of(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Price:
         key = function if is_view(function) else (function, _looks(args), _looks(tuple(kwargs.items())))
-        if key not in self._known:
-            self._known[key] = self._price(function, args, kwargs, result)
-        return self._known[key]
+        if key not in self._prices:
+            self._prices[key] = self._price(key, function, args, kwargs, result)
+        return self._prices[key]
 
-    def _price(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Price:
+    def _price(self, key: Any, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Price:
         rated = self.rated.of(function, args, kwargs, result)
         held = sum(_nbytes(leaf) for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor))
-        seconds = None if is_view(function) or held > LARGEST_DONE else _measure(function, args, kwargs)
+        seconds = None
+        if not is_view(function) and held <= LARGEST_DONE:
+            product = operations_of(function) is not None
+            do = partial(_do, function, args, kwargs)
+            # The weight of a product comes from memory, not from a cache.
+            seconds = self.known.find(
+                str(key),
+                lambda: do(lambda done: usual_seconds(done, self.cooling if product else lambda: None)),
+                lambda: self._leave(key if product else function, do),
+            )
         return Price((rated.seconds if seconds is None else seconds) + self.passing, rated.floating_operations)
 
+    def _leave(self, what: Any, do: Callable[[Callable[[Callable[[], Any]], Any]], Any]) -> None:
+        """Do what need not be measured once, for what it leaves in memory: code, and of each product a compiled kernel."""
+        if what not in self._left:
+            self._left.add(what)
+            do(lambda done: done())
+
     def update(self, elements: int, like: Any, make: Callable[[], Callable[[], None]]) -> float:
-        if like not in self._updates:
-            with _disable_current_modes():
-                self._updates[like] = usual_seconds(make(), _cooling())  # the first step makes the optimizer's state
-        return self._updates[like]
+        key = str(like)
+        if key not in self._prices:
+            with _disable_current_modes():  # the first step that is done makes the optimizer's state
+                seconds = self.known.find(key, lambda: usual_seconds(make(), self.cooling), lambda: make()())
+            self._prices[key] = Price(seconds or 0.0)
+        return self._prices[key].seconds
+
+    def keep(self) -> None:
+        self.cooling.end()
+        self.known.keep()
 
 
 @dataclass(frozen=True)
@@ -121,6 +166,9 @@ class CrowdedPrices:
 
     def update(self, elements: int, like: Any, make: Callable[[], Callable[[], None]]) -> float:
         return self.crowd.memory * self.prices.update(elements, like, make)
+
+    def keep(self) -> None:
+        self.prices.keep()
 
 
 class _Counting(TorchDispatchMode):
@@ -153,14 +201,20 @@ def seconds_of_passing() -> float:
     return min(seconds) / counting.count
 
 
-def _measure(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | None:
-    """Seconds of an operation; None for one that real numbers of no meaning cannot pass."""
-    product = operations_of(function) is not None
+def yardsticks(passing: float, cooling: Cooling) -> list[float]:
+    """Seconds of what prices are made of: a product, an operation as fast as memory is, and what an operation costs
+    besides."""
+    numbers, large = torch.full((1024, 1024), 0.25, dtype=torch.bfloat16), torch.full((4, 1 << 20), 0.25)
+    done = (partial(torch.mm, numbers[:512], numbers), partial(torch.add, large, large))
+    return [*(usual_seconds(each, cooling) for each in done), passing]
+
+
+def _do(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], how: Callable[[Callable[[], Any]], Any]) -> Any:
+    """What `how` gives for an operation on real numbers; None for one that numbers of no meaning cannot pass."""
     with _disable_current_modes():
         try:
             real_args, real_kwargs = tree_map_only(torch.Tensor, _numbers, (args, kwargs))
-            # The weight of a product comes from memory, not from a cache.
-            return usual_seconds(partial(function, *real_args, **real_kwargs), _cooling() if product else lambda: None)
+            return how(partial(function, *real_args, **real_kwargs))
         except (RuntimeError, IndexError, TypeError, ValueError):
             return None
 
@@ -183,12 +237,6 @@ def usual_seconds(function: Callable[[], Any], before: Callable[[], Any]) -> flo
 
 def _faults() -> int:
     return getrusage(RUSAGE_SELF).ru_minflt
-
-
-def _cooling() -> Callable[[], Any]:
-    """What leaves nothing of use in the processor's caches. Its slab lies in huge pages, which come fast, but only once."""
-    slab = allocate_slab(COLD)
-    return lambda: slab.fill_(1)
 
 
 def _numbers(tensor: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -82,11 +82,11 @@ def _grows(held: list[torch.Tensor]) -> bool:
 
 
 class Priced(TorchDispatchMode):
-    """Writes into the script what every operation costs, and what it leaves behind."""
+    """Tells `spent` what every operation costs, and `see` what it leaves behind."""
 
-    def __init__(self, scribe: Scribe, prices: Prices, live: LiveBytes) -> None:
+    def __init__(self, prices: Prices, spent: Callable[[str, float, float], None], see: Callable[[Any], None]) -> None:
         super().__init__()
-        self._scribe, self._prices, self._live = scribe, prices, live
+        self._prices, self._spent, self._see = prices, spent, see
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
@@ -96,8 +96,8 @@ class Priced(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         price = self._prices.of(func, args, kwargs or {}, result)
         if not is_view(func):
-            self._live.see(result)
-        self._scribe.spent("compute", price.seconds, price.floating_operations)
+            self._see(result)
+        self._spent("compute", price.seconds, price.floating_operations)
         return result
 
 
@@ -151,7 +151,7 @@ class Rehearsal:
         self.group = self._group(Arrangement.of(plan.rank, plan.workers, plan.nodes), wire)
         self.scribe = self._store(self.group.row(plan.sharers))
         self.live = LiveBytes(self.scribe.tell)
-        self.priced = Priced(self.scribe, prices, self.live)
+        self.priced = Priced(prices, self.scribe.spent, self.live.see)
         self.job = self._bind(model, plan, rule, source_dtype, block_class)
 
     def _group(self, arrangement: Arrangement, wire: Wire) -> Group:

@@ -119,6 +119,7 @@ def with_forecast(
     alone, many = forecast.step(1, half, 1), forecast.step(together, half, 1)
     chunk = min(serving.step_tokens, half)
     reading = forecast.step(1, 0, chunk)
+    prices.keep()
     chunks = -(-half // chunk)
     token_bytes = serving.page_bytes / serving.page_tokens
     moves = [token_bytes / machine.link(*way).bytes_per_second for way in (("disk", "host"), ("host", "disk"))]

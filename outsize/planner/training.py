@@ -21,16 +21,26 @@ from outsize.model.vocabulary import Table
 from outsize.plan import KEEP, MOVE, RECOMPUTE, Activations, Plan, Request
 from outsize.planner.clock import ways_of
 from outsize.planner.keeper import no_room
+from outsize.planner.known_prices import KnownPrices, prices_file
 from outsize.planner.needs import find_needs
-from outsize.planner.prices import CrowdedPrices, MeasuredPrices, Prices, RatedPrices, seconds_of_passing
+from outsize.planner.prices import (
+    Cooling,
+    CrowdedPrices,
+    MeasuredPrices,
+    Prices,
+    RatedPrices,
+    seconds_of_passing,
+    yardsticks,
+)
 from outsize.planner.reasons import finished
 from outsize.planner.rehearsal import Batch, rehearse
 from outsize.planner.search import JobSizes, Search
 from outsize.planner.sizes_of import SMALL, sizes_of, split_weights
-from outsize.planner.trial import kept_bytes
+from outsize.planner.trial import Left, left_behind
 from outsize.sizes import format_size
 from outsize.train.job import always_near, users_of
 from outsize.train.optimizers import OptimizerRule
+from outsize.train.precision import find_precision
 
 TABLE_BLOCK = 4 << 20  # elements of a vocabulary's table in one block, at most
 TABLE_ROWS = 2048  # and rows: the logits of 512 tokens against them are 4 MiB
@@ -116,8 +126,14 @@ class Place:
     def prices(self) -> Prices:
         """Of a machine that is here: measured."""
         rated = RatedPrices(self.machine)
-        found = rated if self.machine.origin == "described" else MeasuredPrices(rated, seconds_of_passing())
+        found = rated if self.machine.origin == "described" else _measured(rated)
         return found if self.crowd == Crowd() else CrowdedPrices(found, self.crowd)
+
+
+def _measured(rated: RatedPrices) -> MeasuredPrices:
+    passing, cooling = seconds_of_passing(), Cooling()
+    known = KnownPrices.read(prices_file(rated.machine), yardsticks(passing, cooling))
+    return MeasuredPrices(rated, passing, known, cooling)
 
 
 def plan_training(task: Task, place: Place) -> Plan:
@@ -144,6 +160,8 @@ class Planning:
         ways = [(how, job) for job in self._task.jobs for how in self._considered]
         possible = [(how, job) for how, job in ways if self._held(how) <= memory_bytes]
         for how, job in possible:
+            if self._work(how, job) >= fastest:
+                continue
             search = self.search(how, job).within(memory_bytes)
             if search.least > memory_bytes or search.rehearsed.work >= fastest:
                 continue
@@ -178,12 +196,20 @@ class Planning:
 
     def _held(self, how: Activations) -> int:
         """Bytes without which no budget does, told without a rehearsal."""
-        return self._place.baseline_bytes + (self._kept if how == KEEP else 0)
+        return self._place.baseline_bytes + (self._task.request.underway * self._left.nbytes if how == KEEP else 0)
+
+    def _work(self, how: Activations, job: JobSizes) -> float:
+        """Seconds that a step computes at least, told without another rehearsal: what is not kept is computed again."""
+        kept = self._searches.get((KEEP, job.copies))
+        if kept is None or how != RECOMPUTE:
+            return 0.0
+        return kept.rehearsed.work + len(self._task.batches) * self._left.seconds
 
     @cached_property
-    def _kept(self) -> int:
-        task = self._task
-        return task.request.underway * kept_bytes(task.model, task.units, task.batches[0])
+    def _left(self) -> Left:
+        """By one micro-batch."""
+        task, dtype = self._task, find_precision(self._task.request.precision).compute
+        return left_behind(task.model, task.units, task.batches[0], self._place.prices, dtype)
 
     def search(self, how: Activations, job: JobSizes | None = None) -> Search:
         """Ready to search; it need not fit. `job`: one of the task's."""
@@ -213,6 +239,7 @@ def search_of(task: Task, place: Place, job: JobSizes, bare: Plan) -> Search:
     found = rehearse(
         task.model, bare, task.rule, place.prices, task.batches, task.source_dtype, task.block_class, place.wire
     )
+    place.prices.keep()
     give_back()
     needs = find_needs(task.units, job.sizes, job.rows, job.always, place.baseline_now, found, bare)
     ways = ways_of(place.machine, task.request.workers // task.request.nodes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from torch.utils._pytree import tree_leaves
 
 from outsize.model.units import Unit
 from outsize.planner.live import LiveBytes
-from outsize.planner.rehearsal import Batch, Fakes, bare_copy, fake_copy, same_shape, shortened
+from outsize.planner.prices import Prices, is_view
+from outsize.planner.rehearsal import Batch, Fakes, Priced, bare_copy, fake_copy, same_shape, shortened
 from outsize.planner.script import Live
 
 
@@ -50,47 +52,84 @@ class Watched(TorchDispatchMode):
         return result
 
 
-def kept_bytes(model: nn.Module, units: Sequence[Unit], batch: Batch) -> int:
-    """What forward makes in the repeated units and leaves for backward, where it is kept: at least so much. Four stand for
-    all; 0 where they cannot."""
+@dataclass(frozen=True)
+class Left:
+    """What forward makes in all repeated units and leaves for backward, where it is kept: at least so many bytes. To make it
+    again takes at least so many seconds."""
+
+    nbytes: int = 0
+    seconds: float = 0.0
+
+
+def left_behind(model: nn.Module, units: Sequence[Unit], batch: Batch, prices: Prices, dtype: torch.dtype) -> Left:
+    """Told by four units, which stand for all, with trained weights of `dtype`; nothing where they cannot."""
     names = [unit.name for unit in units if unit.repeated]
     if len(names) < 4 or not same_shape(model, names):
-        return 0
+        return Left()
     mode = Fakes(allow_non_fake_inputs=True)
     try:
-        fake = fake_copy(shortened(model, names[4:]), mode)
+        fake = fake_copy(_of(shortened(model, names[4:]), dtype), mode)
         saved = _Saved()
         for unit in map(fake.get_submodule, names[:4]):
             unit.register_forward_pre_hook(saved.enter, with_kwargs=True)
             unit.register_forward_hook(saved.leave)
-        with mode, saved_tensors_hooks(saved.keep, lambda tensor: tensor):
+        timed = _Timed(prices, saved)
+        with torch.random.fork_rng(devices=[]), mode, timed, saved_tensors_hooks(saved.keep, lambda tensor: tensor):
             fake(**batch)
     except (ValueError, IndexError, KeyError, AttributeError, RuntimeError):
-        return 0  # it counts on all of its units, or on numbers
-    return saved.nbytes(fake) * len(names) // 4
+        return Left()  # it counts on all of its units, or on numbers
+    return Left(saved.nbytes(fake) * len(names) // 4, saved.seconds * len(names) / 4)
+
+
+def _of(bare: nn.Module, dtype: torch.dtype) -> nn.Module:
+    for parameter in bare.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+    return bare
+
+
+class _Timed(Priced):
+    """Tells what operations within units cost, but for views: where activations are kept, to bring weights back takes views,
+    too."""
+
+    def __init__(self, prices: Prices, saved: _Saved) -> None:
+        super().__init__(prices, saved.spent, lambda result: None)
+        self._saved = saved
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if is_view(func) or not self._saved.inside:
+            return func(*args, **(kwargs or {}))
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
 
 class _Saved:
     """What autograd keeps within units of what they make: neither weights nor what is given to several of them."""
 
     def __init__(self) -> None:
+        self.seconds = 0.0
+        """From the beginning of each unit to the last that is kept of it: no further is it computed again."""
+        self._since = 0.0
         self._kept: dict[int, torch.UntypedStorage] = {}
         self._given: dict[int, torch.UntypedStorage] = {}
         self._made: dict[int, torch.UntypedStorage] = {}
-        self._inside = False
+        self.inside = False
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         given = _storages((args, kwargs))
         self._given |= {key: storage for key, storage in given.items() if key not in self._made}
-        self._inside = True
+        self.inside, self._since = True, 0.0
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         self._made |= _storages(output)
-        self._inside = False
+        self.inside = False
+
+    def spent(self, lane: str, seconds: float, floating_operations: float) -> None:
+        self._since += seconds
 
     def keep(self, tensor: torch.Tensor) -> torch.Tensor:
-        if self._inside:
+        if self.inside:
             self._kept |= _storages(tensor)
+            self.seconds, self._since = self.seconds + self._since, 0.0
         return tensor
 
     def nbytes(self, model: nn.Module) -> int:

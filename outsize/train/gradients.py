@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 import torch
@@ -126,7 +127,7 @@ class Gradients:
                 self._elsewhere.add(block.name)
 
     def _check_finite(self, weight: Weight, gradient: torch.Tensor) -> None:
-        if not torch.isfinite(gradient.sum()):
+        if not isfinite(gradient.sum().item()):
             raise RunError(
                 f"The gradient of {weight.name} is not finite. The weights of the last committed step are untouched; "
                 "use a smaller learning rate, clipping, or other data."

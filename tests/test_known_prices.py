@@ -1,0 +1,95 @@
+"""What was measured for prices is known the next time, as long as the machine is as fast as it was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from models import tiny_model
+
+from outsize.machine.find import DESCRIBED, find_machine
+from outsize.plan import Plan, Request
+from outsize.planner.known_prices import KnownPrices, prices_file
+from outsize.planner.prices import Cooling, MeasuredPrices, RatedPrices, yardsticks
+from outsize.planner.rehearsal import rehearse
+from outsize.planner.training import sample_batches
+from outsize.train.optimizers import uniform_rule
+
+LAPTOP = find_machine("laptop")
+
+
+def found(prices: KnownPrices, what: str, seconds: float | None) -> tuple[float | None, bool]:
+    """What is said to take so long now, and whether it was measured for that."""
+    measured = []
+
+    def measure() -> float | None:
+        measured.append(what)
+        return seconds
+
+    return prices.find(what, measure), bool(measured)
+
+
+def test_what_was_measured_is_known_while_the_machine_is_as_fast(tmp_path: Path) -> None:
+    path = tmp_path / "cache" / "prices.json"
+    prices = KnownPrices.read(path, [1.0, 2.0])
+    assert found(prices, "mm", 0.5) == (0.5, True)
+    assert found(prices, "unheard of", None) == (None, True)
+    assert found(prices, "mm", 0.7) == (0.5, False)
+    prices.keep()
+    as_fast, slower = KnownPrices.read(path, [1.05, 1.9]), KnownPrices.read(path, [1.0, 2.3])
+    assert found(as_fast, "mm", 0.7) == (0.5, False) and found(as_fast, "unheard of", 0.7) == (None, False)
+    assert found(as_fast, "add", 0.1) == (0.1, True)
+    as_fast.keep()
+    again = KnownPrices.read(path, [1.0, 2.0])
+    assert again.seconds == {"mm": 0.5, "unheard of": None, "add": 0.1} and again.yardsticks == [1.0, 2.0]
+    assert found(slower, "mm", 0.7) == (0.7, True)
+    slower.keep()
+    assert KnownPrices.read(path, [1.0, 2.0]).seconds == {} and KnownPrices.read(path, [1.0, 2.3]).seconds == {
+        "mm": 0.7
+    }
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b'{"yardsticks": ["fast"], "seconds": {}}', bytes(range(256))])
+def test_a_file_of_something_else_is_measured_anew(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "prices.json").write_bytes(content)
+    assert KnownPrices.read(tmp_path / "prices.json", [1.0]).seconds == {}
+
+
+def test_where_nothing_can_be_kept_all_is_measured(tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("no folder")
+    prices = KnownPrices.read(tmp_path / "cache" / "prices.json", [1.0])
+    assert found(prices, "mm", 0.5) == (0.5, True)
+    prices.keep()
+    assert (tmp_path / "cache").read_text() == "no folder"
+
+
+def test_another_probe_or_other_threads_are_another_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    names = set()
+    for machine in ("two-cores", "laptop"):
+        monkeypatch.setenv("OUTSIZE_MACHINE", str(DESCRIBED / f"{machine}.toml"))
+        assert prices_file(LAPTOP) == prices_file(LAPTOP) and prices_file(LAPTOP).parent == tmp_path / "outsize"
+        names.add(prices_file(LAPTOP))
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads + 1)
+        names.add(prices_file(LAPTOP))
+    finally:
+        torch.set_num_threads(threads)
+    assert len(names) == 3
+
+
+def test_a_second_planning_measures_nothing(tmp_path: Path) -> None:
+    """Were anything measured again, it would take another nanosecond."""
+    model = tiny_model("llama", tied=True, layers=4)
+    rule = uniform_rule(torch.optim.AdamW, {"lr": 1e-3, "fused": True})
+    batches = sample_batches(model, Request(0, sequence_length=32))
+    work = []
+    for _ in range(2):
+        prices = MeasuredPrices(RatedPrices(LAPTOP), 1e-6, KnownPrices.read(tmp_path / "prices.json", [1.0]))
+        work.append(rehearse(model, Plan("mixed", 1 << 20), rule, prices, batches).work)
+        prices.keep()
+    assert work[0] == work[1]
+    found = yardsticks(1e-6, Cooling())
+    assert len(found) == 3 and all(each > 0 for each in found)
