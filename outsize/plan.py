@@ -354,7 +354,8 @@ class Request(Divided):
 
     @property
     def schedule(self) -> str:
-        """The order in which each worker of a pipeline holds the activations of the fewest micro-batches."""
+        """The order in which each worker of a pipeline holds the activations of the fewest micro-batches; of several legs
+        each, the one in which they wait the least."""
         if self.laps > 1:
             return "interleaved"
         return "1f1b" if self.accumulate >= len(self.legs) else "gpipe"

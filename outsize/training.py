@@ -378,7 +378,7 @@ def _say_legs(count: int, workers: int) -> str:
     """What workers were who had so many legs, and what to give them again."""
     if not count:
         return "divided state. Leave out --pipeline"
-    return f"were a pipeline. Give --pipeline{'' if count == workers else f' --legs {count}'}"
+    return f"were a pipeline. Give --pipeline {'without --legs' if count == workers else f'--legs {count}'}"
 
 
 def _show(plan: Plan) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from workers import Crew
 
 from outsize.api import export_run
 from outsize.train.optimizer_file import STEM
+from outsize.train.settings import TrainSettings, continued
 from outsize.train.state import StateFolder
 
 STEPS = 5
@@ -137,8 +139,20 @@ def test_one_worker_is_no_pipeline(gang: Crew, settings: dict[str, Any], tmp_pat
     assert not (tmp_path / "run").exists()
 
 
+def test_another_number_of_workers_has_other_legs() -> None:
+    """What a run was told holds as long as nobody says otherwise; one worker has all layers."""
+    known = TrainSettings("model", Path("data"), Path("run"), workers=2, pipeline=True, legs=4)
+    assert continued(known, {}) == continued(known, {"workers": 2}) == known
+    assert continued(known, {"workers": 1}) == replace(known, workers=1, pipeline=False, legs=None)
+    assert continued(known, {"workers": 3}) == replace(known, workers=3, legs=None)
+    assert continued(known, {"workers": 4, "legs": 8}) == replace(known, workers=4, legs=8)
+    assert continued(known, {"pipeline": False}) == replace(known, pipeline=False, legs=None)
+
+
 def test_a_pipeline_stays_one(gang: Crew, settings: dict[str, Any], line: Path, tmp_path: Path) -> None:
     """As many workers that divide state instead of layers would find other blocks."""
     for other in ({}, {"pipeline": True, "legs": 4}):
         assert gang.attempt("run", 2, tmp_path, {"settings": settings | {"out": str(line)} | other}) == [1, 1]
-        assert all("were a pipeline. Give --pipeline, or another number" in log for log in said(tmp_path, 2))
+        assert all(
+            "were a pipeline. Give --pipeline without --legs, or another number" in log for log in said(tmp_path, 2)
+        )

@@ -20,6 +20,7 @@ from outsize.plan import KEEP, MOVE, RECOMPUTE, Activations, Plan, Predicted, Re
 from outsize.planner.check import check_plan, read_plan
 from outsize.planner.needs import TENSORS
 from outsize.planner.prices import MeasuredPrices, RatedPrices
+from outsize.planner.reasons import finished
 from outsize.planner.rehearsal import rehearse
 from outsize.planner.search import Placement, Search
 from outsize.planner.training import Place, Planning, Task, plan_training, sample_batches
@@ -247,9 +248,12 @@ def test_a_small_arena_must_be_clearly_faster() -> None:
     one, other = good[0], small[0]
     slow = one.forecast.seconds
     for seconds, expected in ((0.96 * slow, one), (0.94 * slow, other)):
-        other = replace(other, forecast=replace(other.forecast, seconds=seconds))
-        chosen = min([one, other], key=lambda choice: choice.cost)
+        search.tried = [one, replace(other, forecast=replace(other.forecast, seconds=seconds))]
+        chosen = min(search.tried, key=lambda choice: choice.cost)
         assert chosen.tight == expected.tight
+        (why,) = [reason for reason in finished(search, chosen).reasons if reason.startswith("near")]
+        assert (f"the fastest takes {seconds:.2f} s instead of {slow:.2f}" in why) != chosen.tight
+        assert ("the fastest of 2 placements played" in why) == chosen.tight
 
 
 def every(search: Search) -> Iterator[Placement]:

@@ -18,7 +18,7 @@ from outsize.machine.machine import Link, Machine, Nodes, Unlike, steady
 from outsize.model.units import find_units
 from outsize.plan import Plan, Request
 from outsize.planner.cluster import wire_of
-from outsize.planner.pipeline import fullest, plan_line
+from outsize.planner.pipeline import _Line, fullest, plan_line
 from outsize.planner.training import Place, Task
 from outsize.planner.workers import Worker, plan_workers
 from outsize.train.recipe import rule_of
@@ -182,6 +182,21 @@ def test_legs_and_workers_must_divide_each_other_and_the_step() -> None:
             Request(0, accumulate=4).in_line(legs, workers, nodes)
     with pytest.raises(OptionError, match="3 workers of a leg cannot be alike on 3 nodes of 2 workers"):
         Arrangement.of(0, 6, 3).among(3)
+
+
+def test_few_micro_batches_wait_for_each_lap(model: str) -> None:
+    """In each lap the first has to come round; as many as there are workers fill it."""
+    plan = outsize.plan(model, memory="8GiB", machine=LAPTOP, sequence_length=32)
+    assert plan.predicted is not None
+    own = replace(plan, predicted=replace(plan.predicted, seconds_per_step=4.0))
+
+    def seconds(laps: int, micro_batches: int) -> float:
+        found = (replace(own, accumulate=micro_batches),) * 4
+        return _Line((1,) * 4 * laps, 1, (1,) * 4, found, ("",) * 4).seconds
+
+    assert seconds(4, 1) == 16  # one after the other
+    assert seconds(2, 2) == 9
+    assert seconds(1, 4) == 4 + 3 and seconds(2, 4) == 4 + 3 / 2
 
 
 def test_layers_go_to_workers_who_have_room_for_them(model: str) -> None:

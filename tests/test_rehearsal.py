@@ -18,10 +18,11 @@ from outsize.memory.store import Store
 from outsize.model.units import find_units
 from outsize.plan import KEEP, MOVE, Activations
 from outsize.planner.clock import ways_of
+from outsize.planner.needs import MANY
 from outsize.planner.play import play
 from outsize.planner.prices import Price, RatedPrices, operations_of
-from outsize.planner.rehearsal import homes, rehearse
-from outsize.planner.script import Event, Live, Spend
+from outsize.planner.rehearsal import Rehearsed, homes, rehearse
+from outsize.planner.script import Event, Live, Script, Spend
 from outsize.train.job import always_near
 from outsize.train.optimizers import uniform_rule
 
@@ -190,3 +191,13 @@ def test_the_same_products_are_rehearsed_that_a_run_computes(
         job.train_step(micro_batches)
     assert prices.products.seen == products.seen and any("attention" in name for name, _ in products.seen)
     job.close()
+
+
+@pytest.mark.parametrize("lengths", [(32, 31), (12,) * 7, (4, 70), (49,), (40,) * 5])
+def test_some_of_several_runs_are_fewer_than_twice_as_many(lengths: tuple[int, ...]) -> None:
+    """What more units add is told by the difference, which must be one."""
+    runs = tuple(tuple(f"{run}.{number}" for number in range(length)) for run, length in enumerate(lengths))
+    rehearsed = Rehearsed(Script((), ()), runs)
+    few, many = (rehearsed.some(number) for number in (MANY // 2, MANY))
+    assert 2 * len(runs) <= len(few) < len(many) <= len(rehearsed.units) == len(rehearsed.some(len(rehearsed.units)))
+    assert all({run[0], run[-1]} <= set(few) for run in runs)

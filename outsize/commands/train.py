@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -106,7 +105,7 @@ def _settings(context: typer.Context, resume: Path | None, told: dict[str, Any])
     now.
 
     Raises OptionError when something is missing or cannot be read, RunError when `resume` is no run."""
-    from outsize.train.settings import TrainSettings, read_settings
+    from outsize.train.settings import TrainSettings, continued, read_settings
 
     told["memory"] = parse_size(told["memory"]) if told["memory"] else None
     told["optimizer_option"] = read_options(told["optimizer_option"] or [])
@@ -119,4 +118,4 @@ def _settings(context: typer.Context, resume: Path | None, told: dict[str, Any])
         if missing:
             raise OptionError(f"{', '.join(missing)} is missing. To continue a run, --resume RUN is enough.")
     values = {SETTING.get(name, name): value for name, value in told.items()}
-    return TrainSettings(**values) if resume is None else replace(read_settings(resume), **values)
+    return TrainSettings(**values) if resume is None else continued(read_settings(resume), values)

@@ -115,10 +115,11 @@ def _rate(work: Callable[[], object]) -> float:
     return times / seconds
 
 
-def leveled(values: Sequence[float]) -> list[float]:
-    """What is nearly alike as the least of it: so that equal machines are equal whatever was measured."""
+def leveled(values: Sequence[float], alike: float = ALIKE) -> list[float]:
+    """What is nearly alike, not `alike` times as much, as the least of it: so that equal machines are equal whatever was
+    measured."""
     levels: list[float] = []
     for value in sorted(values):
-        if not levels or value >= ALIKE * levels[-1]:
+        if not levels or value >= alike * levels[-1]:
             levels.append(value)
     return [max(level for level in levels if level <= value) for value in values]

@@ -31,7 +31,7 @@ class Watch:
         self._meeting: Store = meeting.clone()  # pyright: ignore[reportAttributeAccessIssue] - a connection of its own
         self._others = [peer for peer in range(size) if peer != rank]
         self._closing = threading.Event()
-        self._processes: dict[int, int | None] = {}  # of the others; None: on another machine
+        self._processes: dict[int, int | None] = {}  # of the others; None: on another machine, or not to be seen
         self.on_end: Callable[[str], None] | None = None
         """Hears why the process is about to end. `NOTICE` seconds are left for what it does."""
         self._thread = threading.Thread(target=self._look, daemon=True, name="watch")
@@ -88,7 +88,8 @@ class Watch:
     def _has_died(self, peer: int) -> bool:
         if peer not in self._processes and self._meeting.check([_process(peer)]):
             where, _, number = self._meeting.get(_process(peer)).decode().rpartition(" ")
-            self._processes[peer] = int(number) if where and where == _machine() else None
+            here = bool(where) and where == _machine() and _runs(int(number))
+            self._processes[peer] = int(number) if here else None
         process = self._processes.get(peer)
         return process is not None and not _runs(process) and not self._meeting.check([_left(peer)])
 
@@ -108,10 +109,12 @@ class Watch:
                         counts[peer] = (count, number)
                 said = self._failure()
                 died, before = {peer for peer in self._others if self._has_died(peer)}, died
+                gone = sorted(died & before)  # for a second it was the exchange's to tell
+                gone = [peer for peer in gone if not self._meeting.check([_stops(peer)])] or gone
             except RuntimeError:
                 return  # the meeting point has closed: whatever goes wrong now, exchanges will tell
-            for peer in died & before:  # for a second it was the exchange's to tell
-                said = said or self._lost(peer, "its process has ended.")
+            if gone and said is None:
+                said = self._lost(gone[0], "its process has ended.")
             for peer, (_, since) in counts.items():
                 if (number - since) * LOOK_EVERY > self._patience:
                     said = (
@@ -160,5 +163,7 @@ def _machine() -> str:
 def _runs(process: int) -> bool:
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "XZ"
-    except OSError:
+    except (FileNotFoundError, ProcessLookupError):
         return False
+    except OSError:  # too many open files here say nothing of a process there
+        return True

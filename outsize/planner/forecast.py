@@ -52,7 +52,7 @@ def forecast(rehearsed: Rehearsed, arena_bytes: int, home_of: HomeOf, ways: Ways
     if not units:
         return run(rehearsed.script)
     a_unit = sum(isinstance(event, Touched) for event in rehearsed.script.steps[-1]) / (4 * len(rehearsed.runs))
-    count = max(2 * FEWEST, int((MOST_EVENTS if closely else FEW_EVENTS) / a_unit))
+    count = max(2 * FEWEST * len(rehearsed.runs), int((MOST_EVENTS if closely else FEW_EVENTS) / a_unit))
     if len(units) <= 2 * count:
         return run(rehearsed.whole)
     many, few = (rehearsed.some(number) for number in (count, count // 2))

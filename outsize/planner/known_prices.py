@@ -20,18 +20,22 @@ import torch
 from outsize.machine.find import machine_file
 from outsize.machine.machine import Machine
 
-ALIKE = 0.1  # by which a yardstick may take more or less than it took, if what was measured beside it is to hold
+HOLDS = 0.1  # by which a yardstick may take more or less than it took, if what was measured beside it is to hold
+KERNELS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")  # variables that say which kernels torch takes
+PACKAGE = Path(__file__).parent.parent
+MEASURED = [PACKAGE / "planner/prices.py", PACKAGE / "planner/priced_update.py", PACKAGE / "train/update.py"]
+"""How it is measured, and what of our own is."""
 Measure = Callable[[], float | None]
 
 
 @dataclass
 class KnownPrices:
-    """Seconds by what was measured; None: it cannot be. `yardsticks` are the seconds of what was measured beside it. Without
+    """Seconds by what was measured. `yardsticks` are the seconds of what was measured beside it. Without
     a `path` nothing is kept."""
 
     path: Path | None = None
     yardsticks: Sequence[float] = ()
-    seconds: dict[str, float | None] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._kept = len(self.seconds)
@@ -41,18 +45,22 @@ class KnownPrices:
         """What is in the file, if there is one and the yardsticks are now what they were; else nothing."""
         try:
             said = json.loads(path.read_bytes())
-            then, seconds = [float(each) for each in said["yardsticks"]], dict(said["seconds"])
-        except (OSError, ValueError, KeyError, TypeError):
+            then = [float(each) for each in said["yardsticks"]]
+            seconds = {str(what): float(each) for what, each in said["seconds"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return cls(path, yardsticks)
         return cls(path, then, seconds) if _alike(then, yardsticks) else cls(path, yardsticks)
 
     def find(self, what: str, measure: Measure, instead: Callable[[], object] = lambda: None) -> float | None:
-        """As it was measured before, and then `instead` is done; or as measured now."""
+        """As it was measured before, and then `instead` is done; or as measured now. What could not be measured is tried
+        again the next time: it may have been for want of memory."""
         if what in self.seconds:
             instead()
-        else:
-            self.seconds[what] = measure()
-        return self.seconds[what]
+            return self.seconds[what]
+        seconds = measure()
+        if seconds is not None:
+            self.seconds[what] = seconds
+        return seconds
 
     def keep(self) -> None:
         """Write what is new. Where that cannot be, it is measured again the next time."""
@@ -72,11 +80,8 @@ def prices_file(machine: Machine) -> Path:
     probed, processor = machine_file(), machine.compute
     depends = (
         *(version("outsize"), torch.__version__, torch.get_num_threads(), processor.name, processor.cores),
-        *(
-            sha256(file.read_bytes()).hexdigest()
-            for file in (probed, Path(__file__).with_name("prices.py"))
-            if file.exists()
-        ),
+        *(torch.get_float32_matmul_precision(), *(os.environ.get(name) for name in KERNELS)),
+        *(sha256(file.read_bytes()).hexdigest() for file in (probed, *MEASURED) if file.exists()),
     )
     cache = os.environ.get("XDG_CACHE_HOME")
     name = f"prices-{sha256(repr(depends).encode()).hexdigest()[:12]}.json"
@@ -84,4 +89,4 @@ def prices_file(machine: Machine) -> Path:
 
 
 def _alike(then: Sequence[float], now: Sequence[float]) -> bool:
-    return len(then) == len(now) and all(abs(b - a) <= ALIKE * a for a, b in zip(then, now, strict=True))
+    return len(then) == len(now) and all(abs(b - a) <= HOLDS * a for a, b in zip(then, now, strict=True))

@@ -18,13 +18,14 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from outsize.distributed.measure import leveled
 from outsize.errors import ModelError, OptionError
 from outsize.model.route import Route, hidden_of
 from outsize.model.units import Unit, find_units
 from outsize.planner.trial import measurable, on_fake_tensors
 from outsize.serve.attention import Discovery
 
-ALIKE = 1.05  # times the smallest room
+NEARLY = 1.05  # times as much room, and yet taken for as much
 
 
 @dataclass
@@ -124,9 +125,9 @@ def divide(route: Route, units: Sequence[Unit], rooms: Sequence[int]) -> tuple[i
         raise OptionError(
             f"{count} layers cannot be divided among {len(rooms)} workers. Give --workers {count} or fewer."
         )
-    least = max(min(rooms), 1)
+    level = leveled([max(room, 1) for room in rooms], NEARLY)
     ends = list(accumulate(unit_bytes[name] for name in route.repeated))
-    shares = list(accumulate(least if room <= ALIKE * least else room for room in rooms))
+    shares = list(accumulate(level))
     cuts = [0]
     for number, share in enumerate(shares[:-1], 1):
         wanted = bisect_left(ends, ends[-1] * share / shares[-1] - unit_bytes[route.repeated[0]] / 2) + 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
 from math import prod
@@ -107,14 +107,15 @@ def pinned_peak(script: Script, home_of: HomeOf) -> int:
 def tensor_bytes(rehearsed: Rehearsed, recycle: int) -> int:
     """What the C library takes for a step's tensors; of many units as many as it is asked for, the rest carried on."""
 
-    def taken(count: int) -> int:
-        script = rehearsed.over(rehearsed.some(count)) if rehearsed.runs else rehearsed.script
+    def taken(units: Sequence[str]) -> int:
+        script = rehearsed.over(units) if units else rehearsed.script
         return held_for(changes_of(script.steps[-1]), recycle)
 
     if len(rehearsed.units) <= MANY:
-        return taken(len(rehearsed.units))
-    many, few = taken(MANY), taken(MANY // 2)
-    return many + max(many - few, 0) * (len(rehearsed.units) - MANY) // (MANY - MANY // 2)
+        return taken(rehearsed.units)
+    many, few = rehearsed.some(MANY), rehearsed.some(MANY // 2)
+    held = taken(many)
+    return held + max(held - taken(few), 0) * (len(rehearsed.units) - len(many)) // (len(many) - len(few))
 
 
 def held_for(changes: list[Change], recycle: int) -> int:

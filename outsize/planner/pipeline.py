@@ -123,10 +123,12 @@ class _Line:
 
     @property
     def seconds(self) -> float:
-        """Of a step: micro-batches follow each other as fast as the slowest worker takes them, and the first has to go once
-        through all the others."""
-        slowest, laps = max(self.own, default=0.0), len(self.legs) // len(self.found)
-        return slowest + (sum(self.own) - slowest) / (laps * self._micro_batches)
+        """Of a step: in each lap micro-batches follow each other as fast as the slowest worker takes them, or as the first
+        comes round; and it has to go once through all the others."""
+        laps, count = len(self.legs) // len(self.found), self._micro_batches
+        once = [seconds / (laps * count) for seconds in self.own]
+        slowest, around = max(once, default=0.0), sum(once)
+        return (laps - 1) * max(count * slowest, around) + count * slowest + around - slowest
 
     @property
     def _micro_batches(self) -> int:

@@ -35,7 +35,7 @@ def priced_updater(prices: Prices) -> type[Updater]:
             group = groups[self.kinds.index(chunk.kind)]
             like = (
                 *(chunk.kind.cls, sorted(chunk.kind.options.items()), method, self.precision.name, self._moment_dtype),
-                *(weight.numel(), None if gradient is None else gradient.dtype, scale is None),
+                *(chunk.shape, weight.numel(), None if gradient is None else gradient.dtype, scale is None),
             )
             make = partial(_real_step, self, chunk, weight, gradient, state_of, group, scale, method)
             spent: Any = self.store

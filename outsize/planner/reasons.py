@@ -22,22 +22,26 @@ SAID = {
 def finished(search: Search, choice: Choice) -> Plan:
     """Raises BudgetError when the choice, looked at closely, finds no room."""
     search.need_room(choice.placement)
-    choice = replace(choice, forecast=search.foretell(choice.placement, closely=True))
-    plan = replace(search.plan(choice.placement), commit_every=choice.forecast.commit_every)
-    return replace(plan, predicted=search.predicted(choice), reasons=_reasons(search, choice))
+    closely = replace(choice, forecast=search.foretell(choice.placement, closely=True))
+    plan = replace(search.plan(choice.placement), commit_every=closely.forecast.commit_every)
+    return replace(
+        plan, predicted=search.predicted(closely), reasons=_reasons(search, closely, choice.forecast.seconds)
+    )
 
 
-def _reasons(search: Search, choice: Choice) -> tuple[str, ...]:
+def _reasons(search: Search, choice: Choice, seconds: float) -> tuple[str, ...]:
+    """`seconds`: of the choice as it was played beside others."""
     placement, needs = choice.placement, search.needs
     work = search.rehearsed.work
     played = [tried.forecast.seconds for tried in search.tried]
     why = "no other placement was worth playing"
     if len(played) > 1:
         why = f"the fastest of {len(played)} placements played; the slowest takes {max(played):.2f} s"
-    if min(played) < choice.forecast.seconds:
+    faster = [tried.forecast.seconds for tried in search.tried if tried.tight and tried.forecast.seconds < seconds]
+    if faster and not choice.tight:
         why = (
-            f"of {len(played)} placements played the fastest takes {min(played):.2f} s, with so small an arena that the disk "
-            "must be just as fast as measured"
+            f"of {len(played)} placements played the fastest takes {min(faster):.2f} s instead of {seconds:.2f}, with so "
+            "small an arena that the disk must be just as fast as measured"
         )
     named = "compute and update" if search.request.workers == 1 else "compute, update and exchange"
     return (

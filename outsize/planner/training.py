@@ -169,9 +169,9 @@ class Planning:
                 search = search.loosened()
             if search.least <= memory_bytes:
                 found.append(search)
-                best = search.best().forecast
-                fastest = min(fastest, best.seconds)
-                if best.hides_all:
+                best = search.best()
+                fastest = min(fastest, best.cost)
+                if best.forecast.hides_all:
                     break  # what comes computes or exchanges more
         if not found:
             tried = [self.search(how, job).within(memory_bytes) for how, job in possible or ways[-1:]]

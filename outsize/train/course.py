@@ -117,8 +117,8 @@ class LegByLeg:
                 if len(sent) == returning(count):
                     sent.popleft()()
                 sent.append(self._backward(lap, number))
-            for gone in sent:
-                gone()
+            while sent:
+                sent.popleft()()
             job.finish_tables()
         return job.check_loss(float(job.ending.total(self._parts, counts)) if self._parts else 0.0)
 

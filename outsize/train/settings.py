@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +111,17 @@ def continues(settings: TrainSettings) -> bool:
     if (settings.out / "state" / "manifest").exists():
         raise RunError(f"{settings.out} holds a run's state without its run.json. Restore it, or choose another --out.")
     return False
+
+
+def continued(known: TrainSettings, told: dict[str, Any]) -> TrainSettings:
+    """`known`, but for what is told now. Another number of workers has legs of its own, and one worker has all layers."""
+    workers = told.get("workers", known.workers)
+    without: dict[str, Any] = {}
+    if workers == 1 and known.workers > 1:
+        without = {"pipeline": False, "legs": None}
+    elif workers != known.workers or told.get("pipeline") is False:
+        without = {"legs": None}
+    return replace(known, **(without | told))
 
 
 def forget_beginning(out: Path) -> None:
