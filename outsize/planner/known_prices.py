@@ -30,8 +30,8 @@ Measure = Callable[[], float | None]
 
 @dataclass
 class KnownPrices:
-    """Seconds by what was measured. `yardsticks` are the seconds of what was measured beside it. Without
-    a `path` nothing is kept."""
+    """Seconds by what was measured. `yardsticks` are the seconds of what was measured beside it. Without a `path` nothing is
+    kept."""
 
     path: Path | None = None
     yardsticks: Sequence[float] = ()
