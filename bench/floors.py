@@ -21,6 +21,7 @@ from outsize.memory.disk import DiskTier
 from outsize.memory.host import allocate_slab
 from outsize.memory.tier import Extent
 from outsize.memory.transfer import Ticket, Transfers
+from outsize.train.gradients import add_up
 from outsize.train.loss import Head, blocked_cross_entropy, next_tokens
 
 CHUNK = 1 << 20  # elements: what arithmetic alone likes best
@@ -31,12 +32,14 @@ RING = 12  # pieces under way
 
 
 def compute(shape: str, steps: int, accumulate: int = 1, recompute: bool = True) -> dict[str, Any]:
-    """Seconds of a step without I/O: one layer's weights stand for all layers', one block for the whole head."""
-    model = _one_layer_model(SHAPES[shape], recompute)
+    """Seconds of a step without I/O: one layer's weights stand for all layers', one block for the whole head. Of several
+    micro-batches each adds its gradients to fp32 sums, as in every loop that keeps fp32 masters."""
+    sums = Sums() if accumulate > 1 else None
+    model = _one_layer_model(SHAPES[shape], recompute, sums.take if sums else _forget)
     update = _update(SHAPES[shape])
     parts: dict[str, list[float]] = {"forward": [], "head": [], "backward": [], "update": []}
     for step in range(steps):
-        for name, seconds in _step(model, SHAPES[shape], accumulate, step).items():
+        for name, seconds in _step(model, SHAPES[shape], accumulate, step, sums).items():
             parts[name].append(seconds)
         with _timed(parts["update"]):
             update()
@@ -44,7 +47,7 @@ def compute(shape: str, steps: int, accumulate: int = 1, recompute: bool = True)
     return {"seconds": sum(medians.values()), "tokens": accumulate * SEQUENCE_LENGTH, **medians}
 
 
-def _one_layer_model(shape: Shape, recompute: bool) -> Any:
+def _one_layer_model(shape: Shape, recompute: bool, take: Callable[[torch.Tensor], None]) -> Any:
     from transformers import LlamaForCausalLM
 
     config = shape.config()
@@ -58,7 +61,7 @@ def _one_layer_model(shape: Shape, recompute: bool) -> Any:
     model.get_input_embeddings().weight.requires_grad_(False)
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(_forget)
+            parameter.register_post_accumulate_grad_hook(take)
     return model
 
 
@@ -66,10 +69,30 @@ def _forget(parameter: torch.Tensor) -> None:
     parameter.grad = None
 
 
-def _step(model: Any, shape: Shape, accumulate: int, step: int) -> dict[str, float]:
+class Sums:
+    """Gradients of several micro-batches, added up in fp32: the first one's are copied."""
+
+    def __init__(self) -> None:
+        self.first = True
+        self._sums: dict[torch.Tensor, torch.Tensor] = {}
+
+    def take(self, parameter: torch.Tensor) -> None:
+        gradient, parameter.grad = parameter.grad, None
+        assert gradient is not None
+        if parameter not in self._sums:
+            self._sums[parameter] = torch.empty_like(gradient, dtype=torch.float32)
+        if self.first:
+            self._sums[parameter].copy_(gradient)
+        else:
+            add_up(self._sums[parameter], gradient)
+
+
+def _step(model: Any, shape: Shape, accumulate: int, step: int, sums: Sums | None = None) -> dict[str, float]:
     seconds = {"forward": 0.0, "head": 0.0, "backward": 0.0}
     ids = token_ids(shape.vocabulary)
     for lane in range(accumulate):
+        if sums is not None:
+            sums.first = lane == 0
         start = (step * accumulate + lane) * SEQUENCE_LENGTH
         batch = torch.tensor(ids[start : start + SEQUENCE_LENGTH])[None]
         embedded = model.get_input_embeddings()(batch).requires_grad_()
@@ -141,7 +164,7 @@ def disk(place: str, read: int, written: int, steps: int, throttled: bool = Fals
 def together(place: str, shape: str, read: int, written: int, steps: int, throttled: bool = False) -> dict[str, Any]:
     """Seconds until a step's arithmetic and its bytes are done, begun at once and knowing nothing of each other: what one
     costs the other on this machine, processors and memory being the same, where nothing ever waits."""
-    model, update = _one_layer_model(SHAPES[shape], True), _update(SHAPES[shape])
+    model, update = _one_layer_model(SHAPES[shape], True, _forget), _update(SHAPES[shape])
     seconds: list[float] = []
     updating: list[float] = []
     with _traffic(place, read, written, throttled) as move:

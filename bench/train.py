@@ -36,6 +36,7 @@ class Bench:
     steps: int
     results: Results = field(default_factory=dict)
     file: str = "results.json"
+    without_deepspeed: bool = False
 
     def recall(self) -> None:
         """Know what an earlier run has measured; what came to no result is tried again."""
@@ -90,6 +91,13 @@ class Bench:
             self.measure(alone, "floors", "disk", STREAMED, **options)
         return name
 
+    def deepspeed(self, shape: Shape, place: str, steps: int) -> None:
+        name = f"{shape.name}: DeepSpeed ZeRO-3"
+        if self.without_deepspeed:
+            self.results[name] = {"skipped": "left out"}
+        else:
+            self.measure(name, "zero3", "train", place=place, shape=shape.name, steps=steps)
+
     def together(self, shape: Shape, streamed: str, note: str = "", **options: Any) -> None:
         """The bytes that a streamed run has moved a step beside the step's arithmetic."""
         moved = self.results[streamed]
@@ -112,9 +120,7 @@ def smollm2(bench: Bench, plain_large: bool) -> None:
     bench.beside_disk(SMOLLM2, place, 1)
     bench.beside_disk(SMOLLM2, place, 0.8)
     bench.beside_disk(SMOLLM2, place, 0.8, ", throttled", throttled=True)
-    bench.measure(
-        f"{SMOLLM2.name}: DeepSpeed ZeRO-3", "zero3", "train", place=place, shape=SMOLLM2.name, steps=bench.steps
-    )
+    bench.deepspeed(SMOLLM2, place, bench.steps)
 
 
 def llama(bench: Bench, plain_large: bool) -> None:
@@ -127,7 +133,7 @@ def llama(bench: Bench, plain_large: bool) -> None:
     bench.together(LLAMA, streamed)
     bench.beside_disk(LLAMA, place, 1.6, ", throttled", throttled=True)
     bench.together(LLAMA, streamed, ", throttled", throttled=True)
-    bench.measure(f"{LLAMA.name}: DeepSpeed ZeRO-3", "zero3", "train", place=place, shape=LLAMA.name, steps=4)
+    bench.deepspeed(LLAMA, place, 4)
     if plain_large:
         bench.measure(f"{LLAMA.name}: plain, checkpointing", "plain", "train", steps=4, **options)
 
@@ -170,10 +176,11 @@ def main() -> None:
     )
     parser.add_argument("--continue", dest="go_on", action="store_true", help="keep what an earlier run has measured")
     parser.add_argument("--plain-large", action="store_true", help="also the plain 1.3 B loop, which takes 22 GiB")
+    parser.add_argument("--without-deepspeed", action="store_true", help="leave it out; its lines take the longest")
     parser.add_argument("--page", type=Path, default=HERE.parent / "docs" / "benchmarks.md")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    bench = Bench(arguments.folder.resolve(), arguments.steps)
+    bench = Bench(arguments.folder.resolve(), arguments.steps, without_deepspeed=arguments.without_deepspeed)
     if arguments.go_on:
         bench.recall()
     chosen = arguments.groups or [name for name in GROUPS if name != "soak"]

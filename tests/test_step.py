@@ -29,9 +29,11 @@ from outsize.errors import BudgetError, RunError
 from outsize.memory.store import Store
 from outsize.memory.tier import PAGE
 from outsize.model.units import find_units
+from outsize.train.gradients import add_up
 from outsize.train.job import Job, bind
 from outsize.train.optimizers import default_rule
 from outsize.train.state import StateFolder, open_store
+from outsize.train.update import PIECE
 
 CPU = torch.device("cpu")
 ADAMW = default_rule("adamw", {"lr": 1e-3, "weight_decay": 0.1})
@@ -285,3 +287,21 @@ def train_on_one_batch(setting: Setting, directory: Path) -> tuple[list[float], 
     weights = {name: job.read(name, 0, weight.shape[0]) for name, weight in job.weights.items()}
     assert_idle(job)
     return losses, weights
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (7, 3), (1500, 1024), (3, 700, 900)])
+def test_narrower_gradients_add_up_as_torch_adds_them_but_never_whole(shape: tuple[int, ...]) -> None:
+    total, gradient = torch.randn(shape), torch.randn(shape).bfloat16()
+    expected = total + gradient
+    with torch.profiler.profile(profile_memory=True) as profile:
+        add_up(total, gradient)
+    assert torch.equal(total, expected)
+    held = max(event.self_cpu_memory_usage for event in profile.events() or [])
+    assert 0 < held <= 4 * PIECE
+
+
+def test_gradients_that_lie_otherwise_add_up_alike() -> None:
+    total, gradient = torch.randn(300, 200), torch.randn(200, 300).bfloat16().t()
+    expected = total + gradient
+    add_up(total, gradient)
+    assert torch.equal(total, expected)

@@ -22,7 +22,7 @@ from outsize.memory.store import Lease, Store
 from outsize.model.attach import Attachment, place_of
 from outsize.model.vocabulary import Table
 from outsize.model.weights import RowBlock, Weight
-from outsize.train.update import Updater
+from outsize.train.update import PIECE, Updater
 
 GRADIENT = "gradient"
 
@@ -160,7 +160,7 @@ class Gradients:
         elif first:
             target.copy_(gradient)
         else:
-            target.add_(gradient)
+            add_up(target, gradient)
 
     def _complete(self, weight: Weight, block: RowBlock, gradient: torch.Tensor | None = None) -> None:
         """This worker's sum is there: `gradient`, or what was added up. Apply the share of everyone's, or let it go home
@@ -188,7 +188,7 @@ class Gradients:
             first = block.name not in self._held
             lease = self._lease_of(self._waiting(block), tuple(part.shape), fresh=first)
             target = lease.tensors[GRADIENT].view(-1)
-            target.copy_(part) if first else target.add_(part)
+            target.copy_(part) if first else add_up(target, part)
         self._norms[block.name] = torch.linalg.vector_norm(lease.tensors[GRADIENT])
         self._held[block.name] = block
         lease.release()
@@ -276,3 +276,10 @@ class Gradients:
             return
         with self.store.lease(block.home) as own:
             self.updater.update(block, share, own, groups, scale)
+
+
+def add_up(target: torch.Tensor, gradient: torch.Tensor) -> None:
+    """Add to fp32 what may be narrower, in pieces: torch widens a tensor whole before it adds it to a wider one."""
+    rows = max(PIECE // max(target[0].numel(), 1), 1) if target.dim() else 1
+    for into, part in zip(torch.atleast_1d(target).split(rows), torch.atleast_1d(gradient).split(rows), strict=True):
+        into.add_(part)
