@@ -8,6 +8,9 @@ import subprocess
 import sys
 
 import pytest
+from torch._C._distributed_c10d import TCPStore
+
+from outsize.distributed.watch import Watch, _machine
 
 WORKER = """
 import sys, time
@@ -57,3 +60,21 @@ def test_whose_process_has_ended_is_lost_unless_it_left(ending: str) -> None:
         assert first.returncode == 1 and "Worker 1 is lost, and worker 0 stops: its process has ended." in wrong
     else:
         assert first.returncode == 0 and said == "still there\n"
+
+
+@pytest.mark.parametrize("seen", ["its process", "the exchange"])
+def test_who_has_not_noticed_yet_is_not_taken_for_lost(seen: str) -> None:
+    """Worker 0 lives and computes: it says nothing in the second in which worker 2 looks for who is lost, as 1 does."""
+    meeting = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    watch = Watch(meeting, 2, 3, patience=60)
+    watch._closing.set()  # of what its thread would find this is not about
+    victim = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        if seen == "its process":
+            meeting.set("process 1", f"{_machine()} {victim.pid}")
+            assert not watch._has_died(1)
+    finally:
+        victim.kill()
+        victim.wait(60)
+    problem = watch.lost(1 if seen == "the exchange" else None, RuntimeError("Connection closed by peer"))
+    assert str(problem).startswith("Worker 1 is lost, and worker 2 stops: Connection closed by peer")

@@ -38,8 +38,9 @@ class Watch:
         self._thread.start()
 
     def lost(self, peer: int | None, problem: Exception) -> RunError:
-        """What to raise when an exchange fails, with `peer` if that is known. It names the worker with whom it began, which
-        is the one that does not say that it stops because of another."""
+        """What to raise when an exchange fails, with `peer` if that is known. It names the worker with whom it began: one
+        whose process is gone, or else who does not say that it stops because of another. Who lives and computes has not
+        noticed yet, and says nothing either: of such, the exchange knows best."""
         names = [] if peer is None else [peer]
         self._closing.set()
         try:
@@ -47,7 +48,9 @@ class Watch:
             time.sleep(NOTICE)
             if (said := self._failure()) is not None:
                 return RunError(said)
-            names = [other for other in self._others if not self._meeting.check([_stops(other)])] or names
+            silent = [other for other in self._others if not self._meeting.check([_stops(other)])]
+            gone = [other for other in silent if self._has_died(other)]
+            names = gone or [other for other in names if other in silent] or silent or names
         except RuntimeError:  # the meeting point is gone too
             names = names or [0]
         reason = str(problem).partition("\n")[0]
