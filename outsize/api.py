@@ -13,6 +13,7 @@ from torch import nn
 
 from outsize.distributed.measure import Crowd
 from outsize.distributed.shares import in_proportion
+from outsize.divided import LOOP, legs_for
 from outsize.errors import OptionError, OutsizeError
 from outsize.machine.allocator import recycle_up_to
 from outsize.machine.describe import describe, process_memory
@@ -124,10 +125,10 @@ def planning(
     """Plans of one job within one memory after another; all else is measured once, so that memory alone makes them differ.
 
     For the `task` train, `request` takes the fields of `outsize.plan.Request` (sequence_length, batch_size, accumulate,
-    precision, moments, clip, loss, activations, commit_every, keeper, zero), and its batch is what all `workers` do together
-    (None: one for each device of a cluster, or for each of its nodes); as a `pipeline` each has a run of layers, and the
-    plan is that of who needs most; of fewer `legs` than workers, several divide each, and of more each has several. For
-    `serve`, it takes context, concurrency, step_tokens and weights, and `workers` divide the model's layers (None: one
+    precision, moments, clip, loss, activations, commit_every, keeper, zero, legs_shape), and its batch is what all `workers`
+    do together (None: one for each device of a cluster, or for each of its nodes); as a `pipeline` each has a run of layers,
+    and the plan is that of who needs most; of fewer `legs` than workers, several divide each, and of more each has several.
+    For `serve`, it takes context, concurrency, step_tokens and weights, and `workers` divide the model's layers (None: one
     has all).
     `machine` is the name or file of one described, None this one, whose disk is that of `directory`. `model` may be a
     folder that holds nothing but config.json. Raises OptionError or ModelError; the plans raise BudgetError."""
@@ -157,7 +158,8 @@ def planning(
     here = Place(there, process_memory().resident_bytes, disk, wire_of(there, each), crowd)
     job = Task(module, units, rule, asked, [], source.stored_dtype, block_class)
     if pipeline:
-        job = replace(job, request=asked.in_line(even_legs(job, legs or workers), workers, nodes))
+        wanted = legs or legs_for(workers, asked.legs_shape)
+        job = replace(job, request=asked.in_line(even_legs(job, wanted), workers, nodes))
     elif not there.unlike:
         return partial(_within, Planning(job, here), tokenizer)
     machines = [there.node(rank // each) for rank in range(workers)]
@@ -175,7 +177,7 @@ def _check_asked(task: str, request: dict[str, Any], pipeline: bool, legs: int |
         raise OptionError(f"task {task!r} cannot be planned; there are train and serve.")
     if unknown := sorted(request.keys() - known):
         raise OptionError(f"plan of {task} has no option {unknown[0]!r}; it has {', '.join(sorted(known))}.")
-    if legs and not pipeline:
+    if (legs or request.get("legs_shape", LOOP) != LOOP) and not pipeline:
         raise OptionError("legs are of a pipeline: set both, or leave them out.")
     if pipeline and task == "serve":
         raise OptionError("A pipeline is planned for training. When serving, workers divide the layers without it.")

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from textwrap import fill
 from typing import Any
 
-from outsize.divided import Divided
+from outsize.divided import LOOP, SHAPES, Divided, V
 from outsize.errors import OptionError
 from outsize.fields import read_fields
 from outsize.sizes import format_size
@@ -141,8 +141,8 @@ class Plan(Divided):
     these all together have `weight_copies`: one, or one on each of several `nodes`. What is divided is so in proportion to
     `shares`, equally if there are none, and so are a step's sequences to `sequences`; the plan is that of worker `rank`.
     With `legs` they are a pipeline: each leg has so many of the repeated units, and micro-batches go from one to the next in
-    the order of `schedule` (gpipe, 1f1b or interleaved); of several workers of a leg each has its share, as said, and of
-    more legs than workers each has several. `packed`: weights near,
+    the order of `schedule` (gpipe, 1f1b, interleaved or v); of several workers of a leg each has its share, as said, and of
+    more legs than workers each has several, as `legs_shape` says. `packed`: weights near,
     in groups that are multiplied at once, which are held as the processor's matrix products read them. `serving`: what a
     plan for serving says beside, and `served` what that means for requests."""
 
@@ -172,6 +172,7 @@ class Plan(Divided):
     shares: tuple[int, ...] = ()
     rank: int = 0
     legs: tuple[int, ...] = ()
+    legs_shape: str = LOOP
     schedule: str = "1f1b"
     packed: tuple[tuple[str, ...], ...] = ()
     memory_bytes: int | None = None
@@ -205,7 +206,7 @@ class Plan(Divided):
     def alike(self) -> tuple[Any, ...]:
         """What must be the same in the plans of all workers of a run."""
         if self.legs:
-            return self.legs, self.schedule, self.blocked_loss, self.hold, self.commit_every
+            return self.legs, self.legs_shape, self.schedule, self.blocked_loss, self.hold, self.commit_every
         return (
             *(self.activations, self.table_rows, self.blocked_loss, self.hold, self.commit_every),
             *(tuple(sorted(self.split_weights)), self.weight_copies, self.shares, self.sequences),
@@ -323,7 +324,7 @@ class Request(Divided):
 
     `keeper`: memory that outlives the process is to hold the last step. `weight_copies`: how many there are already, as a
     plan has it, and `sequences` and `shares`, too. `rank`: the worker that is planned for. `legs`: how many of the
-    repeated units each leg has, in a pipeline."""
+    repeated units each leg has, in a pipeline, and `legs_shape` the way through them."""
 
     memory_bytes: int
     sequence_length: int = 512
@@ -345,8 +346,11 @@ class Request(Divided):
     shares: tuple[int, ...] | None = None
     rank: int = 0
     legs: tuple[int, ...] = ()
+    legs_shape: str = LOOP
 
     def __post_init__(self) -> None:
+        if self.legs_shape not in SHAPES:
+            raise OptionError(f"legs_shape {self.legs_shape!r} is unknown; there are {' and '.join(SHAPES)}.")
         if self.zero not in (1, 2, 3):
             raise OptionError(f"ZeRO has no level {self.zero}; there are 1, 2 and 3.")
         if self.workers % self.nodes:
@@ -357,12 +361,14 @@ class Request(Divided):
         """The order in which each worker of a pipeline holds the activations of the fewest micro-batches; of several legs
         each, the one in which they wait the least."""
         if self.laps > 1:
-            return "interleaved"
+            return "v" if self.legs_shape == V else "interleaved"
         return "1f1b" if self.accumulate >= len(self.legs) else "gpipe"
 
     @property
     def underway(self) -> int:
         """Micro-batches that are between their forward and their backward at once, with all units of this worker."""
+        if self.laps > 1 and self.legs_shape == V:
+            return min(self.accumulate, self.rank + 1)
         if self.laps > 1:
             return min(self.accumulate, self.workers, 2 * (self.workers - 1 - self.rank) + 1)
         return min(self.accumulate, len(self.legs) - self.leg) if self.legs else self.accumulate
@@ -370,6 +376,11 @@ class Request(Divided):
     def in_line(self, legs: tuple[int, ...], workers: int, nodes: int) -> Request:
         """As a pipeline, whose legs have so many of the repeated units; of several workers of a leg each takes as many of the
         step's sequences. Raises OptionError when they cannot."""
+        if self.legs_shape == V and len(legs) != 2 * workers:
+            raise OptionError(
+                f"Of legs that lie as a v each of {workers} workers has two, and these are {len(legs)}. Leave --legs out, "
+                f"or give {2 * workers}."
+            )
         sharers, sequences = max(workers // len(legs), 1), self.batch_size * self.accumulate
         if max(workers, len(legs)) % min(workers, len(legs)) or sequences % sharers:
             raise OptionError(

@@ -16,6 +16,7 @@ from outsize.distributed.measure import Crowd, leveled, measure_crowd, measure_s
 from outsize.distributed.shares import in_proportion
 from outsize.distributed.wire import NO_WIRE
 from outsize.distributed.workers import find_group
+from outsize.divided import LOOP, legs_for
 from outsize.errors import DamageError, OptionError, OutsizeError, PlanAgain, RunError
 from outsize.machine.allocator import give_back, recycle_up_to
 from outsize.machine.describe import describe, process_memory
@@ -216,7 +217,7 @@ class _Training:
             *(self.source.stored_dtype, settings.block_class),
         )
         if settings.pipeline and group.size > 1:
-            wanted = settings.legs or group.size
+            wanted = settings.legs or legs_for(group.size, settings.legs_shape)
             legs = group.first(lambda: tuple(begun.get("legs", ())) or even_legs(task, wanted))
             request = task.request.in_line(legs, group.size, group.nodes)
         else:
@@ -231,11 +232,12 @@ class _Training:
     def _asked(self, begun: dict[str, Any], committed: bool) -> Request:
         """Of all workers together; `begun` is what the last committed step says."""
         settings, group = self.settings, self.group
-        legs = (settings.legs or group.size) * settings.pipeline
-        if committed and group.size > 1 and len(begun.get("legs", ())) != legs:
+        shape = settings.legs_shape
+        now = (settings.legs or legs_for(group.size, shape), shape) if settings.pipeline else (0, LOOP)
+        before = (len(begun.get("legs", ())), begun.get("legs_shape", LOOP))
+        if committed and group.size > 1 and before != now:
             raise RunError(
-                f"The {group.size} workers of {settings.out} {_say_legs(len(begun.get('legs', ())), group.size)}, or another "
-                "number of workers."
+                f"The {group.size} workers of {settings.out} {_say_legs(*before, group.size)}, or another number of workers."
             )
         copies = begun.get("weight_copies", 1) if committed else None
         shares = group.first(lambda: tuple(begun.get("shares", ())) if committed else self._told("shares"))
@@ -374,10 +376,12 @@ def _memories(settings: TrainSettings, group: Group) -> list[int]:
     return [int(said or there) for said, there in zip(told, leveled(found), strict=True)]
 
 
-def _say_legs(count: int, workers: int) -> str:
+def _say_legs(count: int, shape: str, workers: int) -> str:
     """What workers were who had so many legs, and what to give them again."""
     if not count:
         return "divided state. Leave out --pipeline"
+    if shape != LOOP:
+        return f"were a pipeline. Give --pipeline --legs-shape {shape}"
     return f"were a pipeline. Give --pipeline {'without --legs' if count == workers else f'--legs {count}'}"
 
 

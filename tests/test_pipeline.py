@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import product
+from itertools import accumulate, product
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from models import tiny_model
 from workers import Case, Crew, Found
 
 from outsize.distributed.pipeline import Turn, order_of, returning
+from outsize.divided import LOOP, V, leg_of, worker_of
 from outsize.errors import OptionError
 from outsize.machine.find import find_machine
 from outsize.model.units import find_units
@@ -58,6 +59,7 @@ def test_a_pipeline_gives_the_bits_of_one_worker(gang: Crew, tmp_path: Path, cas
 
 
 LAPS = Case(legs=(1, 1, 1, 1), schedule="interleaved", steps=2)
+VEE = replace(LAPS, legs_shape="v", schedule="v")
 
 
 @pytest.mark.parametrize(
@@ -67,6 +69,10 @@ LAPS = Case(legs=(1, 1, 1, 1), schedule="interleaved", steps=2)
         replace(LAPS, tied=True, table_rows=40, precision="mixed", sequences=5, placement="near", activations="keep"),
         replace(LAPS, layers=7, legs=(2, 1, 1, 3), optimizer="muon", placement="mixed", activations="move"),
         replace(LAPS, workers=3, layers=6, legs=(1,) * 6, family="qwen3", sequences=2, table_rows=40),
+        VEE,
+        replace(VEE, tied=True, table_rows=40, precision="mixed", sequences=5, placement="near", activations="keep"),
+        replace(VEE, layers=7, legs=(2, 1, 1, 3), optimizer="muon", placement="mixed", activations="move"),
+        replace(VEE, workers=3, layers=6, legs=(1,) * 6, family="qwen3", sequences=2, tied=True, table_rows=40),
     ],
     ids=str,
 )
@@ -101,7 +107,7 @@ def test_legs_that_workers_share_give_the_bits_of_as_many_who_share_the_model(
         assert_same(gang.run(case, tmp_path / "each"), gang.run(alone(replace(case, nodes=1)), tmp_path / "one"))
 
 
-@pytest.mark.parametrize("how", ["a leg each", "shared legs", "several legs each"])
+@pytest.mark.parametrize("how", ["a leg each", "shared legs", "several legs each", "a v"])
 def test_clipping_by_the_norm_of_all_legs(gang: Crew, tmp_path: Path, how: str) -> None:
     """Squares are added by leg first: of n weights, the norm's relative difference is at most that of two sums of n terms
     in fp32, n eps. A step of gradient descent without momentum moves weights by no more than that differs. Gradients of
@@ -110,6 +116,8 @@ def test_clipping_by_the_norm_of_all_legs(gang: Crew, tmp_path: Path, how: str) 
     plain = alone(case)
     if how == "several legs each":
         case = replace(case, legs=(1, 1, 1, 1), schedule="interleaved")
+    if how == "a v":
+        case = replace(case, legs=(1, 1, 1, 1), legs_shape="v", schedule="v")
     if how == "shared legs":
         case = replace(case, workers=4, zero=1)
         plain = replace(case, workers=2, legs=())
@@ -121,16 +129,16 @@ def test_clipping_by_the_norm_of_all_legs(gang: Crew, tmp_path: Path, how: str) 
     assert gang.run(case, tmp_path / "again").norms == found.norms
 
 
-@pytest.mark.parametrize("case", [LINE, LAPS], ids=str)
+@pytest.mark.parametrize("case", [LINE, LAPS, VEE], ids=str)
 def test_what_goes_over_the_wire(gang: Crew, tmp_path: Path, case: Case) -> None:
     """Of each micro-batch its hidden states one way and their gradient the other, from leg to leg; of a tied table, its
-    gradient both ways."""
-    case = replace(case, tied=True, table_rows=40)
-    hidden, table = (len(case.legs) - 1) * 4 * 16 * 64 * 4, 4 * VOCABULARY * 64
+    gradient both ways. Who has both ends of a v, and both legs at its bottom, sends nothing there."""
+    case, vee = replace(case, tied=True, table_rows=40), case.legs_shape == V
+    hidden, table = (len(case.legs) - 1 - vee) * 4 * 16 * 64 * 4, 4 * VOCABULARY * 64 * (not vee)
     for moved in (each["moved"] for each in gang.run(case, tmp_path / "line").ledgers):
         for way in (("host", "peer"), ("peer", "host")):
             assert moved[(*way, "activation")] == case.steps * hidden
-            assert moved[(*way, "gradient")] == case.steps * table
+            assert moved.get((*way, "gradient"), 0) == case.steps * table
 
 
 def test_the_slowest_worker_gives_layers_away() -> None:
@@ -198,32 +206,67 @@ def test_laps_come_in_the_order_of_torch_s_schedule() -> None:
             assert order_of("interleaved", workers, worker, count, laps) == expected
 
 
+def test_there_and_back_comes_in_the_order_of_torch_s_schedule() -> None:
+    """Whose backward is in two pieces, of which the first is what passes something on."""
+    from torch.distributed.pipelining import schedules
+
+    for workers, count in ((2, 2), (2, 4), (3, 7), (4, 6), (4, 9)):
+        for worker in range(workers):
+            stages: Any = [Recorder(2 * workers, leg_of(worker, lap, workers, V)) for lap in range(2)]
+            for stage in stages:
+                stage.group_size, stage.group_rank = workers, worker
+            known = schedules.ScheduleZBVZeroBubble(stages, count, loss_fn=lambda output, target: output.sum())
+            asked = [action for action in known.pipeline_order[worker] if action is not None]
+            kinds = {"FORWARD": True, "BACKWARD_INPUT": False}
+            expected = [
+                (kinds[a.computation_type.name], a.stage_index // workers, a.microbatch_index)
+                for a in asked
+                if a.computation_type.name in kinds
+            ]
+            assert order_of("v", workers, worker, count, 2) == expected
+
+
+WAYS = [("1f1b", LOOP, 1), *(("interleaved", LOOP, laps) for laps in (2, 3, 4)), ("v", V, 2)]
+
+
 @pytest.mark.parametrize("workers", range(2, 7))
 def test_no_worker_waits_for_ever(workers: int) -> None:
     """Whoever passes something on waits for nobody; but of gradients only so many may be on their way."""
-    for laps, count in product(range(1, 5), range(1, 14)):
-        schedule = "interleaved" if laps > 1 else "1f1b"
+    for (schedule, shape, laps), count in product(WAYS, range(1, 14)):
         orders = [order_of(schedule, workers, worker, count, laps) for worker in range(workers)]
-        assert sorted(orders[0]) == sorted(product((False, True), range(laps), range(count)))
+        assert all(sorted(order) == sorted(product((False, True), range(laps), range(count))) for order in orders)
         done: set[tuple[bool, int, int]] = set()  # by leg
         at, moved = [0] * workers, True
         while moved:
             moved = False
             for worker, order in enumerate(orders):
-                while at[worker] < len(order) and _may(order, at[worker], worker, workers, laps, done):
+                while at[worker] < len(order) and _may(order, at[worker], worker, workers, laps, shape, done):
                     forward, lap, number = order[at[worker]]
-                    done.add((forward, lap * workers + worker, number))
+                    done.add((forward, leg_of(worker, lap, workers, shape), number))
                     at[worker], moved = at[worker] + 1, True
-        assert at == [len(order) for order in orders], (workers, laps, count)
+        assert at == [len(order) for order in orders], (schedule, workers, laps, count)
 
 
-def _may(order: list[Turn], at: int, worker: int, workers: int, laps: int, done: set[Turn]) -> bool:
+@pytest.mark.parametrize("workers", range(2, 7))
+def test_there_and_back_all_hold_as_many_micro_batches(workers: int) -> None:
+    """As many as there are workers, each with both legs; of laps the first holds more."""
+
+    def held(schedule: str, worker: int) -> int:
+        signs = (1 if forward else -1 for forward, _, _ in order_of(schedule, workers, worker, 4 * workers, 2))
+        return max(accumulate(signs))
+
+    assert {held("v", worker) for worker in range(workers)} == {2 * workers}
+    assert held("interleaved", 0) > 2 * workers
+
+
+def _may(order: list[Turn], at: int, worker: int, workers: int, laps: int, shape: str, done: set[Turn]) -> bool:
     """What the turn takes has been passed on, and of what the worker has passed back enough has been taken."""
     forward, lap, number = order[at]
-    leg = lap * workers + worker
+    leg = leg_of(worker, lap, workers, shape)
     if forward:
         return not leg or (True, leg - 1, number) in done
-    sent = [(lap * workers + worker, number) for forward, lap, number in order[:at] if not forward]
+    sent = [(leg_of(worker, lap, workers, shape), number) for forward, lap, number in order[:at] if not forward]
     waited = sent[: max(len(sent) + 1 - returning(laps), 0)]
-    taken = all(not leg or (False, leg - 1, number) in done for leg, number in waited)
+    away = ((leg - 1, number) for leg, number in waited if leg and worker_of(leg - 1, workers, shape) != worker)
+    taken = all((False, *passed) in done for passed in away)
     return taken and (leg == workers * laps - 1 or (False, leg + 1, number) in done)

@@ -64,8 +64,14 @@ def test_a_run_goes_on_with_other_numbers_of_workers(
 ) -> None:
     """All have the bits of one worker, with several legs each, too. A worker that is killed is named by the others."""
     given = settings | {"out": str(tmp_path / "run")}
-    for workers, legs, line, victim in ((2, 4, 1, 1), (1, None, 2, 0), (3, None, 3, 1), (2, 4, STEPS, None)):
-        told: dict[str, Any] = {"settings": given | {"pipeline": workers > 1, "legs": legs}}
+    there_and_back = {"legs_shape": "v"}
+    for workers, more, line, victim in (
+        (2, there_and_back, 1, 1),
+        (1, {}, 2, 0),
+        (3, {}, 3, 1),
+        (2, {"legs": 4}, STEPS, None),
+    ):
+        told: dict[str, Any] = {"settings": given | {"pipeline": workers > 1} | more}
         if victim is not None:
             told["kill"] = {"rank": victim, "line": line, "signal": "SIGKILL"}
         codes = gang.attempt("run", workers, tmp_path, told)
@@ -118,6 +124,9 @@ def numbers(run: Path) -> list[float]:
         ({"sample_prompt": "w1"}, "--sample-prompt is for a whole model on each worker"),
         ({"model": "tied", "loss": "module"}, "have one weight"),
         ({"pipeline": False, "legs": 2}, "--legs says how --pipeline divides the model"),
+        ({"pipeline": False, "legs_shape": "v"}, "--legs-shape says how --pipeline divides the model"),
+        ({"legs_shape": "v", "legs": 2}, "each of 2 workers has two, and these are 2. Leave --legs out, or give 4."),
+        ({"legs_shape": "w"}, "legs_shape 'w' is unknown; there are loop and v"),
         ({"legs": 3}, "2 workers cannot be equally many for each of 3 legs, or have equally many of them each"),
     ],
 )
@@ -141,17 +150,17 @@ def test_one_worker_is_no_pipeline(gang: Crew, settings: dict[str, Any], tmp_pat
 
 def test_another_number_of_workers_has_other_legs() -> None:
     """What a run was told holds as long as nobody says otherwise; one worker has all layers."""
-    known = TrainSettings("model", Path("data"), Path("run"), workers=2, pipeline=True, legs=4)
+    known = TrainSettings("model", Path("data"), Path("run"), workers=2, pipeline=True, legs=4, legs_shape="v")
     assert continued(known, {}) == continued(known, {"workers": 2}) == known
-    assert continued(known, {"workers": 1}) == replace(known, workers=1, pipeline=False, legs=None)
-    assert continued(known, {"workers": 3}) == replace(known, workers=3, legs=None)
-    assert continued(known, {"workers": 4, "legs": 8}) == replace(known, workers=4, legs=8)
-    assert continued(known, {"pipeline": False}) == replace(known, pipeline=False, legs=None)
+    assert continued(known, {"workers": 1}) == replace(known, workers=1, pipeline=False, legs=None, legs_shape="loop")
+    assert continued(known, {"workers": 3}) == replace(known, workers=3, legs=None, legs_shape="loop")
+    assert continued(known, {"workers": 4, "legs": 8}) == replace(known, workers=4, legs=8, legs_shape="loop")
+    assert continued(known, {"pipeline": False}) == replace(known, pipeline=False, legs=None, legs_shape="loop")
 
 
 def test_a_pipeline_stays_one(gang: Crew, settings: dict[str, Any], line: Path, tmp_path: Path) -> None:
     """As many workers that divide state instead of layers would find other blocks."""
-    for other in ({}, {"pipeline": True, "legs": 4}):
+    for other in ({}, {"pipeline": True, "legs": 4}, {"pipeline": True, "legs_shape": "v"}):
         assert gang.attempt("run", 2, tmp_path, {"settings": settings | {"out": str(line)} | other}) == [1, 1]
         assert all(
             "were a pipeline. Give --pipeline without --legs, or another number" in log for log in said(tmp_path, 2)

@@ -121,7 +121,8 @@ def plan_of(model: nn.Module, case: Case) -> Plan:
     plan = make_plan(model, setting)
     if case.workers == 1:
         return plan
-    plan = replace(plan, workers=case.workers, legs=tuple(case.legs), schedule=case.schedule)
+    told = {"legs": tuple(case.legs), "legs_shape": case.legs_shape, "schedule": case.schedule}
+    plan = replace(plan, workers=case.workers, **told)
     if sharers(case) == 1:
         return plan
     whole = {name for name, _ in plan.table_rows} | always_near(find_units(model))

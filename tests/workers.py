@@ -23,7 +23,7 @@ class Case:
 
     `split`: of ZeRO 3, weights of more elements than this, of which there are so many `copies`. `parts`:
     in which proportion they divide state. `legs`: of how many layers, in a pipeline; as many workers have each,
-    or each worker as many."""
+    or each worker as many, on a way of that shape."""
 
     workers: int = 2
     zero: int = 3
@@ -44,6 +44,7 @@ class Case:
     copies: int = 1
     parts: tuple[int, ...] = ()
     legs: tuple[int, ...] = ()
+    legs_shape: str = "loop"
     schedule: str = "1f1b"
     layers: int = 4
 

@@ -33,7 +33,7 @@ ASKED = {
     "train": {
         *("sequence_length", "batch_size", "accumulate", "precision", "moments", "optimizer", "optimizer_option"),
         *("clip", "loss", "activations", "commit_every", "keeper", "block_class"),
-        *("workers", "pipeline", "legs", "zero"),
+        *("workers", "pipeline", "legs", "legs_shape", "zero"),
     },
     "serve": {"context", "concurrency", "step_tokens", "weights", "workers"},
 }
@@ -64,6 +64,7 @@ def plan(
     workers: WorkersThere = None,
     pipeline: options.Pipeline = False,
     legs: options.Legs = None,
+    legs_shape: options.LegsShape = "loop",
     zero: options.Zero = 3,
     block_class: options.BlockClass = None,
     context: serving.Context = None,

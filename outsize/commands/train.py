@@ -57,6 +57,7 @@ def train(
     workers: options.Workers = 1,
     pipeline: options.Pipeline = False,
     legs: options.Legs = None,
+    legs_shape: options.LegsShape = "loop",
     zero: options.Zero = 3,
     worker_timeout: options.WorkerTimeout = 30.0,
     json_lines: Json = False,

@@ -82,6 +82,13 @@ Legs = Annotated[
         "--zero says. More: each worker has several, and waits less.",
     ),
 ]
+LegsShape = Annotated[
+    str,
+    typer.Option(
+        help="Of a pipeline with several legs for each worker: loop, from the last worker to the first again; or v, back as "
+        "it came, two legs for each: the first has embedding and head, and all hold equally many micro-batches."
+    ),
+]
 Zero = Annotated[
     int, typer.Option(min=1, max=3, help="Workers divide optimizer state (1), gradients too (2), weights too (3).")
 ]

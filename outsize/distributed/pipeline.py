@@ -1,7 +1,8 @@
-"""Workers in line, each with a leg of a model: hidden states go from one to the next, and their gradients back."""
+"""Workers in line, each with legs of a model: hidden states go from one to the next, and their gradients back."""
 
 from __future__ import annotations
 
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -9,6 +10,7 @@ from itertools import pairwise
 import torch
 
 from outsize.distributed.group import Group
+from outsize.divided import LOOP, leg_of, worker_of
 
 HIDDEN = "activation"  # in the ledger
 ON, BACK = 0, 1  # tags: of two workers the one before is the one after
@@ -22,8 +24,11 @@ def order_of(schedule: str, workers: int, worker: int, micro_batches: int, laps:
 
     `gpipe` (arXiv 1811.06965): all forward, then all backward. `1f1b` (PipeDream-Flush, arXiv 2006.09503): once the first has
     come back, each forward follows a backward, so that no more are under way than workers follow. `interleaved` (arXiv
-    2104.04473): so, too, in laps; micro-batches take a lap in groups of as many as there are workers, or a few more. As
+    2104.04473): so, too, in laps; micro-batches take a lap in groups of as many as there are workers, or a few more. `v`
+    (ZB-V, arXiv 2401.10241, with backward in one piece): two laps, there and back. As
     `torch.distributed.pipelining` has them, whose import alone takes 73 MiB of each worker's memory."""
+    if schedule == "v":
+        return _there_and_back(workers, worker, micro_batches)
     count = max(micro_batches // workers, 1) if schedule == "interleaved" else 1
     cuts = [-(-micro_batches * number // count) for number in range(count + 1)]
     groups = [range(*cut) for cut in pairwise(cuts)]
@@ -40,6 +45,21 @@ def order_of(schedule: str, workers: int, worker: int, micro_batches: int, laps:
     return order
 
 
+def _there_and_back(workers: int, worker: int, micro_batches: int) -> list[Turn]:
+    """Of all workers each holds as many micro-batches: who has the first leg has the last one, too."""
+    on, on_again, back_again, back = (True, 0), (True, 1), (False, 1), (False, 0)
+    after, full = workers - worker, max(2 * workers - 1, micro_batches)  # fewer leave turns out
+    order = [on] * (2 * after - 1) + [on_again, on] * worker + [on_again, back_again] * after
+    order += [on, back, on_again, back_again] * (full + worker + 1 - 2 * workers)
+    order += [back, on_again, back_again] * (after - 1) + [back, back_again] * worker + [back] * after
+    seen: Counter[tuple[bool, int]] = Counter()
+    turns = []
+    for turn in order:
+        turns.append((*turn, seen[turn]))
+        seen[turn] += 1
+    return [turn for turn in turns if turn[2] < micro_batches]
+
+
 def returning(laps: int) -> int:
     """How many gradients may be on their way from a worker at once, the fewest with which no two workers wait for each other
     for ever: in laps, whoever is to take one may first be waiting for the next."""
@@ -50,21 +70,23 @@ class Pipeline:
     """Of one worker, who has the whole model."""
 
     rank, size = 0, 1
+    end = 0
+    """Who has the last leg."""
 
-    def take(self, like: torch.Tensor) -> torch.Tensor:
-        """Hidden states of the shape of `like` from the worker before."""
+    def take(self, like: torch.Tensor, lap: int) -> torch.Tensor:
+        """Hidden states of the shape of `like`, from who has the leg before that of this `lap`."""
         return like
 
-    def take_back(self, like: torch.Tensor) -> torch.Tensor:
-        """The gradient of what went to the worker after this one."""
+    def take_back(self, like: torch.Tensor, lap: int) -> torch.Tensor:
+        """The gradient of what went to who has the leg after it."""
         return like
 
-    def pass_on(self, hidden: torch.Tensor) -> Callable[[], None]:
-        """Hidden states for the worker after this one; what is returned waits until they have gone."""
+    def pass_on(self, hidden: torch.Tensor, lap: int) -> Callable[[], None]:
+        """Hidden states for who has the leg after it; what is returned waits until they have gone."""
         return lambda: None
 
-    def pass_back(self, gradient: torch.Tensor) -> Callable[[], None]:
-        """To the worker before, as `pass_on`."""
+    def pass_back(self, gradient: torch.Tensor, lap: int) -> Callable[[], None]:
+        """To who has the leg before it, as `pass_on`."""
         return lambda: None
 
     @contextmanager
@@ -83,31 +105,49 @@ class Pipeline:
 
     @property
     def last(self) -> bool:
-        return self.rank == self.size - 1
+        return self.rank == self.end
 
 
 class Line(Pipeline):
-    """Of the workers of `group`, in their order; with several legs each, after the last comes the first again."""
+    """Of the workers of `group`, in their order; where there are more legs, the way through them is of this `shape`."""
 
-    def __init__(self, group: Group) -> None:
-        self.rank, self.size, self._group = group.rank, group.size, group
-        self._before, self._after = (self.rank - 1) % self.size, (self.rank + 1) % self.size
+    def __init__(self, group: Group, shape: str = LOOP) -> None:
+        self.rank, self.size, self._group, self._shape = group.rank, group.size, group, shape
+        self.end = self.size - 1 if shape == LOOP else 0
+        self._own: dict[int, deque[torch.Tensor]] = {ON: deque(), BACK: deque()}  # where a leg of its own comes next
 
-    def take(self, like: torch.Tensor) -> torch.Tensor:
-        return self._group.take(self._before, torch.empty_like(like).contiguous(), HIDDEN, ON)
+    def take(self, like: torch.Tensor, lap: int) -> torch.Tensor:
+        return self._take(like, self._at(lap, -1), ON)
 
-    def take_back(self, like: torch.Tensor) -> torch.Tensor:
-        return self._group.take(self._after, torch.empty_like(like).contiguous(), HIDDEN, BACK)
+    def take_back(self, like: torch.Tensor, lap: int) -> torch.Tensor:
+        return self._take(like, self._at(lap, 1), BACK)
 
-    def pass_on(self, hidden: torch.Tensor) -> Callable[[], None]:
-        return self._group.pass_on(self._after, hidden.detach().contiguous(), HIDDEN, ON)
+    def pass_on(self, hidden: torch.Tensor, lap: int) -> Callable[[], None]:
+        return self._pass(hidden.detach(), self._at(lap, 1), ON)
 
-    def pass_back(self, gradient: torch.Tensor) -> Callable[[], None]:
-        return self._group.pass_on(self._before, gradient.contiguous(), HIDDEN, BACK)
+    def pass_back(self, gradient: torch.Tensor, lap: int) -> Callable[[], None]:
+        return self._pass(gradient, self._at(lap, -1), BACK)
+
+    def _at(self, lap: int, beside: int) -> int:
+        """Who has the leg that is so many further than that of this lap."""
+        return worker_of(leg_of(self.rank, lap, self.size, self._shape) + beside, self.size, self._shape)
+
+    def _take(self, like: torch.Tensor, peer: int, tag: int) -> torch.Tensor:
+        if peer == self.rank:
+            return self._own[tag].popleft()
+        return self._group.take(peer, torch.empty_like(like).contiguous(), HIDDEN, tag)
+
+    def _pass(self, data: torch.Tensor, peer: int, tag: int) -> Callable[[], None]:
+        if peer == self.rank:
+            self._own[tag].append(data)
+            return lambda: None
+        return self._group.pass_on(peer, data.contiguous(), HIDDEN, tag)
 
     @contextmanager
     def both_ends(self, gradient: torch.Tensor) -> Iterator[None]:
-        if self.last:  # the order of one worker's sum: first the head's part, then the embedding's
+        if self.first and self.last:
+            yield
+        elif self.last:  # the order of one worker's sum: first the head's part, then the embedding's
             self._group.pass_on(0, gradient, "gradient")()
             yield
             self._group.take(0, gradient, "gradient")

@@ -40,8 +40,10 @@ class Route:
         return self._leg(lengths, number, first, last)
 
     def legs_to_train(self, lengths: Sequence[int], numbers: Iterable[int], shared: Sequence[str]) -> tuple[Leg, ...]:
-        """Those of these numbers."""
-        return tuple(self.leg_to_train(lengths, number, shared) for number in numbers)
+        """Those of these numbers, of one worker: the first and the last share nothing if both are among them."""
+        own = tuple(numbers)
+        shared = () if {0, len(lengths) - 1} <= {*own} else shared
+        return tuple(self.leg_to_train(lengths, number, shared) for number in own)
 
     def _leg(self, lengths: Sequence[int], worker: int, first: tuple[str, ...], last: tuple[str, ...]) -> Leg:
         start, stop = [0, *accumulate(lengths)][worker : worker + 2]

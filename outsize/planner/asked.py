@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from outsize.distributed.group import Group
 from outsize.distributed.launch import is_worker
+from outsize.divided import LOOP
 from outsize.errors import OptionError
 from outsize.plan import Request
 from outsize.train.settings import TrainSettings
@@ -31,6 +32,7 @@ def request_of(
         commit_every=settings.commit_every,
         keeper=settings.keeper,
         zero=settings.zero,
+        legs_shape=settings.legs_shape,
         weight_copies=copies,
         shares=shares,
     )
@@ -38,8 +40,9 @@ def request_of(
 
 def _check_pipeline(settings: TrainSettings, group: Group) -> None:
     """Raises OptionError for what a pipeline cannot do, and what nothing else can."""
-    if settings.legs and not settings.pipeline:
-        raise OptionError("--legs says how --pipeline divides the model. Give both, or leave it out.")
+    for option, given in (("--legs", settings.legs), ("--legs-shape", settings.legs_shape != LOOP)):
+        if given and not settings.pipeline:
+            raise OptionError(f"{option} says how --pipeline divides the model. Give both, or leave it out.")
     if settings.pipeline and group.size == 1 and not is_worker():  # whom torchrun leaves alone has all layers
         raise OptionError(
             "--pipeline divides layers among several workers, and there is one. Give --workers 2 or more, or "

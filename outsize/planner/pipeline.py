@@ -10,7 +10,9 @@ from itertools import accumulate, pairwise
 
 from torch import nn
 
+from outsize.distributed.pipeline import order_of
 from outsize.distributed.shares import in_proportion
+from outsize.divided import LOOP, leg_of, worker_of
 from outsize.errors import BudgetError, ModelError, OptionError
 from outsize.model.route import Leg, Route, keep_legs, shared_with_head
 from outsize.model.units import Unit, find_units
@@ -18,6 +20,7 @@ from outsize.plan import Plan, Predicted
 from outsize.planner.legs import find_route
 from outsize.planner.rehearsal import bare_copy
 from outsize.planner.training import Task, plan_training
+from outsize.planner.turns import FORWARD, play_turns
 from outsize.planner.workers import Worker, as_slow
 from outsize.sizes import format_size
 from outsize.train.precision import find_precision
@@ -107,14 +110,15 @@ def _with(task: Task, legs: tuple[int, ...]) -> Task:
 @dataclass(frozen=True)
 class _Line:
     """What a worker of each leg would do, where these have so many of the repeated units: its plan, or what it would need
-    beyond its budget. `said`: which units those are. `sharers`: workers of a leg. Of more legs than workers each has every
-    so many."""
+    beyond its budget. `said`: which units those are. `sharers`: workers of a leg. Of more legs than workers each has some,
+    as their `shape` says."""
 
     legs: tuple[int, ...]
     sharers: int
     budgets: tuple[int, ...]
     found: tuple[Plan | BudgetError, ...]
     said: tuple[str, ...]
+    shape: str = LOOP
 
     @property
     def own(self) -> list[float]:
@@ -123,16 +127,31 @@ class _Line:
 
     @property
     def seconds(self) -> float:
-        """Of a step: in each lap micro-batches follow each other as fast as the slowest worker takes them, or as the first
-        comes round; and it has to go once through all the others."""
-        laps, count = len(self.legs) // len(self.found), self._micro_batches
-        once = [seconds / (laps * count) for seconds in self.own]
-        slowest, around = max(once, default=0.0), sum(once)
-        return (laps - 1) * max(count * slowest, around) + count * slowest + around - slowest
+        """Of a step in which each worker does what it would do alone, in the order of the schedule. Where some have no room
+        it says little."""
+        plans = [plan for plan in self.found if isinstance(plan, Plan)]
+        if len(plans) < len(self.found):
+            return max(self.own, default=0.0)
+        count, laps = len(plans), len(self.legs) // len(plans)
+        layer = [_seconds(plan) / (n * plan.accumulate) for plan, n in zip(plans, self._units, strict=True)]
+
+        def turn(worker: int, forward: bool, lap: int) -> float:
+            layers = self.legs[leg_of(worker, lap, count, self.shape)]
+            return layers * layer[worker] * (FORWARD if forward else 1 - FORWARD)
+
+        orders = [order_of(plan.schedule, count, n, plan.accumulate, laps) for n, plan in enumerate(plans)]
+        return play_turns(orders, turn, self.shape)
 
     @property
-    def _micro_batches(self) -> int:
-        return next((plan.accumulate for plan in self.found if isinstance(plan, Plan)), 1)
+    def _whose(self) -> list[int]:
+        """Who has each leg, by their place in line."""
+        return [worker_of(leg, len(self.found), self.shape) for leg in range(len(self.legs))]
+
+    @property
+    def _units(self) -> list[int]:
+        """How many of the repeated units each worker has."""
+        pairs = list(zip(self.legs, self._whose, strict=True))
+        return [sum(n for n, who in pairs if who == worker) for worker in range(len(self.found))]
 
     @cached_property
     def lacking(self) -> int:
@@ -147,13 +166,13 @@ class _Line:
     def eased(self) -> Iterator[tuple[int, ...]]:
         """Other legs: so many units each as it would do in the same time, if all took as long as its own do now; and those
         of now, but for one unit of the slowest at a neighbour."""
-        loads, count = self._loads(), len(self.found)
-        units = [sum(self.legs[worker::count]) for worker in range(count)]
+        loads, units, whose = self._loads(), self._units, self._whose
         if not self.lacking and max(loads) - min(loads) <= min(load / n for n, load in zip(units, loads, strict=True)):
             return  # whoever gets one more would take as long
         speeds = [n / max(load, 1e-9) for n, load in zip(units, loads, strict=True)]
-        yield in_proportion(sum(self.legs), [speeds[leg % count] for leg in range(len(self.legs))])
-        for leg in range(loads.index(max(loads)), len(self.legs), count):
+        yield in_proportion(sum(self.legs), [speeds[who] for who in whose])
+        slowest = loads.index(max(loads))
+        for leg in (leg for leg, who in enumerate(whose) if who == slowest):
             for other in (leg - 1, leg + 1):
                 if 0 <= other < len(self.legs) and self.legs[leg] > 1:
                     yield tuple(n - (number == leg) + (number == other) for number, n in enumerate(self.legs))
@@ -225,7 +244,7 @@ def _line(task: Task, route: Route, workers: Sequence[Worker], known: Known) -> 
         budgets.append(worker.memory_bytes)
         if first == 0 and isinstance(one, Plan):
             task = replace(task, request=replace(task.request, commit_every=one.commit_every))
-    return _Line(legs, sharers, tuple(budgets), tuple(found), tuple(said))
+    return _Line(legs, sharers, tuple(budgets), tuple(found), tuple(said), task.request.legs_shape)
 
 
 def _least_of(sharers: Sequence[Worker]) -> Worker:

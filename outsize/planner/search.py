@@ -75,6 +75,7 @@ class JobSizes:
             shares=request.shares or (),
             rank=request.rank,
             legs=request.legs,
+            legs_shape=request.legs_shape,
             schedule=request.schedule,
             memory_bytes=request.memory_bytes,
         )

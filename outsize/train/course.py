@@ -87,17 +87,30 @@ class LegByLeg:
     schedule: str
     laps: list[Lap]
     _came: torch.Tensor | None = None
+    _left: torch.Tensor | None = None
     _open: dict[tuple[int, int], Passage] = field(default_factory=dict)
     _parts: list[torch.Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        for lap in self.laps[1:] if self.pipeline.first else self.laps:  # where the model begins, nothing comes in
-            handle = lap.entrance.register_forward_pre_hook(self._enter, with_kwargs=True)
-            self.job.attachment.until_detached(handle)
+        for number, lap in enumerate(self.laps):
+            hooks = [lap.exit.register_forward_hook(self._leave)]
+            if number or not self.pipeline.first:  # where the model begins, nothing comes in
+                hooks += [lap.entrance.register_forward_pre_hook(partial(self._enter, number), with_kwargs=True)]
+            for handle in hooks:
+                self.job.attachment.until_detached(handle)
 
-    def _enter(self, module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        self._came = self.pipeline.take(hidden_of(given, named))
+    def _enter(self, lap: int, module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        self._came = self.pipeline.take(hidden_of(given, named), lap)
         return with_hidden(self._came.requires_grad_(torch.is_grad_enabled()), given, named)
+
+    def _leave(self, module: nn.Module, given: Any, found: torch.Tensor) -> None:
+        self._left = found
+
+    def _through(self, batch: Batch) -> torch.Tensor:
+        """What leaves the last of a leg's layers; whatever else the module makes of it is another leg's."""
+        hidden_states(self.job.model, batch)
+        assert self._left is not None, "a leg has layers"
+        return self._left
 
     def _ends(self, lap: int) -> bool:
         """The model ends in this lap."""
@@ -125,26 +138,26 @@ class LegByLeg:
     def _forward(self, lap: int, number: int, batch: Batch, counts: Counts) -> None:
         job, ends = self.job, self._ends(lap)
         with self.laps[lap].alone():
-            output = job.ending.forward(batch) if ends else hidden_states(job.model, batch)
+            output = job.ending.forward(batch) if ends else self._through(batch)
         if number == 0 and lap == len(self.laps) - 1:
             job.apply_held()  # all units have been entered
-        passage = Passage(self._came, output, (lambda: None) if ends else self.pipeline.pass_on(output))
+        passage = Passage(self._came, output, (lambda: None) if ends else self.pipeline.pass_on(output, lap))
         if ends:
             found = job.ending.ends([output], [batch], counts, number)
             self._parts += found.parts
             job.check_finite(float(found.parts[0]))
             (passage.backward,) = found.backward
         self._open[lap, number] = passage
-        self._came = None
+        self._came = self._left = None
 
     def _backward(self, lap: int, number: int) -> Callable[[], None]:
         passage = self._open.pop((lap, number))
-        gradient = None if passage.backward else self.pipeline.take_back(passage.left)
+        gradient = None if passage.backward else self.pipeline.take_back(passage.left, lap)
         passage.gone()
         with torch.random.fork_rng(devices=[]):  # units that run again restore what they drew
             passage.backward() if passage.backward else passage.left.backward(gradient)
         came = passage.came
-        return (lambda: None) if came is None or came.grad is None else self.pipeline.pass_back(came.grad)
+        return (lambda: None) if came is None or came.grad is None else self.pipeline.pass_back(came.grad, lap)
 
     def evaluate(self, batch: Batch, ending: Ending) -> float:
         loss = 0.0
@@ -153,6 +166,6 @@ class LegByLeg:
                 if self._ends(number):
                     loss = ending.evaluate(batch)
                 else:
-                    self.pipeline.pass_on(hidden_states(self.job.model, batch))()
-        self._came = None
-        return self.job.group.each(loss)[-1][0]
+                    self.pipeline.pass_on(self._through(batch), number)()
+        self._came = self._left = None
+        return self.job.group.each(loss)[-1 if self.pipeline.end else 0][0]

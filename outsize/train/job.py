@@ -89,7 +89,7 @@ class Job:
         resident -= tables.keys() | plan.split_weights
         self.attachment = Attachment(model, store, units, weights, resident, plan, device)
         self.tables = [Table(weights[name], store, users_of(model, weights[name].parameter), device) for name in tables]
-        pipeline = Line(self.group.column(plan.sharers)) if plan.legs else Pipeline()
+        pipeline = Line(self.group.column(plan.sharers), plan.legs_shape) if plan.legs else Pipeline()
         apart = plan.accumulate if plan.legs else 0
         self.gradients = Gradients(
             *(store, self.attachment, updater, plan.gradient_home, plan.hold, plan.zero == 1, plan.accumulate > 1),
@@ -106,7 +106,8 @@ class Job:
         self.course: Course = UnitByUnit(self)
         if plan.legs:
             lengths = [plan.legs[number] for number in plan.own_legs]
-            laps = laps_of(model, units, lengths, pipeline.first, find_precision(plan.precision).compute)
+            dtype = find_precision(plan.precision).compute
+            laps = laps_of(model, units, lengths, pipeline.first, pipeline.last, dtype)
             self.course = LegByLeg(self, pipeline, plan.schedule, laps)
         self._own_loop: Any = None
 

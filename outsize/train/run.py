@@ -141,6 +141,7 @@ class Run:
             "sequences": self.job.plan.sequences,
             "shares": self.job.plan.shares,
             "legs": self.job.plan.legs,
+            "legs_shape": self.job.plan.legs_shape,
             "shapes": {weight.name: weight.shape for weight in self.job.weights.values() if weight.blocks[0].split},
             "random": base64.b64encode(bytes(self.job.random_state.tolist())).decode(),
         }

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from outsize.divided import LOOP
 from outsize.errors import RunError, StorageError
 from outsize.model.new_folder import made_for
 from outsize.train.state import REMEMBERED, replace_file
@@ -16,7 +17,8 @@ from outsize.train.state import REMEMBERED, replace_file
 VERSION = 1  # of run.json
 FREE = {
     "memory", "out", "activations", "commit_every", "keeper", "keep_last", "keep_every", "eval_data", "eval_every",
-    "sample_prompt", "sample_every", "plan", "replan", "workers", "pipeline", "legs", "worker_timeout", "json",
+    "sample_prompt", "sample_every", "plan", "replan", "workers", "pipeline", "legs", "legs_shape", "worker_timeout",
+    "json",
 }  # fmt: skip
 """What may differ when a run is continued; all else must stay as it was."""
 PATHS = ("data", "eval_data", "optimizer_state", "out", "plan")
@@ -62,6 +64,7 @@ class TrainSettings:
     workers: int = 1
     pipeline: bool = False
     legs: int | None = None
+    legs_shape: str = LOOP
     zero: int = 3
     worker_timeout: float = 30.0
     json: bool = False
@@ -118,9 +121,9 @@ def continued(known: TrainSettings, told: dict[str, Any]) -> TrainSettings:
     workers = told.get("workers", known.workers)
     without: dict[str, Any] = {}
     if workers == 1 and known.workers > 1:
-        without = {"pipeline": False, "legs": None}
+        without = {"pipeline": False, "legs": None, "legs_shape": LOOP}
     elif workers != known.workers or told.get("pipeline") is False:
-        without = {"legs": None}
+        without = {"legs": None, "legs_shape": LOOP}
     return replace(known, **(without | told))
 
 

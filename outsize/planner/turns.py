@@ -1,0 +1,43 @@
+"""How long a step of a pipeline takes: the workers' orders, played against each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from outsize.distributed.pipeline import Turn
+from outsize.divided import leg_of, worker_of
+
+Seconds = Callable[[int, bool, int], float]
+"""(worker, forward or else backward, lap) -> what a turn takes."""
+FORWARD = 1 / 3  # of forward and backward: this multiplies twice as many matrices
+
+
+def play_turns(orders: Sequence[Sequence[Turn]], seconds: Seconds, shape: str) -> float:
+    """Seconds until the last of the workers is done, each of whom takes its turns in order, each when what it needs is
+    there; ways between them take none. Raises AssertionError where they wait for each other for ever."""
+    workers, laps = len(orders), 1 + max(lap for _, lap, _ in orders[0])
+    done: dict[Turn, float] = {}  # by leg
+    at, free = [0] * workers, [0.0] * workers
+
+    def needed(forward: bool, leg: int, number: int) -> Turn | None:
+        if forward:
+            return (True, leg - 1, number) if leg else None
+        return (False, leg + 1, number) if leg + 1 < workers * laps else (True, leg, number)
+
+    going = list(range(workers))
+    while going:
+        worker = going.pop()
+        while at[worker] < len(orders[worker]):
+            forward, lap, number = orders[worker][at[worker]]
+            leg = leg_of(worker, lap, workers, shape)
+            before = needed(forward, leg, number)
+            if before is not None and before not in done:
+                break
+            begin = max(free[worker], done[before] if before is not None else 0.0)
+            free[worker] = done[forward, leg, number] = begin + seconds(worker, forward, lap)
+            at[worker] += 1
+            after = leg + 1 if forward else leg - 1
+            if 0 <= after < workers * laps and (other := worker_of(after, workers, shape)) not in going:
+                going.append(other)
+    assert at == [len(order) for order in orders], f"workers of {workers} legs wait for each other for ever"
+    return max(free)
