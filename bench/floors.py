@@ -161,10 +161,13 @@ def disk(place: str, read: int, written: int, steps: int, throttled: bool = Fals
     return {"seconds": statistics.median(seconds), "bytes_read": read, "bytes_written": written}
 
 
-def together(place: str, shape: str, read: int, written: int, steps: int, throttled: bool = False) -> dict[str, Any]:
+def together(
+    place: str, shape: str, read: int, written: int, steps: int, throttled: bool = False, accumulate: int = 1
+) -> dict[str, Any]:
     """Seconds until a step's arithmetic and its bytes are done, begun at once and knowing nothing of each other: what one
     costs the other on this machine, processors and memory being the same, where nothing ever waits."""
-    model, update = _one_layer_model(SHAPES[shape], True, _forget), _update(SHAPES[shape])
+    sums = Sums() if accumulate > 1 else None
+    model, update = _one_layer_model(SHAPES[shape], True, sums.take if sums else _forget), _update(SHAPES[shape])
     seconds: list[float] = []
     updating: list[float] = []
     with _traffic(place, read, written, throttled) as move:
@@ -172,14 +175,14 @@ def together(place: str, shape: str, read: int, written: int, steps: int, thrott
             with _timed(seconds):
                 thread = Thread(target=move, args=(step,))
                 thread.start()
-                _step(model, SHAPES[shape], 1, step)
+                _step(model, SHAPES[shape], accumulate, step, sums)
                 with _timed(updating):
                     update()
                 thread.join()
     return {
         "seconds": statistics.median(seconds[1:]),
         "update_seconds": statistics.median(updating[1:]),
-        "tokens": SEQUENCE_LENGTH,
+        "tokens": accumulate * SEQUENCE_LENGTH,
         "bytes_read": read,
         "bytes_written": written,
     }
