@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import chain, combinations
@@ -25,6 +26,7 @@ from outsize.planner.rehearsal import rehearse
 from outsize.planner.search import Placement, Search
 from outsize.planner.training import Place, Planning, Task, plan_training, sample_batches
 from outsize.planner.trial import left_behind
+from outsize.planner.waking import LanePrices, seconds_of_waking
 from outsize.train.optimizers import uniform_rule
 
 LAPTOP = find_machine("laptop")
@@ -197,6 +199,36 @@ def test_planning_draws_from_nobodys_random_numbers() -> None:
     rehearse(model, Plan("mixed", 0), RULE, prices, sample_batches(model, REQUEST))
     assert prices.known.seconds
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_only_what_several_threads_compute_wakes_one_in_lanes() -> None:
+    prices, rated = LanePrices(RatedPrices(LAPTOP), 1.0), RatedPrices(LAPTOP)
+    few, many, matrix = torch.ones(100), torch.ones(1 << 16), torch.ones(8, 8)
+    for function, args, waking in (
+        (torch.ops.aten.add.Tensor, (few, few), 0.0),
+        (torch.ops.aten.add.Tensor, (many, many), 1.0),
+        (torch.ops.aten.mm.default, (matrix, matrix), 1.0),
+        (torch.ops.aten.view.default, (many, [2, -1]), 0.0),
+    ):
+        result = function(*args)
+        alone, found = (each.of(function, args, {}, result) for each in (rated, prices))
+        assert found == replace(alone, seconds=alone.seconds + waking)
+
+
+def test_what_waking_takes_is_measured_in_threads_that_end() -> None:
+    before = threading.active_count()
+    assert 0 <= seconds_of_waking() < 1
+    assert threading.active_count() == before
+
+
+def test_micro_batches_that_take_turns_are_priced_so() -> None:
+    here = place()
+    vars(here)["prices_in_lanes"] = LanePrices(here.prices, 1.0)
+    work = [
+        Planning(task(replace(REQUEST, sequence_length=512, accumulate=count), 6), here).search(KEEP).rehearsed.work
+        for count in (1, 2)
+    ]
+    assert work[0] < 1 and work[1] > 100
 
 
 # -- the search ---------------------------------------------------------------------------------------------------------
