@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from serve_table import write_part
+from serve_table import FEWER_BITS, write_part
 from shapes import LLAMA, TINY, Shape, stack
 from train import HERE, STREAMED, Bench
 
@@ -49,7 +49,8 @@ SMALL = Trial(stack(12), 1_000_000_000, 850_000_000, (1.5, 0.8), 150_000_000, ro
 def resident(bench: Bench, trial: Trial, model: str) -> None:
     options = {"memory": 3 << 30, "batches": BATCHES, "new": trial.new, "rounds": trial.rounds}
     bench.measure("resident", "served", "resident", STREAMED, model=model, **options)
-    bench.measure("resident, int8", "served", "resident", STREAMED, model=model, weights="int8", **options)
+    for weights in FEWER_BITS:
+        bench.measure(f"resident, {weights}", "served", "resident", STREAMED, model=model, weights=weights, **options)
     bench.measure("losses", "served", "losses", model=model, tokens=32 * 512)
 
 
@@ -58,7 +59,8 @@ def past(bench: Bench, trial: Trial, model: str) -> None:
     cgroup = {"place": place, "limit": trial.limit}
     options = {"memory": trial.budget, "batches": BATCHES, "new": 12, "rounds": trial.rounds}
     bench.measure("cgroup", "served", "streamed", STREAMED, **options, **cgroup)
-    bench.measure("cgroup, int8", "served", "streamed", STREAMED, weights="int8", **options, **cgroup)
+    for weights in FEWER_BITS:
+        bench.measure(f"cgroup, {weights}", "served", "streamed", STREAMED, weights=weights, **options, **cgroup)
     bench.measure("gguf", "to_gguf", "write", place=place)
     bench.measure("llama.cpp", "rivals", "llama_cpp", batches=[1, 8], new=5, **cgroup)
     bench.measure("accelerate", "rivals", "accelerate", memory=trial.offloaded, batches=[1, 8], new=4, **cgroup)

@@ -16,6 +16,7 @@ Each line of the second table is a process of its own; *near* is the part of the
 disk's *roofline* what a step reads, read alone right after it, by turns. transformers answers in a process of its own too,
 by turns with Outsize.
 """
+FEWER_BITS = ("int8", "int4")
 RESIDENT = {
     "b1": ("decoding, 1 sequence", 1.9),
     "b8": ("decoding, 8", 2.3),
@@ -25,7 +26,7 @@ RESIDENT = {
 }
 IN_CGROUP = {
     "cgroup": "Outsize, in the cgroup",
-    "cgroup, int8": "Outsize, int8 (approximate), in the cgroup",
+    **{f"cgroup, {weights}": f"Outsize, {weights} (approximate), in the cgroup" for weights in FEWER_BITS},
     "llama.cpp": "llama.cpp, mapped file, in the cgroup",
     "accelerate": "accelerate, disk, in the cgroup",
     "airllm": "airllm, in the cgroup",
@@ -50,7 +51,10 @@ def _lines(results: Results, title: str) -> Iterator[str]:
     yield title
     yield "\n## SmolLM2-135M in bf16, all resident\n"
     yield "| tokens/s | Outsize | transformers | ratio |\n|---|---:|---:|---:|"
-    for run, how in (("resident", ""), ("resident, int8", "int8 (approximate): ")):
+    for run, how in (
+        ("resident", ""),
+        *((f"resident, {weights}", f"{weights} (approximate): ") for weights in FEWER_BITS),
+    ):
         found = results.get(run, {})
         for key, (what, _) in RESIDENT.items():
             if key in found:
@@ -58,7 +62,8 @@ def _lines(results: Results, title: str) -> Iterator[str]:
                 yield f"| {how}{what} | {ours:.0f} | {theirs:.0f} | {ours / theirs:.2f} |"
     if "stored" in (loss := results.get("losses", {})):
         tokens = loss["options"]["tokens"]
-        yield f"\nMean loss of {tokens:,} tokens of Python's documentation: {loss['stored']:.4f}, as int8 {loss['int8']:.4f}."
+        others = "".join(f", as {weights} {loss[weights]:.4f}" for weights in FEWER_BITS if weights in loss)
+        yield f"\nMean loss of {tokens:,} tokens of Python's documentation: {loss['stored']:.4f}{others}."
     yield "\n## Past memory\n"
     yield from _shape(results)
     yield "| tokens/s | near | batch 1 | 8 | 32 | GB read a step | peak GiB, planned | measured |"
@@ -119,8 +124,9 @@ def _targets(results: Results) -> Iterator[tuple[str, float, float]]:
     if "b1" in cgroup:
         if "roofline" in cgroup:
             yield "in the cgroup, batch 1: share of the disk's roofline", 0.9, cgroup["roofline"]
-        if "b1" in results.get("cgroup, int8", {}):
-            yield "in the cgroup, batch 1: int8 / bf16, about twice", 1.9, results["cgroup, int8"]["b1"] / cgroup["b1"]
+        for weights, target, about in (("int8", 1.9, "twice"), ("int4", 3.5, "four times")):
+            if "b1" in (row := results.get(f"cgroup, {weights}", {})):
+                yield f"in the cgroup, batch 1: {weights} / bf16, about {about}", target, row["b1"] / cgroup["b1"]
         yield "in the cgroup: batch 8 / batch 1", 7.5, cgroup["b8"] / cgroup["b1"]
         yield "in the cgroup: batch 32 / batch 1", 28, cgroup["b32"] / cgroup["b1"]
         for name, target in (("llama.cpp", 1.6), ("accelerate", 1.8), ("airllm", 7)):

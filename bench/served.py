@@ -211,26 +211,27 @@ def decode(engine: Any, prompts: list[list[int]], new: int) -> float:
     return sum(start < moment <= end for heard in times for moment in heard) / (end - start)
 
 
-# -- int8 ---------------------------------------------------------------------------------------------------------------
+# -- fewer bits --------------------------------------------------------------------------------------------------------------
 
 
 def losses(model: str, tokens: int) -> dict[str, Any]:
-    """Mean loss over so many tokens of Python's documentation, 512 at a time, of the weights as stored and as int8."""
+    """Mean loss over so many tokens of Python's documentation, 512 at a time, of the weights as stored and in fewer
+    bits."""
     from pydoc_data.topics import topics
 
     import torch
 
     from outsize.model.load import open_model
-    from outsize.serve.int8 import use_int8
+    from outsize.serve.rounded import ROUNDINGS, use_rounded
 
     source = open_model(model)
     tokenizer = source.tokenizer()
     assert tokenizer is not None
     ids = torch.tensor(tokenizer.encode("\n".join(topics.values()))[:tokens]).view(-1, 512)
     found = {}
-    for weights in ("stored", "int8"):
+    for weights in ("stored", *ROUNDINGS):
         module = source.build(torch.bfloat16)
-        read = source.read if weights == "stored" else use_int8(module, source.read)
+        read = source.read if weights == "stored" else use_rounded(module, weights, source.read)
         _fill(module, read)
         with torch.inference_mode():
             found[weights] = statistics.fmean(float(module(one[None], labels=one[None]).loss) for one in ids)

@@ -15,7 +15,7 @@ from outsize.sizes import format_size
 
 WIDTH = 80  # columns that a plan prints itself on
 SPARE = 0.02  # of the budget: as much as predictions are off, and a plan made elsewhere may find less
-STORED, INT8 = "stored", "int8"  # precisions of a plan for serving
+STORED, INT8, INT4 = "stored", "int8", "int4"  # precisions of a plan for serving
 LATITUDE = 0.04  # of its prediction, by which a peak may be above it: less than the 5% by which it may be off
 CAUSES = {
     "compute_seconds": "compute",
@@ -215,7 +215,7 @@ class Plan(Divided):
     @property
     def exactness(self) -> str:
         """`exact`, `rounding` or `approximate`, the loosest of all choices."""
-        if self.precision in ("bf16", INT8) or self.moments == "bf16":
+        if self.precision in ("bf16", INT8, INT4) or self.moments == "bf16":
             return "approximate"
         return "rounding" if self.blocked_loss else "exact"
 
@@ -286,7 +286,7 @@ def _service(plan: Plan, served: Served, predicted: Predicted) -> list[tuple[str
             "a step takes",
             f"{served.step_seconds * 1e3:,.0f} ms, and reads {format_size(predicted.bytes_read)} from disk",
         ),
-        *([("numbers", plan.exactness)] if plan.precision == INT8 else []),
+        *([("numbers", plan.exactness)] if plan.precision != STORED else []),
     ]
 
 
@@ -301,15 +301,15 @@ class ServeRequest:
     concurrency: int | None = None
     step_tokens: int = 512
     weights: str = STORED
-    """How those of linear layers are held: as in the files, or in 8 bits."""
+    """How those of linear layers are held: as in the files, or in 8 or 4 bits."""
 
     @property
     def seats(self) -> int:
         return 32 if self.concurrency is None else self.concurrency
 
     def __post_init__(self) -> None:
-        if self.weights not in (STORED, INT8):
-            raise OptionError(f"weights {self.weights!r} is unknown; there are {STORED} and {INT8}.")
+        if self.weights not in (STORED, INT8, INT4):
+            raise OptionError(f"weights {self.weights!r} is unknown; there are {STORED}, {INT8} and {INT4}.")
         if self.seats < 1 or self.step_tokens < self.seats:
             raise OptionError(
                 f"A step of {self.step_tokens} tokens is too small for {self.seats} sequences; each takes at least one."

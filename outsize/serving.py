@@ -29,7 +29,7 @@ from outsize.model.fingerprint import Summed, fingerprint_model, fingerprint_wei
 from outsize.model.load import ModelSource, open_model
 from outsize.model.route import Leg
 from outsize.model.units import find_units
-from outsize.plan import INT8, STORED, Plan, ServeRequest
+from outsize.plan import STORED, Plan, ServeRequest
 from outsize.planner.serving import plan_serving
 from outsize.planner.serving_forecast import with_forecast
 from outsize.planner.serving_workers import (
@@ -44,8 +44,8 @@ from outsize.planner.training import Place
 from outsize.serve.attention import use_paged_attention
 from outsize.serve.engine import Engine as StepEngine
 from outsize.serve.far_index import FarIndex
-from outsize.serve.int8 import Read, use_int8
 from outsize.serve.request import Sampling
+from outsize.serve.rounded import ROUNDINGS, Read, stored_names, use_rounded
 from outsize.serve.runner import Runner
 from outsize.serve.schedule import POLICIES
 from outsize.serve.service import Completion, Service
@@ -60,8 +60,8 @@ class Engine(Service):
     """Serves the model at `model` (folder, .gguf file or hub id) within `memory`: `generate`, `stream`, `astream`.
 
     `context` tokens of prompt and answer at most, `concurrency` sequences in one step of up to `step_tokens` tokens, who get
-    memory before weights do (None: 32, where there is room to spare); `weights` "int8" holds those of linear layers in 8
-    bits (approximate), else they are as stored; `policy` is one of fcfs, feedback, fair, priority.
+    memory before weights do (None: 32, where there is room to spare); `weights` "int8" or "int4" holds those of linear layers
+    in 8 or 4 bits (approximate), else they are as stored; `policy` is one of fcfs, feedback, fair, priority.
     Keys and values without a place in memory go to `scratch`, or to `kv_directory`, where another engine over the same
     weights finds them again. `plan` says what was decided. Of a `group` of several workers this is the first; the others
     `follow`. Close it, or use it in a `with` statement.
@@ -113,8 +113,9 @@ class Part:
         request = ServeRequest(limit, context, concurrency, step_tokens, weights)
         compile_few_kernels()
         self.source, self.module, self._read, self.tokenizer = _opened(model, weights)
-        names = [name for name, _ in self.module.named_parameters()]
-        self.identity = fingerprint_weights(self.source.config, names, self._read)
+        facts = [] if weights == STORED else [weights]
+        names = stored_names(self.module)
+        self.identity = fingerprint_weights(self.source.config, names, self.source.read, *facts)
         if group.size > 1:
             version = f"{outsize_version('outsize')} on torch {torch.__version__}"
             asked = {**vars(replace(request, memory_bytes=0)), "kv_directory": kv_directory is not None}
@@ -212,14 +213,15 @@ def plan_service(
 
 
 def _opened(model: str, weights: str) -> tuple[ModelSource, Any, Read, Any]:
-    """A model's files, its module without weights in the dtype of the files, or with linear layers of int8, attending over
-    pages; what reads its weights; and its tokenizer: all that is there when a plan asks what the process holds already."""
+    """A model's files, its module without weights in the dtype of the files, or with linear layers in fewer bits, attending
+    over pages; what reads its weights; and its tokenizer: all that is there when a plan asks what the process
+    holds already."""
     with lasting():
         source = open_model(model)
         stored = source.config.dtype if isinstance(source.config.dtype, torch.dtype) else torch.bfloat16
         module = (source.build if source.files.has_weights else source.outline)(stored)
     use_paged_attention(module)
-    read = use_int8(module, source.read) if weights == INT8 else source.read
+    read = use_rounded(module, weights, source.read) if weights in ROUNDINGS else source.read
     return source, module, read, source.tokenizer()
 
 

@@ -27,7 +27,8 @@ StepTokens = Annotated[int, typer.Option(min=1, help="When serving: tokens compu
 Weights = Annotated[
     str,
     typer.Option(
-        help="Of linear layers when serving: as stored, or int8 (approximate): half of bf16's bytes to hold and to stream."
+        help="Of linear layers when serving: as stored, or int8 or int4 (approximate): half of bf16's bytes to hold and to "
+        "stream, or 31%."
     ),
 ]
 Scratch = Annotated[Path | None, typer.Option(help="Folder for weights that stream; the system's own otherwise.")]

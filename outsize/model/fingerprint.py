@@ -19,12 +19,14 @@ def fingerprint_model(config: Any) -> str:
     return _digest(json.dumps(values, sort_keys=True, default=str))
 
 
-def fingerprint_weights(config: Any, names: Iterable[str], read: Callable[[str, int, int], torch.Tensor]) -> str:
-    """Of a configuration and the first row of each weight: 16 hexadecimal digits."""
+def fingerprint_weights(
+    config: Any, names: Iterable[str], read: Callable[[str, int, int], torch.Tensor], *facts: Any
+) -> str:
+    """Of a configuration, the first row of each weight, and whatever else is of account: 16 hexadecimal digits."""
     summed = Summed(read)
     for name in names:
         summed.read(name, 0, 1)
-    return summed.digest(fingerprint_model(config))
+    return summed.digest(fingerprint_model(config), *facts)
 
 
 def fingerprint_tokenizer(tokenizer: Any) -> str:

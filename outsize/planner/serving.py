@@ -15,7 +15,7 @@ from outsize.memory.tier import pages
 from outsize.model.route import Leg
 from outsize.model.units import Unit
 from outsize.model.vocabulary import Table
-from outsize.plan import INT8, KvLayer, Plan, Predicted, ServeRequest, Serving
+from outsize.plan import STORED, KvLayer, Plan, Predicted, ServeRequest, Serving
 from outsize.planner.needs import KERNELS, PACKED, THREADS, changes_of, held_for
 from outsize.planner.serving_forecast import run_step
 from outsize.planner.sizes_of import SMALL
@@ -25,6 +25,7 @@ from outsize.serve.attention import Discovery, context_limit
 from outsize.serve.cache import page_shape
 from outsize.serve.layout import Span
 from outsize.serve.products import LinearCalls, can_pack
+from outsize.serve.rounded import describe_rounded
 from outsize.sizes import format_size
 from outsize.train.job import always_near, users_of
 
@@ -93,7 +94,11 @@ def plan_serving(
         memory_bytes=request.memory_bytes,
         predicted=Predicted(room.taken.total(), 0, far, 0, far, memory=memory),
         serving=serving,
-        reasons=(*_about_int8(model, request), _about_weights(sum(sizes.values()) - far, far), _about_pages(serving)),
+        reasons=(
+            *_about_rounded(model, request),
+            _about_weights(sum(sizes.values()) - far, far),
+            _about_pages(serving),
+        ),
     )
 
 
@@ -274,12 +279,8 @@ def _about_weights(near: int, far: int) -> str:
     return f"weights: {format_size(near)} stay near, {format_size(far)} stream past in each step"
 
 
-def _about_int8(model: nn.Module, request: ServeRequest) -> list[str]:
-    if request.weights != INT8:
-        return []
-    rounded = sum(p.numel() for p in model.parameters() if p.dtype is torch.int8)
-    share = rounded / sum(p.numel() for p in model.parameters())
-    return [f"approximate: {share:.0%} of the weights are rounded to 8 bits, with a scale for each output"]
+def _about_rounded(model: nn.Module, request: ServeRequest) -> list[str]:
+    return [] if request.weights == STORED else [f"approximate: {describe_rounded(model, request.weights)}"]
 
 
 def _about_pages(serving: Serving) -> str:
