@@ -125,11 +125,11 @@ def planning(
     """Plans of one job within one memory after another; all else is measured once, so that memory alone makes them differ.
 
     For the `task` train, `request` takes the fields of `outsize.plan.Request` (sequence_length, batch_size, accumulate,
-    precision, moments, clip, loss, activations, commit_every, keeper, zero, legs_shape), and its batch is what all `workers`
-    do together (None: one for each device of a cluster, or for each of its nodes); as a `pipeline` each has a run of layers,
-    and the plan is that of who needs most; of fewer `legs` than workers, several divide each, and of more each has several.
-    For `serve`, it takes context, concurrency, step_tokens and weights, and `workers` divide the model's layers (None: one
-    has all).
+    precision, moments, clip, loss, activations, commit_every, keeper, zero, legs_shape, zero_bubble), and its batch is what
+    all `workers` do together (None: one for each device of a cluster, or for each of its nodes); as a `pipeline` each has a
+    run of layers, and the plan is that of who needs most; of fewer `legs` than workers, several divide each, and of more each
+    has several. For `serve`, it takes context, concurrency, step_tokens and weights, and `workers` divide the model's layers
+    (None: one has all).
     `machine` is the name or file of one described, None this one, whose disk is that of `directory`. `model` may be a
     folder that holds nothing but config.json. Raises OptionError or ModelError; the plans raise BudgetError."""
     _check_asked(task, request, pipeline, legs)

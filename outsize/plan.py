@@ -141,8 +141,8 @@ class Plan(Divided):
     these all together have `weight_copies`: one, or one on each of several `nodes`. What is divided is so in proportion to
     `shares`, equally if there are none, and so are a step's sequences to `sequences`; the plan is that of worker `rank`.
     With `legs` they are a pipeline: each leg has so many of the repeated units, and micro-batches go from one to the next in
-    the order of `schedule` (gpipe, 1f1b, interleaved or v); of several workers of a leg each has its share, as said, and of
-    more legs than workers each has several, as `legs_shape` says. `packed`: weights near,
+    the order of `schedule` (gpipe, 1f1b, interleaved, v or zero-bubble); of several workers of a leg each has its share, as
+    said, and of more legs than workers each has several, as `legs_shape` says. `packed`: weights near,
     in groups that are multiplied at once, which are held as the processor's matrix products read them. `serving`: what a
     plan for serving says beside, and `served` what that means for requests."""
 
@@ -324,7 +324,8 @@ class Request(Divided):
 
     `keeper`: memory that outlives the process is to hold the last step. `weight_copies`: how many there are already, as a
     plan has it, and `sequences` and `shares`, too. `rank`: the worker that is planned for. `legs`: how many of the
-    repeated units each leg has, in a pipeline, and `legs_shape` the way through them."""
+    repeated units each leg has, in a pipeline, `legs_shape` the way through them; with `zero_bubble` their backward is in
+    halves."""
 
     memory_bytes: int
     sequence_length: int = 512
@@ -347,10 +348,16 @@ class Request(Divided):
     rank: int = 0
     legs: tuple[int, ...] = ()
     legs_shape: str = LOOP
+    zero_bubble: bool = False
 
     def __post_init__(self) -> None:
         if self.legs_shape not in SHAPES:
             raise OptionError(f"legs_shape {self.legs_shape!r} is unknown; there are {' and '.join(SHAPES)}.")
+        if self.zero_bubble and (self.legs_shape != V or self.activations not in ("auto", "keep")):
+            raise OptionError(
+                "Without a bubble gradients of weights wait for those of activations, in legs that lie as a v, and all "
+                "activations are kept. Give --legs-shape v, and no other --activations than keep; or leave out --zero-bubble."
+            )
         if self.zero not in (1, 2, 3):
             raise OptionError(f"ZeRO has no level {self.zero}; there are 1, 2 and 3.")
         if self.workers % self.nodes:
@@ -361,7 +368,7 @@ class Request(Divided):
         """The order in which each worker of a pipeline holds the activations of the fewest micro-batches; of several legs
         each, the one in which they wait the least."""
         if self.laps > 1:
-            return "v" if self.legs_shape == V else "interleaved"
+            return "interleaved" if self.legs_shape == LOOP else "zero-bubble" if self.zero_bubble else "v"
         return "1f1b" if self.accumulate >= len(self.legs) else "gpipe"
 
     @property

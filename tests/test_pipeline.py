@@ -13,7 +13,7 @@ from exactness import VOCABULARY
 from models import tiny_model
 from workers import Case, Crew, Found
 
-from outsize.distributed.pipeline import Turn, order_of, returning
+from outsize.distributed.pipeline import BACKWARD, FORWARD, HALVES, WEIGHTS, Turn, order_of, returning
 from outsize.divided import LOOP, V, leg_of, worker_of
 from outsize.errors import OptionError
 from outsize.machine.find import find_machine
@@ -60,6 +60,7 @@ def test_a_pipeline_gives_the_bits_of_one_worker(gang: Crew, tmp_path: Path, cas
 
 LAPS = Case(legs=(1, 1, 1, 1), schedule="interleaved", steps=2)
 VEE = replace(LAPS, legs_shape="v", schedule="v")
+ZERO = replace(VEE, schedule=HALVES, activations="keep")
 
 
 @pytest.mark.parametrize(
@@ -73,6 +74,9 @@ VEE = replace(LAPS, legs_shape="v", schedule="v")
         replace(VEE, tied=True, table_rows=40, precision="mixed", sequences=5, placement="near", activations="keep"),
         replace(VEE, layers=7, legs=(2, 1, 1, 3), optimizer="muon", placement="mixed", activations="move"),
         replace(VEE, workers=3, layers=6, legs=(1,) * 6, family="qwen3", sequences=2, tied=True, table_rows=40),
+        ZERO,
+        replace(ZERO, tied=True, table_rows=40, precision="mixed", sequences=5, placement="near", optimizer="muon"),
+        replace(ZERO, workers=3, layers=6, legs=(1,) * 6, family="qwen3", sequences=2, placement="mixed"),
     ],
     ids=str,
 )
@@ -207,7 +211,7 @@ def test_laps_come_in_the_order_of_torch_s_schedule() -> None:
 
 
 def test_there_and_back_comes_in_the_order_of_torch_s_schedule() -> None:
-    """Whose backward is in two pieces, of which the first is what passes something on."""
+    """Whose backward is in halves, of which the first passes something on."""
     from torch.distributed.pipelining import schedules
 
     for workers, count in ((2, 2), (2, 4), (3, 7), (4, 6), (4, 9)):
@@ -217,16 +221,14 @@ def test_there_and_back_comes_in_the_order_of_torch_s_schedule() -> None:
                 stage.group_size, stage.group_rank = workers, worker
             known = schedules.ScheduleZBVZeroBubble(stages, count, loss_fn=lambda output, target: output.sum())
             asked = [action for action in known.pipeline_order[worker] if action is not None]
-            kinds = {"FORWARD": True, "BACKWARD_INPUT": False}
-            expected = [
-                (kinds[a.computation_type.name], a.stage_index // workers, a.microbatch_index)
-                for a in asked
-                if a.computation_type.name in kinds
-            ]
-            assert order_of("v", workers, worker, count, 2) == expected
+            kinds = {"FORWARD": FORWARD, "BACKWARD_INPUT": BACKWARD, "BACKWARD_WEIGHT": WEIGHTS}
+            expected = [(kinds[a.computation_type.name], a.stage_index // workers, a.microbatch_index) for a in asked]
+            assert order_of(HALVES, workers, worker, count, 2) == expected
+            whole = [turn for turn in expected if turn[0] != WEIGHTS]
+            assert order_of("v", workers, worker, count, 2) == whole
 
 
-WAYS = [("1f1b", LOOP, 1), *(("interleaved", LOOP, laps) for laps in (2, 3, 4)), ("v", V, 2)]
+WAYS = [("1f1b", LOOP, 1), *(("interleaved", LOOP, laps) for laps in (2, 3, 4)), ("v", V, 2), (HALVES, V, 2)]
 
 
 @pytest.mark.parametrize("workers", range(2, 7))
@@ -234,15 +236,16 @@ def test_no_worker_waits_for_ever(workers: int) -> None:
     """Whoever passes something on waits for nobody; but of gradients only so many may be on their way."""
     for (schedule, shape, laps), count in product(WAYS, range(1, 14)):
         orders = [order_of(schedule, workers, worker, count, laps) for worker in range(workers)]
-        assert all(sorted(order) == sorted(product((False, True), range(laps), range(count))) for order in orders)
-        done: set[tuple[bool, int, int]] = set()  # by leg
+        kinds = (BACKWARD, FORWARD, WEIGHTS) if schedule == HALVES else (BACKWARD, FORWARD)
+        assert all(sorted(order) == sorted(product(kinds, range(laps), range(count))) for order in orders)
+        done: set[Turn] = set()  # by leg
         at, moved = [0] * workers, True
         while moved:
             moved = False
             for worker, order in enumerate(orders):
                 while at[worker] < len(order) and _may(order, at[worker], worker, workers, laps, shape, done):
-                    forward, lap, number = order[at[worker]]
-                    done.add((forward, leg_of(worker, lap, workers, shape), number))
+                    what, lap, number = order[at[worker]]
+                    done.add((what, leg_of(worker, lap, workers, shape), number))
                     at[worker], moved = at[worker] + 1, True
         assert at == [len(order) for order in orders], (schedule, workers, laps, count)
 
@@ -261,12 +264,14 @@ def test_there_and_back_all_hold_as_many_micro_batches(workers: int) -> None:
 
 def _may(order: list[Turn], at: int, worker: int, workers: int, laps: int, shape: str, done: set[Turn]) -> bool:
     """What the turn takes has been passed on, and of what the worker has passed back enough has been taken."""
-    forward, lap, number = order[at]
+    what, lap, number = order[at]
     leg = leg_of(worker, lap, workers, shape)
-    if forward:
-        return not leg or (True, leg - 1, number) in done
-    sent = [(leg_of(worker, lap, workers, shape), number) for forward, lap, number in order[:at] if not forward]
+    if what == WEIGHTS:
+        return (BACKWARD, leg, number) in done
+    if what == FORWARD:
+        return not leg or (FORWARD, leg - 1, number) in done
+    sent = [(leg_of(worker, lap, workers, shape), number) for what, lap, number in order[:at] if what == BACKWARD]
     waited = sent[: max(len(sent) + 1 - returning(laps), 0)]
     away = ((leg - 1, number) for leg, number in waited if leg and worker_of(leg - 1, workers, shape) != worker)
-    taken = all((False, *passed) in done for passed in away)
-    return taken and (leg == workers * laps - 1 or (False, leg + 1, number) in done)
+    taken = all((BACKWARD, *passed) in done for passed in away)
+    return taken and (leg == workers * laps - 1 or (BACKWARD, leg + 1, number) in done)

@@ -64,7 +64,7 @@ def test_a_run_goes_on_with_other_numbers_of_workers(
 ) -> None:
     """All have the bits of one worker, with several legs each, too. A worker that is killed is named by the others."""
     given = settings | {"out": str(tmp_path / "run")}
-    there_and_back = {"legs_shape": "v"}
+    there_and_back = {"legs_shape": "v", "zero_bubble": True}
     for workers, more, line, victim in (
         (2, there_and_back, 1, 1),
         (1, {}, 2, 0),
@@ -126,6 +126,10 @@ def numbers(run: Path) -> list[float]:
         ({"pipeline": False, "legs": 2}, "--legs says how --pipeline divides the model"),
         ({"pipeline": False, "legs_shape": "v"}, "--legs-shape says how --pipeline divides the model"),
         ({"legs_shape": "v", "legs": 2}, "each of 2 workers has two, and these are 2. Leave --legs out, or give 4."),
+        (
+            {"zero_bubble": True},
+            "Give --legs-shape v, and no other --activations than keep; or leave out --zero-bubble.",
+        ),
         ({"legs_shape": "w"}, "legs_shape 'w' is unknown; there are loop and v"),
         ({"legs": 3}, "2 workers cannot be equally many for each of 3 legs, or have equally many of them each"),
     ],

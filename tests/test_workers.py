@@ -171,6 +171,7 @@ def test_shares_of_any_size_do_not_show_in_the_numbers(gang: Crew, tmp_path: Pat
         Case(workers=4, legs=(2, 2), nodes=2),
         Case(legs=(1, 1, 1, 1), schedule="interleaved", steps=2, tied=True, table_rows=40),
         Case(legs=(1, 1, 1, 1), legs_shape="v", schedule="v", steps=2, tied=True, table_rows=40),
+        Case(legs=(1, 1, 1, 1), legs_shape="v", schedule="zero-bubble", steps=2, activations="keep"),
     ],
     ids=str,
 )

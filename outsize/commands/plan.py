@@ -33,7 +33,7 @@ ASKED = {
     "train": {
         *("sequence_length", "batch_size", "accumulate", "precision", "moments", "optimizer", "optimizer_option"),
         *("clip", "loss", "activations", "commit_every", "keeper", "block_class"),
-        *("workers", "pipeline", "legs", "legs_shape", "zero"),
+        *("workers", "pipeline", "legs", "legs_shape", "zero_bubble", "zero"),
     },
     "serve": {"context", "concurrency", "step_tokens", "weights", "workers"},
 }
@@ -65,6 +65,7 @@ def plan(
     pipeline: options.Pipeline = False,
     legs: options.Legs = None,
     legs_shape: options.LegsShape = "loop",
+    zero_bubble: options.ZeroBubble = False,
     zero: options.Zero = 3,
     block_class: options.BlockClass = None,
     context: serving.Context = None,

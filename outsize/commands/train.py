@@ -58,6 +58,7 @@ def train(
     pipeline: options.Pipeline = False,
     legs: options.Legs = None,
     legs_shape: options.LegsShape = "loop",
+    zero_bubble: options.ZeroBubble = False,
     zero: options.Zero = 3,
     worker_timeout: options.WorkerTimeout = 30.0,
     json_lines: Json = False,

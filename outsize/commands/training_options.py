@@ -89,6 +89,13 @@ LegsShape = Annotated[
         "it came, two legs for each: the first has embedding and head, and all hold equally many micro-batches."
     ),
 ]
+ZeroBubble = Annotated[
+    bool,
+    typer.Option(
+        help="Of a pipeline whose legs lie as a v: gradients of weights are found while others would be waited for. "
+        "Activations are kept."
+    ),
+]
 Zero = Annotated[
     int, typer.Option(min=1, max=3, help="Workers divide optimizer state (1), gradients too (2), weights too (3).")
 ]

@@ -14,8 +14,11 @@ from outsize.divided import LOOP, leg_of, worker_of
 
 HIDDEN = "activation"  # in the ledger
 ON, BACK = 0, 1  # tags: of two workers the one before is the one after
-Turn = tuple[bool, int, int]
-"""(forward, or else backward; in which lap; of which micro-batch)."""
+BACKWARD, FORWARD, WEIGHTS = 0, 1, 2
+Turn = tuple[int, int, int]
+"""(forward, or backward; in which lap; of which micro-batch). Where backward is in two halves it is the first, and what finds
+the gradients of weights a turn of its own."""
+HALVES = "zero-bubble"
 
 
 def order_of(schedule: str, workers: int, worker: int, micro_batches: int, laps: int = 1) -> list[Turn]:
@@ -25,15 +28,16 @@ def order_of(schedule: str, workers: int, worker: int, micro_batches: int, laps:
     `gpipe` (arXiv 1811.06965): all forward, then all backward. `1f1b` (PipeDream-Flush, arXiv 2006.09503): once the first has
     come back, each forward follows a backward, so that no more are under way than workers follow. `interleaved` (arXiv
     2104.04473): so, too, in laps; micro-batches take a lap in groups of as many as there are workers, or a few more. `v`
-    (ZB-V, arXiv 2401.10241, with backward in one piece): two laps, there and back. As
+    (ZB-V, arXiv 2401.10241, with backward in one piece): two laps, there and back; `zero-bubble`: so, too, in halves. As
     `torch.distributed.pipelining` has them, whose import alone takes 73 MiB of each worker's memory."""
-    if schedule == "v":
-        return _there_and_back(workers, worker, micro_batches)
+    if schedule in ("v", HALVES):
+        order = _there_and_back(workers, worker, micro_batches)
+        return order if schedule == HALVES else [turn for turn in order if turn[0] != WEIGHTS]
     count = max(micro_batches // workers, 1) if schedule == "interleaved" else 1
     cuts = [-(-micro_batches * number // count) for number in range(count + 1)]
     groups = [range(*cut) for cut in pairwise(cuts)]
-    on = [(True, lap, number) for group in groups for lap in range(laps) for number in group]
-    back = [(False, lap, number) for group in groups for lap in reversed(range(laps)) for number in group]
+    on = [(FORWARD, lap, number) for group in groups for lap in range(laps) for number in group]
+    back = [(BACKWARD, lap, number) for group in groups for lap in reversed(range(laps)) for number in group]
     ahead = {
         "gpipe": len(on),
         "1f1b": workers - worker,
@@ -47,12 +51,14 @@ def order_of(schedule: str, workers: int, worker: int, micro_batches: int, laps:
 
 def _there_and_back(workers: int, worker: int, micro_batches: int) -> list[Turn]:
     """Of all workers each holds as many micro-batches: who has the first leg has the last one, too."""
-    on, on_again, back_again, back = (True, 0), (True, 1), (False, 1), (False, 0)
+    on, on_again, back_again, back = (FORWARD, 0), (FORWARD, 1), (BACKWARD, 1), (BACKWARD, 0)
+    own, own_again = (WEIGHTS, 0), (WEIGHTS, 1)
     after, full = workers - worker, max(2 * workers - 1, micro_batches)  # fewer leave turns out
-    order = [on] * (2 * after - 1) + [on_again, on] * worker + [on_again, back_again] * after
-    order += [on, back, on_again, back_again] * (full + worker + 1 - 2 * workers)
-    order += [back, on_again, back_again] * (after - 1) + [back, back_again] * worker + [back] * after
-    seen: Counter[tuple[bool, int]] = Counter()
+    again = [on_again, back_again, own_again]
+    order = [on] * (2 * after - 1) + [on_again, on] * worker + again * after
+    order += [on, back, own, *again] * (full + worker + 1 - 2 * workers) + [back, own, *again] * (after - 1)
+    order += [back, back_again] * worker + [back, own] * after + [own_again] * worker + [own] * worker
+    seen: Counter[tuple[int, int]] = Counter()
     turns = []
     for turn in order:
         turns.append((*turn, seen[turn]))

@@ -33,6 +33,7 @@ def request_of(
         keeper=settings.keeper,
         zero=settings.zero,
         legs_shape=settings.legs_shape,
+        zero_bubble=settings.zero_bubble,
         weight_copies=copies,
         shares=shares,
     )

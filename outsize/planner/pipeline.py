@@ -10,7 +10,7 @@ from itertools import accumulate, pairwise
 
 from torch import nn
 
-from outsize.distributed.pipeline import order_of
+from outsize.distributed.pipeline import BACKWARD, HALVES, order_of
 from outsize.distributed.shares import in_proportion
 from outsize.divided import LOOP, leg_of, worker_of
 from outsize.errors import BudgetError, ModelError, OptionError
@@ -20,7 +20,7 @@ from outsize.plan import Plan, Predicted
 from outsize.planner.legs import find_route
 from outsize.planner.rehearsal import bare_copy
 from outsize.planner.training import Task, plan_training
-from outsize.planner.turns import FORWARD, play_turns
+from outsize.planner.turns import play_turns
 from outsize.planner.workers import Worker, as_slow
 from outsize.sizes import format_size
 from outsize.train.precision import find_precision
@@ -135,9 +135,10 @@ class _Line:
         count, laps = len(plans), len(self.legs) // len(plans)
         layer = [_seconds(plan) / (n * plan.accumulate) for plan, n in zip(plans, self._units, strict=True)]
 
-        def turn(worker: int, forward: bool, lap: int) -> float:
-            layers = self.legs[leg_of(worker, lap, count, self.shape)]
-            return layers * layer[worker] * (FORWARD if forward else 1 - FORWARD)
+        def turn(worker: int, what: int, lap: int) -> float:
+            """Backward multiplies twice as many matrices as forward, half of them for weights."""
+            parts = 2 if what == BACKWARD and plans[0].schedule != HALVES else 1
+            return self.legs[leg_of(worker, lap, count, self.shape)] * layer[worker] * parts / 3
 
         orders = [order_of(plan.schedule, count, n, plan.accumulate, laps) for n, plan in enumerate(plans)]
         return play_turns(orders, turn, self.shape)

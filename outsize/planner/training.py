@@ -194,7 +194,9 @@ class Planning:
         choices = {"keep": KEEP, "recompute": RECOMPUTE, "move": MOVE}
         if request.activations not in ("auto", *choices):
             raise OptionError(f"activations {request.activations!r} is unknown; there are auto, {', '.join(choices)}.")
-        return [KEEP, RECOMPUTE] if request.activations == "auto" else [choices[request.activations]]
+        if request.activations != "auto":
+            return [choices[request.activations]]
+        return [KEEP] if request.zero_bubble else [KEEP, RECOMPUTE]  # what is computed again would be so in each half
 
     @property
     def least(self) -> Search:

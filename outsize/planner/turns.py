@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from outsize.distributed.pipeline import Turn
+from outsize.distributed.pipeline import FORWARD, WEIGHTS, Turn
 from outsize.divided import leg_of, worker_of
 
-Seconds = Callable[[int, bool, int], float]
-"""(worker, forward or else backward, lap) -> what a turn takes."""
-FORWARD = 1 / 3  # of forward and backward: this multiplies twice as many matrices
+Seconds = Callable[[int, int, int], float]
+"""(worker, what, lap) -> what a turn takes."""
 
 
 def play_turns(orders: Sequence[Sequence[Turn]], seconds: Seconds, shape: str) -> float:
@@ -19,24 +18,24 @@ def play_turns(orders: Sequence[Sequence[Turn]], seconds: Seconds, shape: str) -
     done: dict[Turn, float] = {}  # by leg
     at, free = [0] * workers, [0.0] * workers
 
-    def needed(forward: bool, leg: int, number: int) -> Turn | None:
-        if forward:
-            return (True, leg - 1, number) if leg else None
-        return (False, leg + 1, number) if leg + 1 < workers * laps else (True, leg, number)
+    def needed(what: int, leg: int, number: int) -> Turn | None:
+        """A worker's own turns come in order anyway."""
+        before = leg - 1 if what == FORWARD else leg + 1
+        return (what, before, number) if what != WEIGHTS and 0 <= before < workers * laps else None
 
     going = list(range(workers))
     while going:
         worker = going.pop()
         while at[worker] < len(orders[worker]):
-            forward, lap, number = orders[worker][at[worker]]
+            what, lap, number = orders[worker][at[worker]]
             leg = leg_of(worker, lap, workers, shape)
-            before = needed(forward, leg, number)
+            before = needed(what, leg, number)
             if before is not None and before not in done:
                 break
             begin = max(free[worker], done[before] if before is not None else 0.0)
-            free[worker] = done[forward, leg, number] = begin + seconds(worker, forward, lap)
+            free[worker] = done[what, leg, number] = begin + seconds(worker, what, lap)
             at[worker] += 1
-            after = leg + 1 if forward else leg - 1
+            after = leg + 1 if what == FORWARD else leg - 1
             if 0 <= after < workers * laps and (other := worker_of(after, workers, shape)) not in going:
                 going.append(other)
     assert at == [len(order) for order in orders], f"workers of {workers} legs wait for each other for ever"

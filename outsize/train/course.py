@@ -12,11 +12,12 @@ import torch
 from torch import nn
 
 from outsize.distributed.group import Group
-from outsize.distributed.pipeline import Pipeline, order_of, returning
+from outsize.distributed.pipeline import FORWARD, HALVES, WEIGHTS, Pipeline, order_of, returning
 from outsize.model.attach import Attachment
+from outsize.model.halves import in_halves
 from outsize.model.laps import Lap
 from outsize.model.route import hidden_of, with_hidden
-from outsize.train.ending import Batch, Counts, Ending, hidden_states
+from outsize.train.ending import Batch, Begin, Counts, Ending, hidden_states
 
 
 class Steps(Protocol):
@@ -58,7 +59,7 @@ class UnitByUnit:
         ends = ending.ends(outputs, micro_batches, counts)
         loss = job.check_loss(float(ending.total(ends.parts, counts)))
         del outputs
-        job.backward(ends.backward)
+        job.backward([partial(torch.autograd.backward, *begin) for begin in ends.begins])
         return loss
 
     def evaluate(self, batch: Batch, ending: Ending) -> float:
@@ -68,12 +69,12 @@ class UnitByUnit:
 @dataclass
 class Passage:
     """A micro-batch between its forward and its backward: what came in, what went out, and what waits until it has gone; at
-    the end of the model, what begins its backward."""
+    the end of the model, where its backward begins."""
 
     came: torch.Tensor | None
     left: torch.Tensor
     gone: Callable[[], None]
-    backward: Callable[[], None] | None = None
+    begin: Begin | None = None
 
 
 @dataclass
@@ -89,6 +90,7 @@ class LegByLeg:
     _came: torch.Tensor | None = None
     _left: torch.Tensor | None = None
     _open: dict[tuple[int, int], Passage] = field(default_factory=dict)
+    _later: dict[tuple[int, int], Callable[[], None]] = field(default_factory=dict)
     _parts: list[torch.Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -120,16 +122,18 @@ class LegByLeg:
         job, count = self.job, len(self.laps)
         order = order_of(self.schedule, self.pipeline.size, self.pipeline.rank, len(micro_batches), count)
         sent: deque[Callable[[], None]] = deque()
-        self._open, self._parts = {}, []
+        self._open, self._later, self._parts = {}, {}, []
         with job.attachment.traversal():
             job.update_unentered()
-            for forward, lap, number in order:
-                if forward:
+            for what, lap, number in order:
+                if what == FORWARD:
                     self._forward(lap, number, micro_batches[number], counts)
-                    continue
-                if len(sent) == returning(count):
-                    sent.popleft()()
-                sent.append(self._backward(lap, number))
+                elif what == WEIGHTS:
+                    self._later.pop((lap, number))()
+                else:
+                    if len(sent) == returning(count):
+                        sent.popleft()()
+                    sent.append(self._backward(lap, number))
             while sent:
                 sent.popleft()()
             job.finish_tables()
@@ -146,18 +150,28 @@ class LegByLeg:
             found = job.ending.ends([output], [batch], counts, number)
             self._parts += found.parts
             job.check_finite(float(found.parts[0]))
-            (passage.backward,) = found.backward
+            (passage.begin,) = found.begins
         self._open[lap, number] = passage
         self._came = self._left = None
 
     def _backward(self, lap: int, number: int) -> Callable[[], None]:
         passage = self._open.pop((lap, number))
-        gradient = None if passage.backward else self.pipeline.take_back(passage.left, lap)
+        begin = passage.begin or (passage.left, self.pipeline.take_back(passage.left, lap))
         passage.gone()
         with torch.random.fork_rng(devices=[]):  # units that run again restore what they drew
-            passage.backward() if passage.backward else passage.left.backward(gradient)
-        came = passage.came
-        return (lambda: None) if came is None or came.grad is None else self.pipeline.pass_back(came.grad, lap)
+            gradient = self._back(begin, passage.came, (lap, number))
+        return (lambda: None) if gradient is None else self.pipeline.pass_back(gradient, lap)
+
+    def _back(self, begin: Begin, came: torch.Tensor | None, turn: tuple[int, int]) -> torch.Tensor | None:
+        """The gradient of what came in; in halves the weights' are for a turn of their own, all of them where nothing did."""
+        if self.schedule != HALVES:
+            torch.autograd.backward(*begin)
+            return None if came is None else came.grad
+        if came is None:
+            self._later[turn] = partial(torch.autograd.backward, *begin)
+            return None
+        gradient, self._later[turn] = in_halves(*begin, came)
+        return gradient
 
     def evaluate(self, batch: Batch, ending: Ending) -> float:
         loss = 0.0

@@ -14,6 +14,9 @@ from outsize.train.loss import Head, blocked_cross_entropy, blocked_sums, next_t
 Batch = dict[str, torch.Tensor]
 
 
+Begin = tuple[torch.Tensor, torch.Tensor | None]
+
+
 @dataclass(frozen=True)
 class Counts:
     """Tokens to be learnt in a step: in each of this worker's micro-batches, and by all workers together."""
@@ -24,10 +27,10 @@ class Counts:
 
 @dataclass(frozen=True)
 class Ends:
-    """Of some micro-batches: a part of the step's loss each, and what begins its backward."""
+    """Of some micro-batches: a part of the step's loss each, and where its backward begins, with what gradient."""
 
     parts: list[torch.Tensor]
-    backward: list[Callable[[], None]]
+    begins: list[Begin]
 
 
 class Ending(Protocol):
@@ -60,7 +63,7 @@ class ModuleLoss:
     def ends(self, outputs: Sequence[torch.Tensor], batches: Sequence[Batch], counts: Counts, first: int = 0) -> Ends:
         lanes = counts.by_lane[first : first + len(outputs)]
         weighted = [loss * (count / counts.everyone) for loss, count in zip(outputs, lanes, strict=True)]
-        return Ends([loss.detach() for loss in weighted], [loss.backward for loss in weighted])
+        return Ends([loss.detach() for loss in weighted], [(loss, None) for loss in weighted])
 
     def total(self, parts: Sequence[torch.Tensor], counts: Counts) -> torch.Tensor:
         return torch.as_tensor(sum(parts))
@@ -83,12 +86,12 @@ class BlockedLoss:
         picked = [next_tokens(o.detach(), batch["labels"]) for o, batch in zip(outputs, batches, strict=True)]
         head = self._head(range(first, first + len(picked)), len(counts.by_lane))
         sums, gradients = blocked_sums([p[0] for p in picked], [p[1] for p in picked], head, counts.everyone)
-        backward = []
+        begins: list[Begin] = []
         for output, gradient, (_, _, where) in zip(outputs, gradients, picked, strict=bool(gradients)):
             full = torch.zeros_like(output)
             full.view(-1, full.shape[-1])[where] = gradient
-            backward.append(lambda output=output, full=full: output.backward(full))
-        return Ends(sums, backward)
+            begins.append((output, full))
+        return Ends(sums, begins)
 
     def total(self, parts: Sequence[torch.Tensor], counts: Counts) -> torch.Tensor:
         return torch.stack(list(parts)).sum() / counts.everyone

@@ -17,8 +17,8 @@ from outsize.train.state import REMEMBERED, replace_file
 VERSION = 1  # of run.json
 FREE = {
     "memory", "out", "activations", "commit_every", "keeper", "keep_last", "keep_every", "eval_data", "eval_every",
-    "sample_prompt", "sample_every", "plan", "replan", "workers", "pipeline", "legs", "legs_shape", "worker_timeout",
-    "json",
+    "sample_prompt", "sample_every", "plan", "replan", "workers", "pipeline", "legs", "legs_shape", "zero_bubble",
+    "worker_timeout", "json",
 }  # fmt: skip
 """What may differ when a run is continued; all else must stay as it was."""
 PATHS = ("data", "eval_data", "optimizer_state", "out", "plan")
@@ -65,6 +65,7 @@ class TrainSettings:
     pipeline: bool = False
     legs: int | None = None
     legs_shape: str = LOOP
+    zero_bubble: bool = False
     zero: int = 3
     worker_timeout: float = 30.0
     json: bool = False
@@ -121,9 +122,9 @@ def continued(known: TrainSettings, told: dict[str, Any]) -> TrainSettings:
     workers = told.get("workers", known.workers)
     without: dict[str, Any] = {}
     if workers == 1 and known.workers > 1:
-        without = {"pipeline": False, "legs": None, "legs_shape": LOOP}
+        without = {"pipeline": False, "legs": None, "legs_shape": LOOP, "zero_bubble": False}
     elif workers != known.workers or told.get("pipeline") is False:
-        without = {"legs": None, "legs_shape": LOOP}
+        without = {"legs": None, "legs_shape": LOOP, "zero_bubble": False}
     return replace(known, **(without | told))
 
 
