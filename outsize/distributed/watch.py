@@ -41,18 +41,21 @@ class Watch:
         """What to raise when an exchange fails, with `peer` if that is known. It names the worker with whom it began: one
         whose process is gone, or else who does not say that it stops because of another. Who lives and computes has not
         noticed yet, and says nothing either: of such, the exchange knows best."""
-        names = [] if peer is None else [peer]
+        names, gone = [] if peer is None else [peer], list[int]()
         self._closing.set()
         try:
             self._meeting.set(_stops(self.rank), "")
+            gone = [other for other in self._others if self._has_died(other)]  # before others end because of it
             time.sleep(NOTICE)
             if (said := self._failure()) is not None:
                 return RunError(said)
             silent = [other for other in self._others if not self._meeting.check([_stops(other)])]
-            gone = [other for other in silent if self._has_died(other)]
+            gone = [other for other in gone if other in silent] or [o for o in silent if self._has_died(o)]
             names = gone or [other for other in names if other in silent] or silent or names
+            if self.rank == 0:
+                time.sleep(NOTICE)  # the meeting point ends with this process: let the others look
         except RuntimeError:  # the meeting point is gone too
-            names = names or [0]
+            names = gone or names or [0]
         reason = str(problem).partition("\n")[0]
         return RunError(self._lost(names[0] if names else "?", reason))
 
