@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -53,10 +54,10 @@ def _one_layer_model(shape: Shape, recompute: bool, take: Callable[[torch.Tensor
     config = shape.config()
     config.num_hidden_layers = 1
     model = LlamaForCausalLM(config).to(torch.bfloat16).train()
-    layer = model.model.layers[0]
-    if recompute:
+    layers = [_sharing(model.model.layers[0]) for _ in range(shape.layers)]
+    for layer in layers if recompute else []:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-    model.model.layers = torch.nn.ModuleList([layer] * shape.layers)
+    model.model.layers = torch.nn.ModuleList(layers)
     model.config.num_hidden_layers = shape.layers
     model.get_input_embeddings().weight.requires_grad_(False)
     for parameter in model.parameters():
@@ -65,26 +66,35 @@ def _one_layer_model(shape: Shape, recompute: bool, take: Callable[[torch.Tensor
     return model
 
 
+def _sharing(layer: torch.nn.Module) -> torch.nn.Module:
+    """Another layer with parameters of its own, whose gradients autograd does not add to others', in the same memory."""
+    return copy.deepcopy(layer, {id(each): torch.nn.Parameter(each.data) for each in layer.parameters()})
+
+
 def _forget(parameter: torch.Tensor) -> None:
     parameter.grad = None
 
 
 class Sums:
-    """Gradients of several micro-batches, added up in fp32: the first one's are copied."""
+    """Gradients of several micro-batches, added up in fp32: the first one's are copied. What shares its memory with others
+    shares its sum."""
 
     def __init__(self) -> None:
         self.first = True
-        self._sums: dict[torch.Tensor, torch.Tensor] = {}
+        self._sums: dict[Any, torch.Tensor] = {}
 
     def take(self, parameter: torch.Tensor) -> None:
         gradient, parameter.grad = parameter.grad, None
         assert gradient is not None
-        if parameter not in self._sums:
-            self._sums[parameter] = torch.empty_like(gradient, dtype=torch.float32)
+        self.add(parameter.data_ptr(), gradient)
+
+    def add(self, what: Any, gradient: torch.Tensor) -> None:
+        if what not in self._sums:
+            self._sums[what] = torch.empty_like(gradient, dtype=torch.float32)
         if self.first:
-            self._sums[parameter].copy_(gradient)
+            self._sums[what].copy_(gradient)
         else:
-            add_up(self._sums[parameter], gradient)
+            add_up(self._sums[what], gradient)
 
 
 def _step(model: Any, shape: Shape, accumulate: int, step: int, sums: Sums | None = None) -> dict[str, float]:
@@ -100,7 +110,7 @@ def _step(model: Any, shape: Shape, accumulate: int, step: int, sums: Sums | Non
         hidden = model.model(inputs_embeds=embedded, use_cache=False).last_hidden_state
         forward = perf_counter()
         picked, targets, where = next_tokens(hidden.detach(), batch)
-        _, gradients = blocked_cross_entropy([picked], [targets], _head(model, shape))
+        _, gradients = blocked_cross_entropy([picked], [targets], _head(model, shape, sums))
         head = perf_counter()
         full = torch.zeros_like(hidden)
         full.view(-1, full.shape[-1])[where] = gradients[0]
@@ -111,7 +121,7 @@ def _step(model: Any, shape: Shape, accumulate: int, step: int, sums: Sums | Non
     return seconds
 
 
-def _head(model: Any, shape: Shape) -> Head:
+def _head(model: Any, shape: Shape, sums: Sums | None) -> Head:
     table = model.get_input_embeddings().weight.detach()
     blocks = [(start, min(start + TABLE_ROWS, shape.vocabulary)) for start in range(0, shape.vocabulary, TABLE_ROWS)]
 
@@ -119,7 +129,11 @@ def _head(model: Any, shape: Shape) -> Head:
     def weight(rows: tuple[int, int]) -> Iterator[torch.Tensor]:
         yield table[rows[0] : rows[1]]
 
-    return Head(blocks, weight, lambda rows, lane, gradient: None)
+    def take(rows: tuple[int, int], lane: int, gradient: torch.Tensor) -> None:
+        if sums is not None:
+            sums.add(gradient.shape, gradient)
+
+    return Head(blocks, weight, take)
 
 
 def _update(shape: Shape) -> Callable[[], None]:

@@ -124,9 +124,8 @@ def _targets(results: Results) -> Iterator[tuple[str, float, float]]:
     if "b1" in cgroup:
         if "roofline" in cgroup:
             yield "in the cgroup, batch 1: share of the disk's roofline", 0.9, cgroup["roofline"]
-        for weights, target, about in (("int8", 1.9, "twice"), ("int4", 3.5, "four times")):
-            if "b1" in (row := results.get(f"cgroup, {weights}", {})):
-                yield f"in the cgroup, batch 1: {weights} / bf16, about {about}", target, row["b1"] / cgroup["b1"]
+        if "b1" in results.get("cgroup, int8", {}):
+            yield "in the cgroup, batch 1: int8 / bf16, about twice", 1.9, results["cgroup, int8"]["b1"] / cgroup["b1"]
         yield "in the cgroup: batch 8 / batch 1", 7.5, cgroup["b8"] / cgroup["b1"]
         yield "in the cgroup: batch 32 / batch 1", 28, cgroup["b32"] / cgroup["b1"]
         for name, target in (("llama.cpp", 1.6), ("accelerate", 1.8), ("airllm", 7)):

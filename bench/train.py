@@ -94,7 +94,7 @@ class Bench:
     def deepspeed(self, shape: Shape, place: str, steps: int) -> None:
         name = f"{shape.name}: DeepSpeed ZeRO-3"
         if self.without_deepspeed:
-            self.results[name] = {"skipped": "left out"}
+            self.results.setdefault(name, {"skipped": "left out"})
         else:
             self.measure(name, "zero3", "train", place=place, shape=shape.name, steps=steps)
 

@@ -178,7 +178,7 @@ def _check_asked(task: str, request: dict[str, Any], pipeline: bool, legs: int |
     if unknown := sorted(request.keys() - known):
         raise OptionError(f"plan of {task} has no option {unknown[0]!r}; it has {', '.join(sorted(known))}.")
     if (legs or request.get("legs_shape", LOOP) != LOOP) and not pipeline:
-        raise OptionError("legs are of a pipeline: set both, or leave them out.")
+        raise OptionError("legs and legs_shape are of a pipeline: set that, too, or leave them out.")
     if pipeline and task == "serve":
         raise OptionError("A pipeline is planned for training. When serving, workers divide the layers without it.")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 LOOP, V = "loop", "v"
+HALVES = "zero-bubble"  # an order of micro-batches in which backward is in two halves
 SHAPES = (LOOP, V)
 """How the way through more legs than workers lies: from the last worker to the first again, or back as it came."""
 

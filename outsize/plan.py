@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from textwrap import fill
 from typing import Any
 
-from outsize.divided import LOOP, SHAPES, Divided, V
+from outsize.divided import HALVES, LOOP, SHAPES, Divided, V
 from outsize.errors import OptionError
 from outsize.fields import read_fields
 from outsize.sizes import format_size
@@ -368,7 +368,7 @@ class Request(Divided):
         """The order in which each worker of a pipeline holds the activations of the fewest micro-batches; of several legs
         each, the one in which they wait the least."""
         if self.laps > 1:
-            return "interleaved" if self.legs_shape == LOOP else "zero-bubble" if self.zero_bubble else "v"
+            return "interleaved" if self.legs_shape == LOOP else HALVES if self.zero_bubble else V
         return "1f1b" if self.accumulate >= len(self.legs) else "gpipe"
 
     @property

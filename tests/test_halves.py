@@ -46,8 +46,9 @@ def test_of_a_weight_that_is_used_twice_nothing_is_left_for_later() -> None:
     (expected, came), weights = backward(blocks, states, gradient)
     outcome = blocks(later := states.clone().requires_grad_())
     found, rest = in_halves(outcome, gradient, later)
-    rest()
     assert found is not None and torch.equal(found, came)
+    assert all(weight.grad is not None for weight in weights)
+    rest()
     assert all(torch.equal(weight.grad, known) for weight, known in zip(weights, expected, strict=True))  # pyright: ignore
 
 

@@ -13,8 +13,8 @@ from exactness import VOCABULARY
 from models import tiny_model
 from workers import Case, Crew, Found
 
-from outsize.distributed.pipeline import BACKWARD, FORWARD, HALVES, WEIGHTS, Turn, order_of, returning
-from outsize.divided import LOOP, V, leg_of, worker_of
+from outsize.distributed.pipeline import BACKWARD, FORWARD, WEIGHTS, Turn, order_of, returning
+from outsize.divided import HALVES, LOOP, V, leg_of, worker_of
 from outsize.errors import OptionError
 from outsize.machine.find import find_machine
 from outsize.model.units import find_units
@@ -77,6 +77,7 @@ ZERO = replace(VEE, schedule=HALVES, activations="keep")
         ZERO,
         replace(ZERO, tied=True, table_rows=40, precision="mixed", sequences=5, placement="near", optimizer="muon"),
         replace(ZERO, workers=3, layers=6, legs=(1,) * 6, family="qwen3", sequences=2, placement="mixed"),
+        replace(ZERO, sequences=1),
     ],
     ids=str,
 )
@@ -111,7 +112,7 @@ def test_legs_that_workers_share_give_the_bits_of_as_many_who_share_the_model(
         assert_same(gang.run(case, tmp_path / "each"), gang.run(alone(replace(case, nodes=1)), tmp_path / "one"))
 
 
-@pytest.mark.parametrize("how", ["a leg each", "shared legs", "several legs each", "a v"])
+@pytest.mark.parametrize("how", ["a leg each", "shared legs", "several legs each", "a v", "no bubble"])
 def test_clipping_by_the_norm_of_all_legs(gang: Crew, tmp_path: Path, how: str) -> None:
     """Squares are added by leg first: of n weights, the norm's relative difference is at most that of two sums of n terms
     in fp32, n eps. A step of gradient descent without momentum moves weights by no more than that differs. Gradients of
@@ -122,6 +123,8 @@ def test_clipping_by_the_norm_of_all_legs(gang: Crew, tmp_path: Path, how: str) 
         case = replace(case, legs=(1, 1, 1, 1), schedule="interleaved")
     if how == "a v":
         case = replace(case, legs=(1, 1, 1, 1), legs_shape="v", schedule="v")
+    if how == "no bubble":
+        case = replace(case, legs=(1, 1, 1, 1), legs_shape="v", schedule=HALVES, activations="keep")
     if how == "shared legs":
         case = replace(case, workers=4, zero=1)
         plain = replace(case, workers=2, legs=())

@@ -52,7 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return found
 
 
-@pytest.mark.parametrize(("more", "weights"), [(16, "stored"), (400, "stored"), (400, "int4")])
+@pytest.mark.parametrize(("more", "weights"), [(16, "stored"), (400, "int4")])
 def test_a_server_stays_within_its_budget(folder: Path, more: int, weights: str) -> None:
     """With the least that works, and with all weights near; sequences give up pages and get them back. What is planned is
     where memory is given back; as much as its headroom may come beside. Closing takes no memory: weights in 4 bits are

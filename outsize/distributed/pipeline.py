@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch
 
 from outsize.distributed.group import Group
-from outsize.divided import LOOP, leg_of, worker_of
+from outsize.divided import HALVES, LOOP, V, leg_of, worker_of
 
 HIDDEN = "activation"  # in the ledger
 ON, BACK = 0, 1  # tags: of two workers the one before is the one after
@@ -18,7 +18,6 @@ BACKWARD, FORWARD, WEIGHTS = 0, 1, 2
 Turn = tuple[int, int, int]
 """(forward, or backward; in which lap; of which micro-batch). Where backward is in two halves it is the first, and what finds
 the gradients of weights a turn of its own."""
-HALVES = "zero-bubble"
 
 
 def order_of(schedule: str, workers: int, worker: int, micro_batches: int, laps: int = 1) -> list[Turn]:
@@ -30,7 +29,7 @@ def order_of(schedule: str, workers: int, worker: int, micro_batches: int, laps:
     2104.04473): so, too, in laps; micro-batches take a lap in groups of as many as there are workers, or a few more. `v`
     (ZB-V, arXiv 2401.10241, with backward in one piece): two laps, there and back; `zero-bubble`: so, too, in halves. As
     `torch.distributed.pipelining` has them, whose import alone takes 73 MiB of each worker's memory."""
-    if schedule in ("v", HALVES):
+    if schedule in (V, HALVES):
         order = _there_and_back(workers, worker, micro_batches)
         return order if schedule == HALVES else [turn for turn in order if turn[0] != WEIGHTS]
     count = max(micro_batches // workers, 1) if schedule == "interleaved" else 1

@@ -10,13 +10,13 @@ from itertools import accumulate, pairwise
 
 from torch import nn
 
-from outsize.distributed.pipeline import BACKWARD, HALVES, order_of
+from outsize.distributed.pipeline import BACKWARD, order_of
 from outsize.distributed.shares import in_proportion
-from outsize.divided import LOOP, leg_of, worker_of
+from outsize.divided import HALVES, LOOP, V, leg_of, worker_of
 from outsize.errors import BudgetError, ModelError, OptionError
 from outsize.model.route import Leg, Route, keep_legs, shared_with_head
 from outsize.model.units import Unit, find_units
-from outsize.plan import Plan, Predicted
+from outsize.plan import RECOMPUTE, Plan, Predicted
 from outsize.planner.legs import find_route
 from outsize.planner.rehearsal import bare_copy
 from outsize.planner.training import Task, plan_training
@@ -39,9 +39,9 @@ def even_legs(task: Task, legs: int) -> tuple[int, ...]:
     route = _route(task)
     count = len(route.repeated)
     if count < legs:
-        raise OptionError(
-            f"{count} layers cannot be divided into {legs} legs. Give --legs or --workers {count}, or fewer."
-        )
+        returns = task.request.legs_shape == V
+        fewer = f"--workers {count // 2}, or fewer" if returns else f"--legs or --workers {count}, or fewer"
+        raise OptionError(f"{count} layers cannot be divided into {legs} legs. Give {fewer}.")
     sizes = [_elements(task.model, name) for name in route.repeated]
     ends, whole = list(accumulate(sizes)), sum(sizes) + _elements(task.model, route.head)
     cuts = [0]
@@ -93,8 +93,8 @@ def _route(task: Task) -> Route:
     shared = shared_with_head(task.model, route)
     if shared and not task.loss[0]:
         raise ModelError(
-            f"{shared[0]} and {route.head} have one weight, the gradient of which only --loss blocked brings together from "
-            "two workers. Leave out --loss module, or --pipeline."
+            f"{shared[0]} and {route.head} have one weight, the two gradients of which only --loss blocked brings together "
+            "in a pipeline. Leave out --loss module, or --pipeline."
         )
     return route
 
@@ -125,7 +125,7 @@ class _Line:
         """Seconds that each worker for whom there is room would take for a step alone."""
         return [_seconds(plan) for plan in self.found if isinstance(plan, Plan)]
 
-    @property
+    @cached_property
     def seconds(self) -> float:
         """Of a step in which each worker does what it would do alone, in the order of the schedule. Where some have no room
         it says little."""
@@ -136,9 +136,13 @@ class _Line:
         layer = [_seconds(plan) / (n * plan.accumulate) for plan, n in zip(plans, self._units, strict=True)]
 
         def turn(worker: int, what: int, lap: int) -> float:
-            """Backward multiplies twice as many matrices as forward, half of them for weights."""
-            parts = 2 if what == BACKWARD and plans[0].schedule != HALVES else 1
-            return self.legs[leg_of(worker, lap, count, self.shape)] * layer[worker] * parts / 3
+            """Backward multiplies twice as many matrices as forward, half of them for weights, and those of forward again
+            where it recomputes."""
+            again = sum(saved == RECOMPUTE for _, saved in plans[worker].activations) / self._units[worker]
+            parts = 1 + again if what == BACKWARD else 1
+            if what == BACKWARD and plans[worker].schedule != HALVES:
+                parts += 1
+            return self.legs[leg_of(worker, lap, count, self.shape)] * layer[worker] * parts / (3 + again)
 
         orders = [order_of(plan.schedule, count, n, plan.accumulate, laps) for n, plan in enumerate(plans)]
         return play_turns(orders, turn, self.shape)
@@ -197,6 +201,10 @@ class _Line:
             f"bubble: of {self.seconds:.2f} s a step workers wait {idle:.0%} on average: for the first micro-batch to come, "
             "the last to go, and who takes longest"
         )
+        if plans[0].schedule == HALVES:
+            bubble += (
+                "; in a leg where a module uses a weight twice, backward is in one piece, and they wait for longer"
+            )
         said = [self._say(leg, plan) for leg, plan in enumerate(plans)]
         slowed = [as_slow(plan, self.seconds, *said, bubble) for plan in plans]
         each = [replace(plan, rank=plan.rank + other) for plan in slowed for other in range(self.sharers)]

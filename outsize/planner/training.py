@@ -12,6 +12,7 @@ from torch import nn
 from outsize.distributed.arrangement import Arrangement
 from outsize.distributed.measure import Crowd
 from outsize.distributed.wire import Wire
+from outsize.divided import HALVES
 from outsize.errors import BudgetError, OptionError
 from outsize.machine.allocator import give_back
 from outsize.machine.describe import process_memory
@@ -37,7 +38,6 @@ from outsize.planner.rehearsal import Batch, rehearse
 from outsize.planner.search import JobSizes, Search
 from outsize.planner.sizes_of import SMALL, sizes_of, split_weights
 from outsize.planner.trial import Left, left_behind
-from outsize.planner.waking import LanePrices, seconds_of_waking
 from outsize.sizes import format_size
 from outsize.train.job import always_near, users_of
 from outsize.train.optimizers import OptimizerRule
@@ -120,7 +120,7 @@ class Place:
     def beside(self, machine: Machine, disk_free_bytes: int) -> Place:
         """That of another worker, who computes as this one does."""
         found = replace(self, machine=machine, disk_free_bytes=disk_free_bytes)
-        vars(found).update(prices=self.prices, prices_in_lanes=self.prices_in_lanes)  # to measure them takes seconds
+        vars(found)["prices"] = self.prices  # to measure them takes seconds
         return found
 
     @cached_property
@@ -129,12 +129,6 @@ class Place:
         rated = RatedPrices(self.machine)
         found = rated if self.machine.origin == "described" else _measured(rated)
         return found if self.crowd == Crowd() else CrowdedPrices(found, self.crowd)
-
-    @cached_property
-    def prices_in_lanes(self) -> Prices:
-        """Where several micro-batches take turns."""
-        here = self.machine.origin != "described"
-        return LanePrices(self.prices, seconds_of_waking()) if here else self.prices
 
 
 def _measured(rated: RatedPrices) -> MeasuredPrices:
@@ -196,7 +190,8 @@ class Planning:
             raise OptionError(f"activations {request.activations!r} is unknown; there are auto, {', '.join(choices)}.")
         if request.activations != "auto":
             return [choices[request.activations]]
-        return [KEEP] if request.zero_bubble else [KEEP, RECOMPUTE]  # what is computed again would be so in each half
+        halves = request.schedule == HALVES  # in each of which it would be computed again
+        return [KEEP] if halves else [KEEP, RECOMPUTE]
 
     @property
     def least(self) -> Search:
@@ -245,8 +240,8 @@ def _fastest(found: list[Search]) -> Plan:
 
 def search_of(task: Task, place: Place, job: JobSizes, bare: Plan) -> Search:
     """Rehearse a plan that places nothing yet, and find what it needs. What rehearsing leaves in memory counts."""
-    in_turns = len(task.batches) > 1 and not task.request.legs
-    prices = place.prices_in_lanes if in_turns else place.prices
+    in_lanes = len(task.batches) > 1 and not task.request.legs
+    prices = place.prices.in_lanes() if in_lanes else place.prices
     found = rehearse(task.model, bare, task.rule, prices, task.batches, task.source_dtype, task.block_class, place.wire)
     place.prices.keep()
     give_back()

@@ -116,10 +116,11 @@ def describe_rounded(model: nn.Module, weights: str) -> str:
     layers = [module for module in model.modules() if isinstance(module, RoundedLinear)]
     held = {id(parameter) for layer in layers for parameter in (layer.weight, layer.scale)}
     rounded = sum(layer.in_features * layer.out_features for layer in layers)
-    others = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in held)
+    stored = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in held)
     how = ROUNDINGS[weights]
-    said = f"{rounded / (rounded + others):.0%} of the weights are rounded to {how.about}"
-    left = sum(type(child) is nn.Linear for parent in _repeated(model) for child in parent.children())
+    said = f"{rounded / (rounded + stored):.0%} of the weights are rounded to {how.about}"
+    others = [child for parent in _repeated(model) for child in parent.children() if type(child) is nn.Linear]
+    left = sum(not how.fits(child.in_features, child.out_features) for child in others)
     return f"{said}; {left} linear layers stay as they are, not having {how.shapes}" if left else said
 
 

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from outsize.distributed.group import Group
-from outsize.distributed.pipeline import FORWARD, HALVES, WEIGHTS, Pipeline, order_of, returning
+from outsize.distributed.pipeline import FORWARD, WEIGHTS, Pipeline, order_of, returning
+from outsize.divided import HALVES
 from outsize.model.attach import Attachment
 from outsize.model.halves import in_halves
 from outsize.model.laps import Lap

@@ -280,6 +280,8 @@ class Gradients:
 
 def add_up(target: torch.Tensor, gradient: torch.Tensor) -> None:
     """Add to fp32 what may be narrower, in pieces: torch widens a tensor whole before it adds it to a wider one."""
-    rows = max(PIECE // max(target[0].numel(), 1), 1) if target.dim() else 1
-    for into, part in zip(torch.atleast_1d(target).split(rows), torch.atleast_1d(gradient).split(rows), strict=True):
+    if target.is_contiguous() and gradient.is_contiguous():
+        target, gradient = target.view(-1), gradient.view(-1)
+    rows = max(PIECE // max(target[0].numel(), 1), 1) if len(target) else 1
+    for into, part in zip(target.split(rows), gradient.split(rows), strict=True):
         into.add_(part)
