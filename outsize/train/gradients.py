@@ -73,7 +73,6 @@ class Gradients:
 
     def take(self, weight: Weight, gradient: torch.Tensor) -> None:
         """A whole weight's gradient of one micro-batch."""
-        self._check_finite(weight, gradient)
         block, expected = weight.blocks[0], self._apart or self.attachment.lanes.count
         arrived = self._arrived[weight.name] = self._arrived.get(weight.name, 0) + 1
         if expected > 1:
@@ -90,7 +89,6 @@ class Gradients:
     def take_block(self, table: Table, block: RowBlock, gradient: torch.Tensor, last: bool) -> None:
         """A table's gradient from the head, for one block and one micro-batch; `last` when no more will come to it,
         neither from the head nor from the embedding."""
-        self._check_finite(table.weight, gradient)
         if last and block.name not in self._partial:
             self._complete(table.weight, block, gradient)
             return
@@ -108,7 +106,6 @@ class Gradients:
 
     def take_rows(self, table: Table, rows: torch.Tensor, gradient: torch.Tensor) -> None:
         """An embedding's gradient of one micro-batch: it waits, small, until all have come."""
-        self._check_finite(table.weight, gradient)
         self._rows.setdefault(table.weight.name, []).append((rows, gradient))
 
     def finish_table(self, table: Table) -> None:
@@ -126,8 +123,9 @@ class Gradients:
             if not self._pipeline.first:
                 self._elsewhere.add(block.name)
 
-    def _check_finite(self, weight: Weight, gradient: torch.Tensor) -> None:
-        if not isfinite(gradient.sum().item()):
+    def _check_finite(self, weight: Weight, total: torch.Tensor) -> None:
+        """Once for all micro-batches: what is not finite in one is not in the sum."""
+        if not isfinite(total.sum().item()):
             raise RunError(
                 f"The gradient of {weight.name} is not finite. The weights of the last committed step are untouched; "
                 "use a smaller learning rate, clipping, or other data."
@@ -169,6 +167,7 @@ class Gradients:
         self._partial.discard(block.name)
         total = gradient if lease is None else lease.tensors[GRADIENT]
         assert total is not None, f"nothing came to {block.name}"
+        self._check_finite(weight, total)
         total = total.reshape(-1)
         if self.group.size > 1 and self._added_up:
             total = total.float()  # as the others send theirs
