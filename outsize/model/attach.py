@@ -1,8 +1,8 @@
 """How an unchanged module runs out of the store.
 
-Vocabulary of this file: a unit is *entered* when a lane arrives at it, forward or backward, and *left* when the lane
-arrives at the next one. While any lane is inside, the unit's parameters point into leased bytes; otherwise they are
-placeholders of their true shape. What autograd keeps of a unit is for the plan to say (`outsize.model.activations`); a
+Vocabulary of this file: a unit is *entered* when the first lane arrives at it, forward or backward, and *left* when all
+have been through it and one arrives at the next. In between the unit's parameters point into leased bytes; otherwise they
+are placeholders of their true shape. What autograd keeps of a unit is for the plan to say (`outsize.model.activations`); a
 saved tensor that lies in a leased weight is always replaced by a `Ticket` and leased again in backward.
 """
 
@@ -22,6 +22,7 @@ from outsize.machine.allocator import Ceiling
 from outsize.memory.store import Lease, Store
 from outsize.model.activations import Mover, Parcel, run_unit, without_graph
 from outsize.model.lanes import Lanes
+from outsize.model.leaves import Leaves, Slot, slots_in
 from outsize.model.units import Unit
 from outsize.model.weights import WEIGHT, Weight, placeholder
 from outsize.plan import KEEP, NEAR, Activations, Plan
@@ -59,9 +60,8 @@ class AttachedUnit:
     weights: tuple[Weight, ...]
     activations: Activations
     forward: Callable[..., Any]
+    slots: list[Slot]
     leases: dict[str, Lease] = field(default_factory=dict)
-    entered: bool = False
-    left_by: int = 0
 
 
 class Attachment:
@@ -82,11 +82,12 @@ class Attachment:
         device: torch.device,
     ) -> None:
         self.model, self.store, self.weights, self.device = model, store, weights, device
-        self.lanes = Lanes()
+        self.lanes = Lanes(self._change_lane)
         self.ceiling = Ceiling(plan.ceiling_bytes)
         self.take_gradient: GradientTaker | None = None
         self.before_use: BeforeUse | None = None
-        self._at: dict[int, AttachedUnit] = {}
+        self._leaves = Leaves(self._taker)
+        self._here: AttachedUnit | None = None
         self._handles: list[Handle] = []
         self._resident = {name: store.lease(weights[name].blocks[0].name) for name in resident}
         for weight in weights.values():
@@ -97,6 +98,11 @@ class Attachment:
         self._mover = Mover(store, plan.moved_tensor_bytes, self._held_anyway())
         activations = dict(plan.activations)
         self.units = [self._bind(u, activations.pop(u.name, KEEP)) for u in units if not u.encloses]
+        inside = {
+            id(module) for attached in self.units if attached.weights for module in attached.unit.module.modules()
+        }
+        outside = [module for module in model.modules() if id(module) not in inside]
+        self._slots = slots_in(outside, [w for w in weights.values() if w.name not in self._tables])
         if activations:
             raise OptionError(f"The plan names {next(iter(activations))!r}, which is not a unit of this model.")
         for module in {id(module): module for module in (model, *(unit.module for unit in units))}.values():
@@ -126,7 +132,8 @@ class Attachment:
         names = dict.fromkeys(name for name, _ in unit.parameters if name in self.weights)
         moving = [self.weights[name] for name in names if name not in self._resident.keys() | self._tables]
         whole = tuple(weight for weight in dict.fromkeys(moving) if weight.whole)
-        attached = AttachedUnit(unit, whole, activations, unit.module.forward)
+        slots = slots_in(unit.module.modules(), [self.weights[name] for name in names.keys() - self._tables])
+        attached = AttachedUnit(unit, whole, activations, unit.module.forward, slots)
         if whole:
             unit.module.forward = functools.wraps(attached.forward)(functools.partial(self._run, attached))
         elif activations != KEEP:
@@ -149,15 +156,8 @@ class Attachment:
         if not torch.is_grad_enabled():
             return attached.forward(*args, **kwargs)
         pack = functools.partial(self._pack, attached.activations)
-        return_to = functools.partial(self._return_to, attached)
+        return_to = functools.partial(self.arrive, attached)
         return run_unit(attached.activations, attached.forward, return_to, pack, self._unpack, args, kwargs)
-
-    def _return_to(self, attached: AttachedUnit) -> None:
-        """Backward has a unit run again. `checkpoint` has set the random state to what it was in forward, and other lanes,
-        whose turn comes within `arrive`, set it to theirs."""
-        random_state = torch.get_rng_state()
-        self.arrive(attached)
-        torch.set_rng_state(random_state)
 
     def _pack(self, activations: Activations, tensor: torch.Tensor) -> torch.Tensor | Ticket | Parcel:
         self.ceiling.keep()
@@ -173,13 +173,13 @@ class Attachment:
     def _owner(self, tensor: torch.Tensor) -> tuple[AttachedUnit, Weight] | None:
         """The leased weight in whose bytes the tensor lies, if any: views count, so identity is by place."""
         storage, address = place_of(tensor)
-        for attached in {id(a): a for a in self._at.values()}.values():
-            for weight in attached.weights:
-                lease = attached.leases.get(weight.name)
-                if lease is not None:
-                    base, start = place_of(lease.bytes)
-                    if base == storage and start <= address < start + lease.bytes.numel():
-                        return attached, weight
+        attached = self._here
+        for weight in attached.weights if attached is not None else ():
+            lease = attached.leases.get(weight.name)
+            if lease is not None:
+                base, start = place_of(lease.bytes)
+                if base == storage and start <= address < start + lease.bytes.numel():
+                    return attached, weight
         return None
 
     def _unpack(self, saved: torch.Tensor | Ticket | Parcel) -> torch.Tensor:
@@ -200,35 +200,32 @@ class Attachment:
     # -- entering and leaving ---------------------------------------------------------------------------------------
 
     def arrive(self, attached: AttachedUnit) -> None:
-        """This lane is at the unit from now on: leave the unit it was in, let the other lanes come as far, enter."""
-        here = self._at.get(self.lanes.current)
-        if here is attached:
-            return
-        if here is not None:
-            self._leave(here)
-        self.lanes.pass_turn()
-        self._at[self.lanes.current] = attached
-        if not attached.entered:
+        """A lane is at the unit from now on: let the other lanes come as far, leave the unit before, enter."""
+        if self._here is not attached:
+            self.lanes.pass_turn()
+        if self._here is not attached:
+            self._leave()
             self._enter(attached)
+        self._leaves.show(attached.slots, self.lanes.current)
+
+    def _change_lane(self) -> None:
+        """Another lane runs from now on, somewhere outside the units."""
+        self._leaves.show(self._slots, self.lanes.current)
 
     def _enter(self, attached: AttachedUnit) -> None:
         self.ceiling.keep()
-        attached.entered, attached.left_by = True, 0
+        self._here = attached
         for weight in attached.weights:
             if self.before_use is not None:
                 self.before_use(weight)
             lease = attached.leases[weight.name] = self.store.lease(weight.blocks[0].name)
             weight.parameter.data = lease.tensors[WEIGHT]
 
-    def _leave(self, attached: AttachedUnit) -> None:
-        attached.left_by += 1
-        if attached.left_by >= self.lanes.count:
-            self._release(attached)
-
-    def _release(self, attached: AttachedUnit) -> None:
-        attached.entered = False
-        for weight in attached.weights:
-            self.release_weight(attached, weight)
+    def _leave(self) -> None:
+        attached, self._here = self._here, None
+        if attached is not None:
+            for weight in attached.weights:
+                self.release_weight(attached, weight)
 
     def release_weight(self, attached: AttachedUnit, weight: Weight) -> None:
         lease = attached.leases.pop(weight.name, None)
@@ -238,15 +235,13 @@ class Attachment:
 
     def release_early(self, weight: Weight) -> None:
         """The weight's gradient is complete and applied: nothing in this backward reads it again."""
-        for attached in {id(unit): unit for unit in self._at.values()}.values():
-            self.release_weight(attached, weight)
+        if self._here is not None:
+            self.release_weight(self._here, weight)
 
     def leased(self, weight: Weight) -> Lease | None:
-        """The lease of a weight whose unit some lane is in, or that is resident."""
-        if weight.name in self._resident:
-            return self._resident[weight.name]
-        leases = (unit.leases[weight.name] for unit in self._at.values() if weight.name in unit.leases)
-        return next(leases, None)
+        """The lease of a weight whose unit is entered, or that is resident."""
+        leases = self._resident if self._here is None else self._resident | self._here.leases
+        return leases.get(weight.name)
 
     @property
     def streams(self) -> bool:
@@ -286,10 +281,7 @@ class Attachment:
             self.leave_all()
 
     def leave_all(self) -> None:
-        self._at.clear()
-        for attached in self.units:
-            if attached.entered:
-                self._release(attached)
+        self._leave()
         self._mover.settle()
 
     def until_detached(self, handle: Handle) -> None:

@@ -1,99 +1,110 @@
-"""Micro-batches that take turns: each runs the unchanged model in a thread of its own, one at a time, and passes the
-turn on whenever it arrives at another unit. So all of them go through a unit while its weights are near (vertical
-scheduling: GreedySnake, arXiv 2512.17570), without a line of the model being rewritten."""
+"""Micro-batches that take turns: each runs the unchanged model on a stack of its own, one at a time, and passes the turn on
+whenever it arrives at another unit. So all of them go through a unit while its weights are near (vertical scheduling:
+GreedySnake, arXiv 2512.17570), without a line of the model being rewritten.
+
+They are greenlets of one thread, and not threads: OpenMP keeps helpers for each thread that computes, of which none may spin
+when they are more than the processors, and to wake one takes as long as a small operation (docs/log.md, Memory)."""
 
 from __future__ import annotations
 
-import threading
+from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any, TypeVar
 
-from outsize.machine.threads import start_computing
+import torch
+from greenlet import getcurrent, greenlet
+
+from outsize.errors import ModelError
 
 Result = TypeVar("Result")
 
 
-class LaneStopped(BaseException):
-    """Raised inside a lane when another lane failed, so that its thread ends."""
-
-
 class Lanes:
-    """A ring of lanes; exactly one runs. A single lane runs in the caller's thread and `pass_turn` does nothing."""
+    """A ring of lanes, `count` of them on their way, of which one runs; `on_turn` is called whenever it is another one. A single lane runs as its caller,
+    and `pass_turn` does nothing."""
 
-    def __init__(self) -> None:
-        self.around: Callable[[], AbstractContextManager[Any]] = nullcontext  # what every lane's thread works within
+    def __init__(self, on_turn: Callable[[], None] = lambda: None) -> None:
         self.count = 1
         self.current = 0
-        self._turn = threading.Condition()
-        self._alive: list[int] = []
-        self._failure: BaseException | None = None
+        self._on_turn = on_turn
+        self._caller: greenlet | None = None
+        self._around: tuple[Any, ...] = ()
 
     def run(self, bodies: Sequence[Callable[[], Result]]) -> list[Result]:
-        """Run every body as a lane and return their results in order. The first exception of any is raised here."""
+        """Run every body as a lane and return their results in order. The first exception of any is raised here.
+
+        In each round the last lane is the first: autograd goes back from what was made last, and so comes to the lanes'
+        parts of a unit in the order in which a loop over them would."""
         if len(bodies) == 1:
             return [bodies[0]()]
-        self.count, self.current, self._failure = len(bodies), 0, None
+        lanes, results = [greenlet(body) for body in bodies], dict[int, Result]()
+        waiting = deque(reversed(range(len(bodies))))
+        self._caller, self._around, self.count = getcurrent(), _opened(), len(bodies)
         try:
-            return self._take_turns(bodies)
+            while waiting:
+                number = waiting.popleft()
+                found = self._give_turn(number, lanes[number])
+                if lanes[number].dead:
+                    results[number] = found
+                else:
+                    waiting.append(number)
         finally:
-            self.count, self.current = 1, 0  # whoever runs the model now does so alone
-            self._failure = None  # its traceback holds the graph
+            for lane in lanes:
+                lane.throw()  # nothing to one that has ended
+            self._caller, self.count = None, 1
+            self._turn_to(0)
+        return [results[number] for number in range(len(bodies))]
 
-    def _take_turns(self, bodies: Sequence[Callable[[], Result]]) -> list[Result]:
-        results: list[Result | None] = [None] * len(bodies)
-        self._alive = list(range(len(bodies)))
-
-        def lane(index: int) -> None:
-            try:
-                self._await_turn(index)
-                with self.around():
-                    results[index] = bodies[index]()
-            except LaneStopped:
-                pass
-            except BaseException as failure:
-                self._failure = self._failure or failure
-            finally:
-                self._leave(index)
-
-        threads: list[threading.Thread] = []
+    def back(self, begins: Sequence[tuple[torch.Tensor, torch.Tensor | None]]) -> None:
+        """Backward of all lanes, from what each has given and its gradient: through a unit of each after the other."""
+        self.count = len(begins)
         try:
-            for index in range(len(bodies)):
-                threads.append(start_computing(partial(lane, index), f"lane {index}"))
-            for thread in threads:
-                thread.join()
-        except BaseException as interrupt:  # Ctrl-C reaches only the caller's thread
-            self._failure = interrupt
-            for thread in threads:
-                thread.join()
-        if self._failure is not None:
-            raise self._failure
-        return results  # type: ignore[return-value]  # every lane finished, so none is None by accident
+            torch.autograd.backward(*zip(*begins, strict=True))
+        except BaseException:
+            # Nodes that were about to run stay in the engine's queue, and with them the graph, till other work comes.
+            torch.zeros(1, requires_grad=True).sum().backward()
+            raise
+        finally:
+            self.count = 1
 
     def pass_turn(self) -> None:
         """Let the next lane run; returns when it is this lane's turn again."""
-        if self.count == 1:
+        if self._caller is None:
             return
-        with self._turn:
-            index = self.current
-            self.current = self._after(index)
-            self._turn.notify_all()
-        self._await_turn(index)
+        if _opened() != self._around:
+            raise ModelError(
+                "The model keeps a mode or autograd's hooks around several of its units (its own gradient checkpointing?), "
+                "which other micro-batches would run within. Turn that off, or train with one micro-batch (--accumulate 1)."
+            )
+        computes = _arithmetic()
+        self._caller.switch()
+        _restore(*computes)
 
-    def _after(self, index: int) -> int:
-        later = [other for other in self._alive if other > index]
-        return later[0] if later else self._alive[0]
+    def _give_turn(self, number: int, lane: greenlet) -> Any:
+        computes = _arithmetic()
+        self._turn_to(number)
+        try:
+            return lane.switch()
+        finally:
+            _restore(*computes)
 
-    def _await_turn(self, index: int) -> None:
-        with self._turn:
-            self._turn.wait_for(lambda: self.current == index)
-        if self._failure is not None:
-            raise LaneStopped
+    def _turn_to(self, number: int) -> None:
+        self.current = number
+        self._on_turn()
 
-    def _leave(self, index: int) -> None:
-        with self._turn:
-            if len(self._alive) > 1:
-                self.current = self._after(index)
-            self._alive.remove(index)
-            self._turn.notify_all()
+
+def _opened() -> tuple[Any, ...]:
+    """What the thread has open, besides what `_arithmetic` says."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return torch._C._len_torch_dispatch_stack(), torch._C._len_torch_function_stack(), hooks
+
+
+def _arithmetic() -> tuple[bool, bool, torch.dtype]:
+    """How the thread computes: a lane may have set it otherwise."""
+    return torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+
+
+def _restore(gradients: bool, autocast: bool, dtype: torch.dtype) -> None:
+    torch.set_grad_enabled(gradients)
+    torch.set_autocast_enabled("cpu", autocast)
+    torch.set_autocast_dtype("cpu", dtype)

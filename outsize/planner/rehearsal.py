@@ -187,7 +187,6 @@ class Rehearsal:
             updater = priced_updater(self.prices)
             job = bind(twin, units, plan, rule, self.scribe, read, CPU, make_updater=updater, group=self.group)
         self.live.ignore([*twin.parameters(), *twin.buffers()])
-        job.attachment.lanes.around = self.modes
         job.repeat = Repeated(self.scribe, self.live, self.mode)
         job.on_complete = lambda step: self.scribe.events.append(Mark.COMPLETE)
         return job

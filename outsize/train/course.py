@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -30,7 +30,7 @@ class Steps(Protocol):
     ending: Ending
 
     def forward(self, bodies: list[Callable[[], Any]]) -> list[Any]: ...
-    def backward(self, bodies: list[Callable[[], None]]) -> None: ...
+    def backward(self, begins: Sequence[Begin]) -> None: ...
     def update_unentered(self) -> None: ...
     def apply_held(self) -> None: ...
     def finish_tables(self) -> None: ...
@@ -60,7 +60,7 @@ class UnitByUnit:
         ends = ending.ends(outputs, micro_batches, counts)
         loss = job.check_loss(float(ending.total(ends.parts, counts)))
         del outputs
-        job.backward([partial(torch.autograd.backward, *begin) for begin in ends.begins])
+        job.backward(ends.begins)
         return loss
 
     def evaluate(self, batch: Batch, ending: Ending) -> float:

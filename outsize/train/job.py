@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import nan
@@ -23,7 +23,7 @@ from outsize.model.vocabulary import Table
 from outsize.model.weights import WEIGHT, RowBlock, Weight, create_blocks, fill_blocks, leave_meta, make_weight
 from outsize.plan import Plan
 from outsize.train.course import Course, LegByLeg, UnitByUnit
-from outsize.train.ending import BlockedLoss, Counts, Ending, ModuleLoss
+from outsize.train.ending import Begin, BlockedLoss, Counts, Ending, ModuleLoss
 from outsize.train.gradients import Gradients
 from outsize.train.loss import Head, HeadBlock, Repeat, each_time
 from outsize.train.optimizers import OptimizerRule
@@ -167,10 +167,9 @@ class Job:
             if name not in entered:
                 self.gradients.apply_weight(weight)
 
-    def backward(self, bodies: list[Callable[[], None]]) -> None:
-        # Lanes that recompute restore random states in turns, so that the last to finish leaves one of another lane.
-        with self.attachment.traversal(), torch.random.fork_rng(devices=[]):
-            self.attachment.lanes.run(bodies)
+    def backward(self, begins: Sequence[Begin]) -> None:
+        with self.attachment.traversal():
+            self.attachment.lanes.back(begins)
             self.finish_tables()
 
     def finish_tables(self) -> None:
