@@ -42,3 +42,23 @@ def test_a_window_is_the_one_that_trying_everything_finds(steps: list[tuple[int,
             layout.add(Resident(found[0], nbytes, str(number), pins=int(pinned and number % 3 == 0)))
         if order and used < len(layout.by_name):
             layout.used(list(layout.by_name)[used])
+
+
+def test_room_that_was_dropped_comes_last_for_others_and_once_for_its_own_block() -> None:
+    """What is placed there waits until the real run has dropped it, and everything behind that waits too."""
+    layout = Layout(3)
+    for offset, name in enumerate("abc"):
+        layout.add(Resident(offset, 1, name))
+    layout.drop("b")
+    assert "b" not in layout.by_name
+    taken = []
+    for name in ("d", "e", "b"):
+        found = layout.place(1, layout.by_name.values())
+        assert found is not None
+        offset, victims = found
+        for victim in victims:
+            layout.remove(victim)
+        layout.add(Resident(offset, 1, name))
+        taken.append(offset)
+    assert taken == [0, 2, 1]
+    assert list(layout.by_name) == ["d", "e", "b"]

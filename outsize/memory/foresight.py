@@ -199,7 +199,7 @@ class Foresight:
         resident.pins -= 1
         self.layout.used(resident.name)
         if touch is Touch.DROP and resident.pins == 0:
-            self.layout.remove(resident.name)
+            self.layout.drop(resident.name)
 
     def _place(self, name: str, fresh: bool, index: int) -> Placement | None:
         nbytes = self._size_of(name)

@@ -101,6 +101,13 @@ class Layout:
         """Nobody was used later."""
         self.by_name.move_to_end(name)
 
+    def drop(self, name: str) -> None:
+        """Nobody wants the resident's bytes again. Its room comes last for others all the same: the real run, who is behind,
+        has to leave it first."""
+        resident = self.by_name.pop(name)
+        resident.name = f"dropped at {resident.offset}"
+        self.by_name[resident.name] = resident
+
     def place(self, nbytes: int, order: Iterable[Resident]) -> tuple[int, list[str]] | None:
         """The window of `nbytes` that is free first when residents go in this order: (offset, those who lie in it), or None
         if pins leave none.

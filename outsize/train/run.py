@@ -237,8 +237,8 @@ class Run:
     def _step(self, step: int, micro_batches: list[dict[str, torch.Tensor]], scheduler: Any, again: bool) -> StepLine:
         job, rate = self.job, scheduler.get_last_lr()[0]
         started = job.store.clock.now()
-        # Optimizers make their state in their first step: large allocations that must not be kept for reuse.
-        recycle_up_to(job.plan.recycle_bytes if self._warm else 0)
+        # Optimizers make their state in their first step: large allocations, unless of pieces, that must not be kept for reuse.
+        recycle_up_to(job.plan.recycle_bytes if self._warm or job.updater.by_pieces else 0)
         self._warm = True
         result = job.train_step(micro_batches, again)
         after = self._counts()

@@ -233,6 +233,11 @@ class Updater:
                     self.group.gather(elements, block.shares, last=block.stage)
 
     @property
+    def by_pieces(self) -> bool:
+        """No optimizer sees more than PIECE elements at once."""
+        return all(is_elementwise(kind.cls) for kind in self.kinds)
+
+    @property
     def has_modes(self) -> bool:
         """The optimizer keeps other numbers for training than for evaluation."""
         return any(hasattr(kind.optimizer, "eval") for kind in self.kinds)
