@@ -76,7 +76,7 @@ def test_a_plan_is_refused_whose_run_would_find_no_room_in_a_unit_that_was_not_p
         asked = fits(need_room, search.rehearsed.asked, arena, home_of)
         return not asked and fits(forecast, search.rehearsed, arena, home_of, ways_of(LAPTOP), True)
 
-    arena = next(filter(only_seemingly, range(9 * least // 10 // PAGE * PAGE, 2 * least, 2 * PAGE)))
+    arena = next(filter(only_seemingly, range(8 * least // 10 // PAGE * PAGE, 2 * least, 2 * PAGE)))
     assert not fits(play, search.rehearsed.whole, arena, home_of, ways_of(LAPTOP), 3)
     with pytest.raises(BudgetError, match="near compute"):
         check_plan(replace(plan, arena_bytes=arena), task, place)

@@ -174,7 +174,9 @@ class Attachment:
         """The leased weight in whose bytes the tensor lies, if any: views count, so identity is by place."""
         storage, address = place_of(tensor)
         attached = self._here
-        for weight in attached.weights if attached is not None else ():
+        if attached is None:
+            return None
+        for weight in attached.weights:
             lease = attached.leases.get(weight.name)
             if lease is not None:
                 base, start = place_of(lease.bytes)
@@ -224,6 +226,7 @@ class Attachment:
     def _leave(self) -> None:
         attached, self._here = self._here, None
         if attached is not None:
+            self._leaves.show(attached.slots, 0)
             for weight in attached.weights:
                 self.release_weight(attached, weight)
 

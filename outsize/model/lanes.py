@@ -20,8 +20,8 @@ Result = TypeVar("Result")
 
 
 class Lanes:
-    """A ring of lanes, `count` of them on their way, of which one runs; `on_turn` is called whenever it is another one. A single lane runs as its caller,
-    and `pass_turn` does nothing."""
+    """A ring of lanes, `count` of them on their way, one running; `on_turn` is called whenever it is another one. A single
+    lane runs as its caller, and `pass_turn` does nothing."""
 
     def __init__(self, on_turn: Callable[[], None] = lambda: None) -> None:
         self.count = 1
@@ -59,7 +59,7 @@ class Lanes:
         """Backward of all lanes, from what each has given and its gradient: through a unit of each after the other."""
         self.count = len(begins)
         try:
-            torch.autograd.backward(*zip(*begins, strict=True))
+            torch.autograd.backward([begin for begin, _ in begins], [gradient for _, gradient in begins])
         except BaseException:
             # Nodes that were about to run stay in the engine's queue, and with them the graph, till other work comes.
             torch.zeros(1, requires_grad=True).sum().backward()
@@ -95,7 +95,7 @@ class Lanes:
 
 def _opened() -> tuple[Any, ...]:
     """What the thread has open, besides what `_arithmetic` says."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore[reportAttributeAccessIssue]
     return torch._C._len_torch_dispatch_stack(), torch._C._len_torch_function_stack(), hooks
 
 

@@ -237,7 +237,7 @@ class Run:
     def _step(self, step: int, micro_batches: list[dict[str, torch.Tensor]], scheduler: Any, again: bool) -> StepLine:
         job, rate = self.job, scheduler.get_last_lr()[0]
         started = job.store.clock.now()
-        # Optimizers make their state in their first step: large allocations, unless of pieces, that must not be kept for reuse.
+        # Optimizers make their state in their first step: allocations that must not be kept for reuse, if they are large.
         recycle_up_to(job.plan.recycle_bytes if self._warm or job.updater.by_pieces else 0)
         self._warm = True
         result = job.train_step(micro_batches, again)

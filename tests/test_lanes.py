@@ -1,0 +1,91 @@
+"""Micro-batches that take turns on one thread."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from exactness import Setting, make_batches, make_job, make_model
+from torch.autograd.graph import saved_tensors_hooks
+
+from outsize.errors import ModelError
+from outsize.model.lanes import Lanes
+from outsize.train.optimizers import default_rule
+
+
+def test_in_each_round_the_last_lane_is_first_and_results_are_in_order() -> None:
+    lanes, came = Lanes(), []
+
+    def body(number: int, units: int) -> str:
+        for unit in range(units):
+            came.append((unit, number, lanes.current, lanes.count, threading.current_thread()))
+            lanes.pass_turn()
+        return f"lane {number}"
+
+    assert lanes.run([lambda: body(0, 2), lambda: body(1, 3), lambda: body(2, 2)]) == ["lane 0", "lane 1", "lane 2"]
+    order = [(0, 2), (0, 1), (0, 0), (1, 2), (1, 1), (1, 0), (2, 1)]
+    assert came == [(unit, number, number, 3, threading.current_thread()) for unit, number in order]
+    assert (lanes.current, lanes.count) == (0, 1)
+
+
+@pytest.mark.parametrize("failing", [0, 1, 2])
+def test_where_one_lane_fails_the_others_end_and_the_next_run_works(failing: int) -> None:
+    lanes, ended = Lanes(), []
+
+    def body(number: int) -> None:
+        try:
+            lanes.pass_turn()
+            if number == failing:
+                raise ZeroDivisionError
+            lanes.pass_turn()
+        finally:
+            ended.append(number)
+
+    with pytest.raises(ZeroDivisionError):
+        lanes.run([lambda: body(0), lambda: body(1), lambda: body(2)])
+    assert sorted(ended) == [0, 1, 2]
+    assert lanes.run([lambda: lanes.current, lambda: lanes.current]) == [0, 1]
+
+
+def test_each_lane_computes_as_it_has_said() -> None:
+    lanes = Lanes()
+
+    def body(gradients: bool) -> list[bool]:
+        said = []
+        with torch.set_grad_enabled(gradients), torch.autocast("cpu", enabled=gradients):
+            for _ in range(3):
+                lanes.pass_turn()
+                said += [torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")]
+        lanes.pass_turn()
+        return [*said, torch.is_grad_enabled(), not torch.is_autocast_enabled("cpu")]
+
+    found = lanes.run([lambda: body(True), lambda: body(False), lambda: body(True)])
+    assert found == [[True] * 6 + [True] * 2, [False] * 6 + [True] * 2, [True] * 6 + [True] * 2]
+    assert torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+
+
+def test_hooks_around_several_units_are_refused() -> None:
+    lanes = Lanes()
+
+    def body() -> None:
+        with saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+            lanes.pass_turn()
+
+    with pytest.raises(ModelError, match="--accumulate 1"):
+        lanes.run([body, body])
+    lanes.run([body])  # nobody else runs within them
+    assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize("near", ["near", "disk"])
+def test_after_a_step_of_several_the_modules_have_their_own_parameters(near: str, tmp_path: Path) -> None:
+    job = make_job(make_model("handwritten"), default_rule("sgd", {"lr": 0.1}), Setting("fp32", near, 4), tmp_path)
+    before = [id(parameter) for parameter in job.model.parameters()]
+    for micro_batches in make_batches(2, 4):
+        job.train_step(micro_batches)
+    assert [id(parameter) for parameter in job.model.parameters()] == before
+    weights = {name: job.read(name, 0, w.shape[0] if w.shape else 1) for name, w in job.weights.items()}
+    for name, parameter in job.detach().named_parameters():
+        assert torch.equal(parameter, weights[name])
