@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,10 @@ from exactness import Setting, make_batches, make_job, make_model
 from torch.autograd.graph import saved_tensors_hooks
 
 from outsize.errors import ModelError
+from outsize.memory.store import Lease, Store
 from outsize.model.lanes import Lanes
+from outsize.model.weights import WEIGHT, RowBlock, Weight
+from outsize.train.gradients import Gradients
 from outsize.train.optimizers import default_rule
 
 
@@ -98,3 +102,31 @@ def test_after_steps_of_several_the_modules_have_their_own_parameters(tmp_path: 
     weights = {name: job.read(name, 0, w.shape[0] if w.shape else 1) for name, w in job.weights.items()}
     for name, parameter in job.detach().named_parameters():
         assert torch.equal(parameter, weights[name])
+
+
+@pytest.mark.parametrize("placement", ["near", "disk"])
+def test_weights_come_and_gradients_complete_in_one_order_for_any_number(
+    placement: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers who have unequal parts of a step exchange as they come by."""
+    orders: list[list[str]] = []
+    lease, complete = Store.lease, Gradients._complete
+
+    def note_lease(self: Store, name: str, fresh: bool = False) -> Lease:
+        if name.startswith(WEIGHT):
+            orders[-1].append(f"lease {name}")
+        return lease(self, name, fresh)
+
+    def note_complete(self: Gradients, weight: Weight, block: RowBlock, *given: Any) -> None:
+        orders[-1].append(f"complete {block.name}")
+        complete(self, weight, block, *given)
+
+    monkeypatch.setattr(Store, "lease", note_lease)
+    monkeypatch.setattr(Gradients, "_complete", note_complete)
+    for count in (1, 2, 3):
+        setting = Setting("fp32", placement, count)
+        job = make_job(make_model("llama", tied=False), default_rule("sgd", {"lr": 0.1}), setting, tmp_path / str(count))
+        orders.append([])
+        job.train_step(make_batches(1, count)[0])
+    assert any(event.startswith("complete") for event in orders[0])
+    assert orders == [orders[0]] * 3

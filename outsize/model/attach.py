@@ -157,7 +157,9 @@ class Attachment:
             return attached.forward(*args, **kwargs)
         pack = functools.partial(self._pack, attached.activations)
         return_to = functools.partial(self.arrive, attached)
-        return run_unit(attached.activations, attached.forward, return_to, pack, self._unpack, args, kwargs)
+        found = run_unit(attached.activations, attached.forward, return_to, pack, self._unpack, args, kwargs)
+        self.lanes.pass_turn()
+        return found
 
     def _pack(self, activations: Activations, tensor: torch.Tensor) -> torch.Tensor | Ticket | Parcel:
         self.ceiling.keep()
@@ -202,9 +204,7 @@ class Attachment:
     # -- entering and leaving ---------------------------------------------------------------------------------------
 
     def arrive(self, attached: AttachedUnit) -> None:
-        """A lane is at the unit from now on: let the other lanes come as far, leave the unit before, enter."""
-        if self._here is not attached:
-            self.lanes.pass_turn()
+        """A lane is at the unit from now on: leave the unit before, which all lanes have been through, and enter."""
         if self._here is not attached:
             self._leave()
             self._enter(attached)

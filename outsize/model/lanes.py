@@ -1,5 +1,5 @@
 """Micro-batches that take turns: each runs the unchanged model on a stack of its own, one at a time, and passes the turn on
-whenever it arrives at another unit. So all of them go through a unit while its weights are near (vertical scheduling:
+whenever it has been through a unit. So all of them go through it while its weights are near (vertical scheduling:
 GreedySnake, arXiv 2512.17570), without a line of the model being rewritten.
 
 They are greenlets of one thread, and not threads: OpenMP keeps helpers for each thread that computes, of which none may spin
