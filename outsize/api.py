@@ -170,7 +170,8 @@ def planning(
 def _check_asked(task: str, request: dict[str, Any], pipeline: bool, legs: int | None) -> None:
     known = {
         "train": {field.name for field in fields(Request)}
-        - {"memory_bytes", "hold", "workers", "nodes", "weight_copies", "sequences", "shares", "rank", "legs"},
+        - {"memory_bytes", "hold", "workers", "nodes", "weight_copies", "gather_ahead_bytes", "sequences", "shares"}
+        - {"rank", "legs"},
         "serve": {"context", "concurrency", "step_tokens", "weights"},
     }.get(task)
     if known is None:

@@ -138,7 +138,8 @@ class Plan(Divided):
     the head and its loss are computed over blocks of the vocabulary. `shared_bytes`: all blocks together, when they
     stay near in memory that outlives the process, each with a twin; 0: they do not. Of several `workers` each has its
     share of every optimizer state; from the level `zero` 2 on also of gradients that wait, and of `split_weights`. Of
-    these all together have `weight_copies`: one, or one on each of several `nodes`. What is divided is so in proportion to
+    these all together have `weight_copies`: one, or one on each of several `nodes`; up to `gather_ahead_bytes` of them are
+    gathered before they are needed, while compute goes on. What is divided is so in proportion to
     `shares`, equally if there are none, and so are a step's sequences to `sequences`; the plan is that of worker `rank`.
     With `legs` they are a pipeline: each leg has so many of the repeated units, and micro-batches go from one to the next in
     the order of `schedule` (gpipe, 1f1b, interleaved, v or zero-bubble); of several workers of a leg each has its share, as
@@ -168,6 +169,7 @@ class Plan(Divided):
     zero: int = 3
     split_weights: frozenset[str] = frozenset()
     weight_copies: int = 1
+    gather_ahead_bytes: int = 0
     sequences: tuple[int, ...] = ()
     shares: tuple[int, ...] = ()
     rank: int = 0
@@ -209,7 +211,13 @@ class Plan(Divided):
             return self.legs, self.legs_shape, self.schedule, self.blocked_loss, self.hold, self.commit_every
         return (
             *(self.activations, self.table_rows, self.blocked_loss, self.hold, self.commit_every),
-            *(tuple(sorted(self.split_weights)), self.weight_copies, self.shares, self.sequences),
+            *(
+                tuple(sorted(self.split_weights)),
+                self.weight_copies,
+                self.gather_ahead_bytes,
+                self.shares,
+                self.sequences,
+            ),
         )
 
     @property
@@ -323,9 +331,9 @@ class Request(Divided):
     gradients too (2), weights too (3).
 
     `keeper`: memory that outlives the process is to hold the last step. `weight_copies`: how many there are already, as a
-    plan has it, and `sequences` and `shares`, too. `rank`: the worker that is planned for. `legs`: how many of the
-    repeated units each leg has, in a pipeline, `legs_shape` the way through them; with `zero_bubble` their backward is in
-    halves."""
+    plan has it, and `gather_ahead_bytes`, `sequences` and `shares`, too. `rank`: the worker that is planned for. `legs`:
+    how many of the repeated units each leg has, in a pipeline, `legs_shape` the way through them; with `zero_bubble` their
+    backward is in halves."""
 
     memory_bytes: int
     sequence_length: int = 512
@@ -343,6 +351,7 @@ class Request(Divided):
     nodes: int = 1
     zero: int = 3
     weight_copies: int | None = None
+    gather_ahead_bytes: int | None = None
     sequences: tuple[int, ...] = ()
     shares: tuple[int, ...] | None = None
     rank: int = 0

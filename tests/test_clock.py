@@ -101,8 +101,21 @@ def test_what_transfers_take_of_a_core_compute_loses() -> None:
 def test_who_waits_for_others_loses_nothing_to_transfers() -> None:
     now = SimulatedClock({"disk": BUSY})
     transfer(SimulatedTransfers(now), "write", GB)
-    now.spend("wire", 0.5)
+    now.finish(now.exchange(0.5, ahead=False))
     assert now.time == pytest.approx(0.5)
+
+
+def test_exchanges_ahead_go_on_while_a_step_computes_and_share_the_wire_with_those_it_waits_for() -> None:
+    now = SimulatedClock({})
+    first, second = (now.exchange(1.0, ahead=True) for _ in range(2))
+    now.spend("compute", 0.5)
+    now.finish(now.exchange(0.25, ahead=False))  # at half the speed: half a second
+    assert now.time == pytest.approx(1.0) and not first.done
+    now.finish(first)
+    assert now.time == pytest.approx(1.25) and not second.done
+    now.spend("compute", 2.0)
+    assert second.done and now.time == pytest.approx(3.25)
+    assert now.seconds == pytest.approx({"compute": 2.5, "exchange": 2.25, "wire": 0.75})
 
 
 def test_compute_keeps_half_of_what_it_has() -> None:

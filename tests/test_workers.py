@@ -140,6 +140,24 @@ def test_copies_of_weights_on_each_node_do_not_show_in_the_numbers(gang: Crew, t
     assert_same(gang.run(replace(ON_NODES, zero=2), tmp_path / "whole"), found)
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(workers=2, sequences=2, ahead=40_000),
+        Case(clip=0.1, ahead=1 << 30),
+        replace(ON_NODES, ahead=1 << 30),
+        Case(workers=4, legs=(2, 2), steps=2, ahead=1 << 30),
+    ],
+    ids=str,
+)
+def test_what_is_gathered_ahead_shows_neither_in_the_numbers_nor_on_the_wire(
+    gang: Crew, tmp_path: Path, case: Case
+) -> None:
+    found, expected = gang.run(case, tmp_path / "ahead"), gang.run(replace(case, ahead=0), tmp_path / "none")
+    assert_same(found, expected)
+    assert [on_wire(ledger["moved"]) for ledger in found.ledgers] == [on_wire(one["moved"]) for one in expected.ledgers]
+
+
 UNEVEN = [
     Case(parts=(3, 1), hidden=256, split=0, precision="mixed"),
     Case(workers=4, nodes=2, copies=2, parts=(1, 5, 2, 4), table_rows=40, placement="mixed"),
@@ -169,6 +187,8 @@ def test_shares_of_any_size_do_not_show_in_the_numbers(gang: Crew, tmp_path: Pat
         Case(workers=3, sequences=4, precision="mixed"),
         Case(legs=(1, 3), tied=True, table_rows=40, precision="mixed"),
         Case(workers=4, legs=(2, 2), nodes=2),
+        Case(workers=2, sequences=2, ahead=40_000),
+        replace(ON_NODES, ahead=1 << 30),
         Case(legs=(1, 1, 1, 1), schedule="interleaved", steps=2, tied=True, table_rows=40),
         Case(legs=(1, 1, 1, 1), legs_shape="v", schedule="v", steps=2, tied=True, table_rows=40),
         Case(legs=(1, 1, 1, 1), legs_shape="v", schedule="zero-bubble", steps=2, activations="keep"),
@@ -196,7 +216,12 @@ def assert_planned_wire(case: Case, rank: int, moved: Mapping[tuple[str, str, st
     assert alike == on_wire(moved)
     step, script = played.steps[-1], rehearsed.whole.steps[-1]
     exchanges = [event for event in script if isinstance(event, Exchanged)]
-    assert step.lanes["wire"] == pytest.approx(sum(WIRED[e.tier].seconds(e.sent, e.received) for e in exchanges))
+    wired = sum(WIRED[e.tier].seconds(e.sent, e.received) for e in exchanges)
+    if case.ahead:  # what is on the wire may wait for more
+        assert any(event.ahead for event in exchanges)
+        assert step.lanes["wire"] < wired <= (1 + 1e-9) * (step.lanes["wire"] + step.lanes["exchange"])
+    else:
+        assert step.lanes["wire"] == pytest.approx(wired)
     assert step.seconds >= (1 - 1e-9) * sum(step.lanes[lane] for lane in ("compute", "update", "wire"))
 
 

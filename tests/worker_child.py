@@ -134,6 +134,7 @@ def plan_of(model: nn.Module, case: Case) -> Plan:
         zero=case.zero,
         split_weights=split,
         weight_copies=case.copies,
+        gather_ahead_bytes=case.ahead,
         shares=tuple(case.parts),
         arena_bytes=2 * plan.arena_bytes + (1 << 20),
     )

@@ -21,7 +21,8 @@ CHILD = Path(__file__).with_name("worker_child.py")
 class Case:
     """A job that `workers` train for `steps` steps over `sequences` sequences a step, in micro-batches of `batch`.
 
-    `split`: of ZeRO 3, weights of more elements than this, of which there are so many `copies`. `parts`:
+    `split`: of ZeRO 3, weights of more elements than this, of which there are so many `copies`, and of which so many bytes are
+    gathered `ahead`. `parts`:
     in which proportion they divide state. `legs`: of how many layers, in a pipeline; as many workers have each,
     or each worker as many, on a way of that shape."""
 
@@ -42,6 +43,7 @@ class Case:
     activations: str = "recompute"
     nodes: int = 1
     copies: int = 1
+    ahead: int = 0
     parts: tuple[int, ...] = ()
     legs: tuple[int, ...] = ()
     legs_shape: str = "loop"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,13 @@ class Group:
     def gather(self, part: torch.Tensor, shares: Shares, first: int = 0, last: int | None = None) -> None:
         """Make `part` (1-D), which is of this worker's elements at stage `last` (None: of all), current in all of them; its
         elements at stage `first` are."""
+
+    def begin_gather(
+        self, part: torch.Tensor, shares: Shares, first: int = 0, last: int | None = None
+    ) -> Callable[[], None]:
+        """As `gather`, while this worker goes on; what is returned waits until it is done. Till then nobody may touch `part`.
+        All workers begin the same ones in the same order, and in that order they are gathered."""
+        return lambda: None
 
     def reduce(self, gradient: torch.Tensor, shares: Shares) -> torch.Tensor:
         """The own share of the sum over all workers of `gradient` (1-D, any float dtype): fp32, in the order of the
@@ -147,13 +154,35 @@ class Several(Group):
         self._scratch = torch.empty(0, dtype=torch.uint8)
 
     def gather(self, part: torch.Tensor, shares: Shares, first: int = 0, last: int | None = None) -> None:
+        for level, outgoing, incoming in self._gathers(part, shares, first, last):
+            self._exchange(level, "weight", outgoing, incoming)
+
+    def begin_gather(
+        self, part: torch.Tensor, shares: Shares, first: int = 0, last: int | None = None
+    ) -> Callable[[], None]:
+        exchanges = list(self._gathers(part, shares, first, last))
+        for level, outgoing, incoming in exchanges:
+            self._count(self.arrangement.tier(level), "weight", _nbytes(outgoing), _nbytes(incoming))
+        return self._aside([(outgoing, incoming) for _, outgoing, incoming in exchanges])
+
+    def _gathers(
+        self, part: torch.Tensor, shares: Shares, first: int, last: int | None
+    ) -> Iterator[tuple[int, Messages, Messages]]:
+        """What must be exchanged over which level of links, one after the other."""
         last = len(self.arrangement.levels) if last is None else last
         start = shares.at(last).start
         for stage in range(first, last):
             parts = [part[span.start - start : span.stop - start] for span in shares.stages[stage]]
             level = self._level(stage)
             others = self.arrangement.others(level)
-            self._exchange(level, "weight", dict.fromkeys(others, parts[self.rank]), {o: parts[o] for o in others})
+            yield level, dict.fromkeys(others, parts[self.rank]), {other: parts[other] for other in others}
+
+    def _aside(self, exchanges: list[tuple[Messages, Messages]]) -> Callable[[], None]:
+        """Exchange one after the other, after all that went this way before; what is returned waits for it. Whoever has no
+        way aside does it now."""
+        for outgoing, incoming in exchanges:
+            self.send(outgoing, incoming)
+        return lambda: None
 
     def reduce(self, gradient: torch.Tensor, shares: Shares) -> torch.Tensor:
         total, start = gradient, 0
@@ -248,6 +277,9 @@ class Some(Several):
 
     def each(self, *numbers: float) -> list[tuple[float, ...]]:
         return self._whole.among(self._ranks, *numbers)
+
+    def _aside(self, exchanges: list[tuple[Messages, Messages]]) -> Callable[[], None]:
+        return self._whole._aside([(self._there(outgoing), self._there(incoming)) for outgoing, incoming in exchanges])
 
     def _there(self, messages: Messages) -> Messages:
         return {self._ranks[peer]: tensor for peer, tensor in messages.items()}

@@ -18,7 +18,9 @@ from outsize.distributed.launch import CONTINUES
 from outsize.distributed.meeting import meet
 from outsize.distributed.watch import Watch
 from outsize.errors import OptionError, OutsizeError, RunError
+from outsize.memory.transfer import Transfers
 
+AHEAD = 2  # a tag: messages that overtake others, or are overtaken; those of a pipeline have 0 and 1
 TO_ANSWER = timedelta(minutes=30)  # for a worker that lives: the first one may be preparing data, or writing the model
 
 
@@ -31,6 +33,7 @@ class Workers(Several):
         """`here` is how many there are on this machine, of which this is number `local`; the rest as `find_group` has it.
         Raises RunError when they do not all come."""
         self.here, self.leads = here, local == 0
+        self._thread: Transfers | None = None  # has one thread, in which exchanges go on while this worker does
         meeting, places = meet(rank, size, f"{rank - local} {here}")
         super().__init__(_arranged(rank, size, here, places))
         try:
@@ -52,6 +55,18 @@ class Workers(Several):
         begun: list[Begun] = []
         self._wait(lambda: begun.extend(begin(outgoing, {}, tag)))
         return lambda: self._wait(lambda: finish(begun))
+
+    def _aside(self, exchanges: list[tuple[Messages, Messages]]) -> Callable[[], None]:
+        def carry_out() -> None:
+            started = self.clock.now()
+            for outgoing, incoming in exchanges:
+                exchange(outgoing, incoming, AHEAD)
+            self.clock.note("exchange", started)
+
+        if self._thread is None:
+            self._thread = Transfers(readers=0)
+        ticket = self._thread.after_writes(carry_out)
+        return lambda: self._wait(ticket.wait)
 
     def each(self, *numbers: float) -> list[tuple[float, ...]]:
         said = torch.tensor(numbers, dtype=torch.float64)
@@ -110,6 +125,8 @@ class Workers(Several):
 
     def leave(self) -> None:
         self._watch.close()
+        if self._thread is not None:
+            self._thread.close()  # nothing is on its way
         distributed.destroy_process_group()
 
     def close(self) -> None:

@@ -43,7 +43,8 @@ def check_plan(plan: Plan, task: Task, place: Place) -> Plan:
             "The plan's blocked_loss and table_rows contradict each other: blocks need all tables, and only they need any."
         )
     job = sizes_of_job(task, dict(plan.table_rows), plan.blocked_loss, plan.hold, plan.weight_copies)
-    job = replace(job, always=always_near(task.units))  # small weights, too, are where the plan says
+    small = always_near(task.units)  # other small weights, too, are where the plan says
+    job = replace(job, always=small, ahead=plan.gather_ahead_bytes)
     if request.keeper and not plan.shared_bytes:
         raise OptionError("The plan has no keeper (shared_bytes is 0). Make it with --keeper, or leave --keeper out.")
     _check_shared(plan, job)

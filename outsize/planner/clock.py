@@ -1,7 +1,8 @@
 """Time that passes only when somebody says so: transfers are events, compute advances the clock by its price.
 
 Transfers run as in `outsize.memory.transfer`: some readers share one queue of pieces, one writer keeps the order of
-writes. What moves at once shares the way: each direction has its bandwidth, and both together their limit."""
+writes. What moves at once shares the way: each direction has its bandwidth, and both together their limit. So do exchanges
+with other workers, of which one waits for those that come ahead no longer than it shares the wire with them."""
 
 from __future__ import annotations
 
@@ -49,6 +50,7 @@ class Rates:
         return replace(rates, reading=reading, writing=writing)
 
 
+WIRE, AHEAD = "wire", "exchange"  # lanes: an exchange that the step waits for, and one meanwhile
 _end = attrgetter("end")
 Ways = Mapping[str, Rates]
 """From each tier other than the one that computes."""
@@ -83,12 +85,12 @@ class SimulatedClock(Clock):
 
     def __init__(self, ways: Ways, readers: int = 2) -> None:
         super().__init__()
-        self.ways, self.time = ways, 0.0
+        self.ways, self.time = {**ways, WIRE: Rates(1.0, 1.0, 1.0, 0.0)}, 0.0  # seconds of exchange a second
         self.spans: list[Span] = []
         self.seconds: dict[str, float] = {}
         self._last: dict[str, int] = {}  # the last span of each lane
-        self._free = {"read": readers, "write": 1}
-        self._queues: dict[str, deque[Transfer]] = {"read": deque(), "write": deque()}
+        self._free = {"read": readers, "write": 1, WIRE: 1, AHEAD: 1}
+        self._queues: dict[str, deque[Transfer]] = {direction: deque() for direction in self._free}
         self._moving: list[Transfer] = []
         self._taken = 0.0  # of a core, by what moves
         self._settled = 0.0
@@ -107,10 +109,10 @@ class SimulatedClock(Clock):
         self._note("waiting", started)
 
     def spend(self, lane: str, seconds: float) -> None:
-        """`lane` (compute, update or wire) works for so long by itself; transfers go on meanwhile, and take their part."""
-        started, computes = self.time, lane != "wire"
+        """`lane` (compute or update) works for so long by itself; transfers go on meanwhile, and take their part."""
+        started = self.time
         while True:
-            pace = 1.0 - self._taken * computes
+            pace = 1.0 - self._taken
             end = self.time + seconds / pace
             if not self._moving or (first := min(transfer.end for transfer in self._moving)) > end:
                 break
@@ -119,11 +121,26 @@ class SimulatedClock(Clock):
         self.time = end
         self._note(lane, started)
 
+    def exchange(self, seconds: float, ahead: bool) -> SimulatedTicket:
+        """With other workers, of so many seconds if nothing else is on the wire."""
+        ticket = SimulatedTicket(self, None, 1)
+        self._submit(WIRE, AHEAD if ahead else WIRE, seconds, ticket.piece_done, 0.0)
+        return ticket
+
+    def finish(self, ticket: SimulatedTicket) -> None:
+        """Let time pass until an exchange is done."""
+        started = self.time
+        while not ticket.done:
+            self._end_first()
+        self._note(WIRE, started)
+
     def submit(
         self, tier: str, direction: str, nbytes: int, finish: Callable[[], None], latency: float | None = None
     ) -> None:
-        latency = self.ways[tier].latency if latency is None else latency
-        self._queues[direction].append(Transfer(tier, direction, float(nbytes), latency, finish))
+        self._submit(tier, direction, float(nbytes), finish, self.ways[tier].latency if latency is None else latency)
+
+    def _submit(self, tier: str, direction: str, size: float, finish: Callable[[], None], latency: float) -> None:
+        self._queues[direction].append(Transfer(tier, direction, size, latency, finish))
         if self._free[direction]:
             self.settle()
             self._start(direction)
@@ -138,7 +155,7 @@ class SimulatedClock(Clock):
             late = min(transfer.latency, seconds)
             transfer.latency -= late
             transfer.left = max(transfer.left - (seconds - late) * transfer.rate, 0.0)
-        for direction in {transfer.direction for transfer in self._moving}:
+        for direction in {transfer.direction for transfer in self._moving} - {WIRE}:
             self._append((direction, self.time - seconds, self.time))
 
     def _start(self, direction: str) -> None:

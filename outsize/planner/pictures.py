@@ -23,6 +23,7 @@ LANES = {
     "compute": COLOURS["weight"],
     "update": COLOURS["moment"],
     "wire": COLOURS["kv"],
+    "exchange": COLOURS["expert"],
     "waiting": COLOURS["gradient"],
     "read": COLOURS["master"],
     "write": COLOURS["activation"],

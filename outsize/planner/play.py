@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,9 +11,10 @@ from outsize.memory.clock import Span
 from outsize.memory.null import NullTier
 from outsize.memory.store import Lease, Store
 from outsize.memory.tier import Tier
-from outsize.planner.clock import SimulatedClock, SimulatedTransfers, Ways
+from outsize.planner.clock import SimulatedClock, SimulatedTicket, SimulatedTransfers, Ways
 from outsize.planner.script import (
     ENDLESS,
+    Awaited,
     Begin,
     Create,
     Event,
@@ -56,7 +57,8 @@ class PlayedStep:
     seconds: float
     spans: tuple[Span, ...] = field(repr=False)
     lanes: dict[str, float]
-    """Seconds of compute, update, wire and waiting, and how long the disk read and wrote."""
+    """Seconds of compute, update, wire (which is waited for) and waiting, and how long the disk read and wrote, and how long
+    workers exchanged meanwhile."""
     waiting: dict[str, float]
     """Seconds in which compute waited, for reads and for writes."""
     accesses: tuple[tuple[str, str], ...] = field(repr=False)
@@ -105,12 +107,14 @@ class _Player:
         self._live = self._steps = 0
         self._lane, self._due = "compute", 0.0
         self._leases: dict[str, list[Lease]] = {}
+        self._ahead: deque[SimulatedTicket] = deque()  # exchanges that were begun, and not waited for yet
         self._act: dict[type, Callable[[Any], None]] = {
             Create: self._create,
             Touched: self._touch,
             Rows: self._rows,
             Spend: self._spend,
             Exchanged: self._exchange,
+            Awaited: self._await,
             Begin: self._begin,
             Mark: self._mark,
         }
@@ -156,7 +160,15 @@ class _Player:
     def _exchange(self, event: Exchanged) -> None:
         self.store.ledger.move(self.store.near, event.tier, {event.kind: event.sent})
         self.store.ledger.move(event.tier, self.store.near, {event.kind: event.received})
-        self.clock.spend("wire", event.seconds)
+        ticket = self.clock.exchange(event.seconds, event.ahead)
+        if event.ahead:
+            self._ahead.append(ticket)
+        else:
+            self.clock.finish(ticket)
+
+    def _await(self, event: Awaited) -> None:
+        for _ in range(event.count):
+            self.clock.finish(self._ahead.popleft())
 
     def _pass_time(self) -> None:
         if self._due:

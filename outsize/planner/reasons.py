@@ -86,13 +86,14 @@ def _say_sharers(search: Search) -> tuple[str, ...]:
     )
     divided = ", ".join(("optimizer state", "gradients", "weights")[: request.zero])
     copies = f"; of the weights each of {plan.weight_copies} nodes has a copy" if plan.weight_copies > 1 else ""
+    ahead = f"; {format_size(plan.gather_ahead_bytes)} of them are gathered before they are needed"
     links = (
         f"{format_size(int(link.bytes_per_second))}/s and {1e6 * link.latency:.0f} us to workers of "
         + ("the same node" if tier == PEER else "other nodes")
         for tier, link in search.wire.items()
     )
     return (
-        f"workers: {who} who divide {divided}{copies}; of a step's sequences they "
+        f"workers: {who} who divide {divided}{copies}{ahead * (plan.gather_ahead_bytes > 0)}; of a step's sequences they "
         f"take {', '.join(map(str, request.sequences)) or 'equally many'}",
         f"wire: {'; '.join(links) or 'taken for infinitely fast'}",
     )

@@ -32,6 +32,7 @@ from outsize.model.units import find_units
 from outsize.plan import KEEP, NEAR, Plan
 from outsize.planner.clock import Rates, SimulatedClock, SimulatedTransfers
 from outsize.planner.live import LiveBytes
+from outsize.planner.overlapped import overlapped
 from outsize.planner.priced_update import priced_updater
 from outsize.planner.prices import Prices, is_view
 from outsize.planner.repeated import Repeated
@@ -217,12 +218,22 @@ class Rehearsal:
 
 @dataclass(frozen=True)
 class Rehearsed:
-    """Scripts of one module under one plan. `runs` are repeated units that pass one after the other, of each of which the
-    first four stand for all; there is none where every unit stands for itself."""
+    """Scripts of one module under one plan, whose workers gather up to `ahead` bytes ahead: `plain` is without that. `runs`
+    are repeated units that pass one after the other, of each of which the first four stand for all; there is none where every
+    unit stands for itself."""
 
-    script: Script
+    plain: Script
     runs: tuple[tuple[str, ...], ...]
+    ahead: int = 0
     _spread: dict[tuple[str, ...], Script] = field(default_factory=dict, repr=False, compare=False)
+
+    def gathering(self, ahead: int) -> Rehearsed:
+        """The same, with so many bytes ahead."""
+        return self if ahead == self.ahead else Rehearsed(self.plain, self.runs, ahead)
+
+    @cached_property
+    def script(self) -> Script:
+        return overlapped(self.plain, self.ahead)
 
     @property
     def units(self) -> tuple[str, ...]:
@@ -232,12 +243,12 @@ class Rehearsed:
         """The script as it would be with only these of the units, in order; of each run two or more."""
         every = tuple(units)
         if every not in self._spread:
-            found = self.script
+            found = self.plain
             for run in self.runs:
                 known, own = list(run[:4]), [name for name in every if name in run]
                 steps = tuple(spread(step, known, own) for step in found.steps)
                 found = Script(spread(found.setup, known, own), steps)
-            self._spread[every] = found
+            self._spread[every] = overlapped(found, self.ahead)
         return self._spread[every]
 
     def some(self, number: int) -> list[str]:
@@ -261,7 +272,7 @@ class Rehearsed:
     @cached_property
     def asked(self) -> Script:
         """What the whole script asks of the store, when is left open."""
-        return Rehearsed(self.script.bare, self.runs).whole
+        return Rehearsed(self.plain.bare, self.runs, self.ahead).whole
 
 
 def _evenly(units: Sequence[str], number: int) -> list[str]:
@@ -301,16 +312,17 @@ def _rehearse(
     def run(model: nn.Module, plan: Plan = plan) -> Script:
         return Rehearsal(model, plan, rule, prices, source_dtype, block_class, wire).run(micro_batches)
 
+    ahead = plan.gather_ahead_bytes
     runs = runs_of(units, plan) if _alike(model, units, plan) else ()
     if not runs:
-        return Rehearsed(run(model), ())
+        return Rehearsed(run(model), (), ahead)
     others = [name for each in runs for name in each[4:]]
     try:
-        found = Rehearsed(run(shortened(model, others), without(plan, others)), runs)
+        found = Rehearsed(run(shortened(model, others), without(plan, others)), runs, ahead)
         found.over(found.some(FEWEST * len(runs)))
         return found
     except (ValueError, IndexError, KeyError, AttributeError):  # a module that counts on all of its units
-        return Rehearsed(run(model), ())
+        return Rehearsed(run(model), (), ahead)
 
 
 def _alike(model: nn.Module, units: Sequence[str], plan: Plan) -> bool:

@@ -23,7 +23,12 @@ def circumstances(request: Request, directory: Path) -> dict[str, Any]:
     holds when it plans, and what the disk of `directory` has free."""
     here, probed = describe(directory), machine_file()
     asked = asdict(request)
-    for chosen in ("weight_copies", "shares", "legs"):  # by a plan itself, and what continues is told
+    for chosen in (
+        "weight_copies",
+        "gather_ahead_bytes",
+        "shares",
+        "legs",
+    ):  # by a plan itself, and what continues is told
         del asked[chosen]
     said = {
         "versions": [version("outsize"), torch.__version__],

@@ -62,13 +62,22 @@ class Spend:
 
 @dataclass(frozen=True)
 class Exchanged:
-    """Bytes of a kind went to other workers and came from them, over the links to `tier`, and the step waited so long."""
+    """Bytes of a kind went to other workers and came from them, over the links to `tier`, which took so long. The step
+    waited for it; or, of what comes `ahead`, did not yet."""
 
     tier: str
     kind: str
     sent: int
     received: int
     seconds: float
+    ahead: bool = False
+
+
+@dataclass(frozen=True)
+class Awaited:
+    """The step waits for the first so many of the exchanges that went ahead."""
+
+    count: int
 
 
 @dataclass(frozen=True)
@@ -93,7 +102,7 @@ class Mark(Enum):
     COMPLETE = "complete"
 
 
-Event = Create | Touched | Rows | Spend | Exchanged | Live | Begin | Mark
+Event = Create | Touched | Rows | Spend | Exchanged | Awaited | Live | Begin | Mark
 
 
 @dataclass(frozen=True)
@@ -118,8 +127,9 @@ class Script:
 
     @cached_property
     def work(self) -> float:
-        """Seconds of compute, update and exchange of one step, which no placement makes shorter."""
-        return sum(event.seconds for event in self.steps[-1] if isinstance(event, Spend | Exchanged))
+        """Seconds of compute, update and exchange of one step, which no placement makes shorter; but for what comes ahead."""
+        spent = (event for event in self.steps[-1] if isinstance(event, Spend | Exchanged))
+        return sum(event.seconds for event in spent if isinstance(event, Spend) or not event.ahead)
 
     @cached_property
     def floating_operations(self) -> float:
@@ -139,7 +149,7 @@ def _lean(events: Iterable[Event]) -> tuple[Event, ...]:
 
 
 def _bare(events: Iterable[Event]) -> tuple[Event, ...]:
-    return tuple(event for event in events if not isinstance(event, Spend | Exchanged | Live))
+    return tuple(event for event in events if not isinstance(event, Spend | Exchanged | Awaited | Live))
 
 
 class Scribe(Store):

@@ -33,7 +33,8 @@ TIGHT = 0.05  # by so much a small arena must be faster: where the disk is not a
 
 @dataclass(frozen=True)
 class JobSizes:
-    """What a job is made of, whatever is decided. `hold`: gradients wait for the step's end."""
+    """What a job is made of, whatever is decided. `hold`: gradients wait for the step's end. `ahead`: bytes of split weights
+    that are gathered before they are needed."""
 
     sizes: dict[str, WeightSize]
     rows: dict[str, int]
@@ -42,6 +43,7 @@ class JobSizes:
     hold: bool
     split: frozenset[str] = frozenset()
     copies: int = 1
+    ahead: int = 0
 
     @cached_property
     def everything(self) -> int:
@@ -71,6 +73,7 @@ class JobSizes:
             zero=request.zero,
             split_weights=self.split,
             weight_copies=self.copies,
+            gather_ahead_bytes=self.ahead,
             sequences=request.sequences,
             shares=request.shares or (),
             rank=request.rank,

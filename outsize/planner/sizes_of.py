@@ -31,10 +31,11 @@ SMALL = 1 << 16  # elements; so small a weight stays near with its state: readin
 class WeightSize:
     """Bytes of one weight's blocks and of its optimizer state by kind, and of the largest single block of its state and
     its gradient; of several workers, of the one that is planned for. `leased` is what a lease of the weight takes near
-    compute, `exchanged` what comes of its gradient from others at once."""
+    compute, of which the weight itself is `whole`, `exchanged` what comes of its gradient from others at once."""
 
     weight: Weight
     bytes: int
+    whole: int
     leased: int
     state_kinds: dict[str, int]
     largest_state: int
@@ -118,6 +119,7 @@ def _stepped(updater: Updater, weight: Weight) -> int | None:
 
 def _size(store: Store, updater: Updater, weight: Weight, arrangement: Arrangement) -> WeightSize:
     blocks = [store.entries[block.home].block.nbytes for block in weight.blocks]
+    wholes = [store.entries[block.name].block.nbytes for block in weight.blocks]
     leased = [store.entries[name].block.nbytes for block in weight.blocks for name in {block.name, block.home}]
     chunks = [chunk.state for block in weight.blocks for chunk in updater.chunks.get(block.name, [])]
     states = [store.entries[name].block for name in chunks if name in store.entries]
@@ -132,4 +134,4 @@ def _size(store: Store, updater: Updater, weight: Weight, arrangement: Arrangeme
         ),
         default=0,
     )
-    return WeightSize(weight, sum(blocks), sum(leased), dict(kinds), largest_state, gradient, exchanged)
+    return WeightSize(weight, sum(blocks), sum(wholes), sum(leased), dict(kinds), largest_state, gradient, exchanged)

@@ -34,7 +34,7 @@ from outsize.planner.prices import (
     yardsticks,
 )
 from outsize.planner.reasons import finished
-from outsize.planner.rehearsal import Batch, rehearse
+from outsize.planner.rehearsal import Batch, Rehearsed, rehearse
 from outsize.planner.search import JobSizes, Search
 from outsize.planner.sizes_of import SMALL, sizes_of, split_weights
 from outsize.planner.trial import Left, left_behind
@@ -80,10 +80,19 @@ class Task:
 
     @cached_property
     def jobs(self) -> list[JobSizes]:
-        """By how many copies of split weights there are: the most, and so the fewest bytes on slow links, first."""
+        """By how many copies of split weights there are: the most, and so the fewest bytes on slow links, first; and by how
+        much of them is gathered ahead: a unit, or nothing."""
         blocked, rows = self.loss
         hold = self.request.hold or self.request.clip is not None
-        return [sizes_of_job(self, rows, blocked, hold, copies) for copies in self._copies()]
+        jobs = [sizes_of_job(self, rows, blocked, hold, copies) for copies in self._copies()]
+        return [replace(job, ahead=ahead) for job in jobs for ahead in self._aheads(job)]
+
+    def _aheads(self, job: JobSizes) -> list[int]:
+        if self.request.gather_ahead_bytes is not None:
+            return [self.request.gather_ahead_bytes]
+        split = [[name for name, _ in unit.parameters if name in job.split] for unit in self.units]
+        largest = max((sum(job.sizes[name].whole for name in names) for names in split), default=0)
+        return [largest, 0] if largest else [0]
 
     def _copies(self) -> list[int]:
         request = self.request
@@ -150,7 +159,7 @@ class Planning:
 
     def __init__(self, task: Task, place: Place) -> None:
         self._task, self._place = task, place
-        self._searches: dict[tuple[Activations, int], Search] = {}
+        self._searches: dict[tuple[Activations, int, int], Search] = {}
 
     def within(self, memory_bytes: int) -> Plan:
         """As `plan_training`."""
@@ -158,7 +167,8 @@ class Planning:
             raise BudgetError(_disk_too_small(2 * self._task.job.all_bytes, self._place.disk_free_bytes))
         found: list[Search] = []
         fastest = inf
-        ways = [(how, job) for job in self._task.jobs for how in self._considered]
+        jobs = [job for job in self._task.jobs if self._place.wire or not job.ahead]
+        ways = [(how, job) for job in jobs for how in self._considered]
         possible = [(how, job) for how, job in ways if self._held(how) <= memory_bytes]
         for how, job in possible:
             if self._work(how, job) >= fastest:
@@ -204,7 +214,7 @@ class Planning:
 
     def _work(self, how: Activations, job: JobSizes) -> float:
         """Seconds that a step computes at least, told without another rehearsal: what is not kept is computed again."""
-        kept = self._searches.get((KEEP, job.copies))
+        kept = self._searches.get((KEEP, job.copies, job.ahead))
         if kept is None or how != RECOMPUTE:
             return 0.0
         return kept.rehearsed.work + len(self._task.batches) * self._left.seconds
@@ -218,11 +228,13 @@ class Planning:
     def search(self, how: Activations, job: JobSizes | None = None) -> Search:
         """Ready to search; it need not fit. `job`: one of the task's."""
         task, job = self._task, job or self._task.job
-        if (how, job.copies) not in self._searches:
+        key = how, job.copies, job.ahead
+        if key not in self._searches:
             names = [unit.name for unit in task.units if unit.repeated]
             plan = job.plan(task.request, tuple((name, how) for name in names))
-            self._searches[how, job.copies] = search_of(task, self._place, job, plan)
-        return self._searches[how, job.copies]
+            alike = next((found for known, found in self._searches.items() if known[:2] == key[:2]), None)
+            self._searches[key] = search_of(task, self._place, job, plan, alike and alike.rehearsed)
+        return self._searches[key]
 
 
 def _fastest(found: list[Search]) -> Plan:
@@ -238,16 +250,22 @@ def _fastest(found: list[Search]) -> Plan:
     raise problem
 
 
-def search_of(task: Task, place: Place, job: JobSizes, bare: Plan) -> Search:
-    """Rehearse a plan that places nothing yet, and find what it needs. What rehearsing leaves in memory counts."""
+def search_of(task: Task, place: Place, job: JobSizes, bare: Plan, known: Rehearsed | None = None) -> Search:
+    """Rehearse a plan that places nothing yet, if it is not `known` but for what is gathered ahead, and find what it needs.
+    What rehearsing leaves in memory counts."""
+    found = (known or _rehearsed(task, place, bare)).gathering(bare.gather_ahead_bytes)
+    needs = find_needs(task.units, job.sizes, job.rows, job.always, place.baseline_now, found, bare)
+    ways = ways_of(place.machine, task.request.workers // task.request.nodes)
+    return Search(bare, job, needs, task.request, ways, found, place.wire)
+
+
+def _rehearsed(task: Task, place: Place, bare: Plan) -> Rehearsed:
     in_lanes = len(task.batches) > 1 and not task.request.legs
     prices = place.prices.in_lanes() if in_lanes else place.prices
     found = rehearse(task.model, bare, task.rule, prices, task.batches, task.source_dtype, task.block_class, place.wire)
     place.prices.keep()
     give_back()
-    needs = find_needs(task.units, job.sizes, job.rows, job.always, place.baseline_now, found, bare)
-    ways = ways_of(place.machine, task.request.workers // task.request.nodes)
-    return Search(bare, job, needs, task.request, ways, found, place.wire)
+    return found
 
 
 def check_disk(plan: Plan, free: int) -> None:

@@ -320,7 +320,8 @@ def open_store(
         memory = found.memory if found and again else Shared(folder.directory, plan.shared_bytes)
     row = (group or Group()).row(plan.sharers)
     tiers = {"host": HostTier(plan.memory_bytes or 1 << 60), "disk": wrap_disk(DiskTier(folder.blocks))}
-    store = ShardedStore(row, tiers, plan.arena_bytes, allocate_slab, Transfers(), checked=True, shared=memory)
+    near, transfers, ahead = plan.arena_bytes, Transfers(), plan.gather_ahead_bytes
+    store = ShardedStore(row, tiers, near, allocate_slab, transfers, ahead=ahead, checked=True, shared=memory)
     if manifest is not None:
         kept = {name: folder.read_kept(name).places for name in folder.kept_names()}
         store.homes.recover(

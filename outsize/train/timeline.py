@@ -8,8 +8,9 @@ from outsize.memory.clock import Span
 
 
 def timeline(noted: Iterable[Span], started: float, ended: float) -> tuple[Span, ...]:
-    """(compute, update, wire, waiting, read or write, begin, end), in seconds since the step began. A step waits, exchanges,
-    updates or computes; what happens in waiting, or over the wire, is just that."""
+    """(compute, update, wire, waiting, read, write or exchange, begin, end), in seconds since the step began. A step waits,
+    exchanges (wire), updates or computes; what happens in waiting, or over the wire, is just that. Meanwhile it reads, writes
+    and exchanges."""
     inside = [
         (what, max(begin, started), min(end, ended)) for what, begin, end in noted if begin < ended and end > started
     ]
@@ -17,7 +18,7 @@ def timeline(noted: Iterable[Span], started: float, ended: float) -> tuple[Span,
         [(begin, end) for what, begin, end in inside if what == lane] for lane in ("waiting", "wire")
     )
     updating = [(begin, end) for what, begin, end in inside if what == "update"]
-    found = [(what, begin, end) for what, begin, end in inside if what in ("read", "write")]
+    found = [(what, begin, end) for what, begin, end in inside if what in ("read", "write", "exchange")]
     found += [("waiting", begin, end) for begin, end in waiting]
     found += [("wire", begin, end) for begin, end in exchanging]
     found += [("update", begin, end) for begin, end in without(updating, waiting + exchanging)]
