@@ -118,6 +118,13 @@ def test_exchanges_ahead_go_on_while_a_step_computes_and_share_the_wire_with_tho
     assert now.seconds == pytest.approx({"compute": 2.5, "exchange": 2.25, "wire": 0.75})
 
 
+def test_what_is_exchanged_meanwhile_takes_its_part_of_a_core() -> None:
+    now = SimulatedClock({})
+    ticket = now.exchange(1.0, ahead=True, busy=0.25)
+    now.spend("compute", 1.0)  # three quarters of it meanwhile
+    assert ticket.done and now.time == pytest.approx(1.25)
+
+
 def test_compute_keeps_half_of_what_it_has() -> None:
     now = SimulatedClock({"disk": Rates(GB, GB, 2 * GB, 0.0, writing=5 / GB)})
     transfer(SimulatedTransfers(now), "write", GB)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from exactness import make_model
 from worker_child import batches_of, in_line, optimizer, plan_of
 from workers import Case, Crew, Found
 
+from outsize.distributed.ahead import Ahead
 from outsize.distributed.arrangement import PEER, REMOTE, WIRE
 from outsize.distributed.wire import Link
 from outsize.machine.find import find_machine
@@ -21,8 +22,8 @@ from outsize.model.units import find_units
 from outsize.planner.clock import ways_of
 from outsize.planner.play import play
 from outsize.planner.prices import RatedPrices
-from outsize.planner.rehearsal import homes, rehearse
-from outsize.planner.script import Exchanged
+from outsize.planner.rehearsal import Rehearsal, homes, rehearse
+from outsize.planner.script import Event, Exchanged, Touched
 from outsize.train.job import always_near
 
 LAPTOP = find_machine("laptop")
@@ -223,6 +224,32 @@ def assert_planned_wire(case: Case, rank: int, moved: Mapping[tuple[str, str, st
     else:
         assert step.lanes["wire"] == pytest.approx(wired)
     assert step.seconds >= (1 - 1e-9) * sum(step.lanes[lane] for lane in ("compute", "update", "wire"))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(sequences=2, ahead=40_000, layers=8),
+        Case(workers=4, nodes=2, copies=2, ahead=1 << 30, clip=0.1),
+    ],
+    ids=str,
+)
+def test_a_script_of_what_is_gathered_ahead_is_what_a_store_is_asked(case: Case) -> None:
+    """Of a few units that stand for all, too."""
+    model = make_model(case.family, case.tied, case.layers, case.hidden)
+    given = (plan_of(model, case), optimizer(case.optimizer), RatedPrices(LAPTOP))
+    batches = next(batches_of(case, 0))
+    expected = rehearse(model, *given, batches, torch.float32).whole
+    rehearsal = Rehearsal(model, *given, torch.float32)
+    rehearsal.scribe._ahead = Ahead(case.ahead, lambda name: rehearsal.scribe.entries[name].block.nbytes)
+    steps = [step for _ in range(3) for step in rehearsal.run(batches).steps]
+    assert touched(steps[-1]) == touched(expected.steps[-1]) == touched(steps[-2])
+    first = [name for what, name in touched(expected.steps[0]) if what == "fresh"]
+    assert sorted(first) == sorted(name for what, name in touched(steps[-1]) if what == "fresh") and first
+
+
+def touched(step: Iterable[Event]) -> list[tuple[str, str]]:
+    return [(event.what, event.name) for event in step if isinstance(event, Touched)]
 
 
 def on_wire(moved: Mapping[tuple[str, str, str], int]) -> dict[tuple[str, str, str], int]:

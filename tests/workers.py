@@ -21,10 +21,9 @@ CHILD = Path(__file__).with_name("worker_child.py")
 class Case:
     """A job that `workers` train for `steps` steps over `sequences` sequences a step, in micro-batches of `batch`.
 
-    `split`: of ZeRO 3, weights of more elements than this, of which there are so many `copies`, and of which so many bytes are
-    gathered `ahead`. `parts`:
-    in which proportion they divide state. `legs`: of how many layers, in a pipeline; as many workers have each,
-    or each worker as many, on a way of that shape."""
+    `split`: of ZeRO 3, weights of more elements than this, of which there are so many `copies`, and so many bytes are
+    gathered `ahead`. `parts`: in which proportion they divide state. `legs`: of how many layers, in a pipeline; as many
+    workers have each, or each worker as many, on a way of that shape."""
 
     workers: int = 2
     zero: int = 3

@@ -293,13 +293,13 @@ class Some(Several):
 
 class Imagined(Several):
     """What the planner knows of several workers: this one's part, in which the others send nothing. `tell(tier, kind, sent,
-    received, seconds)` hears of each exchange over a `wire`; `allocate` gives 1-D uint8 tensors."""
+    received, seconds, busy)` hears of each exchange over a `wire`; `allocate` gives 1-D uint8 tensors."""
 
     def __init__(
         self,
         arrangement: Arrangement,
         wire: Wire = NO_WIRE,
-        tell: Callable[[str, str, int, int, float], None] = lambda *_: None,
+        tell: Callable[[str, str, int, int, float, float], None] = lambda *_: None,
         allocate: Callable[[int], torch.Tensor] | None = None,
     ) -> None:
         super().__init__(arrangement)
@@ -318,8 +318,9 @@ class Imagined(Several):
 
     def _count(self, tier: str, kind: str, sent: int, received: int) -> None:
         super()._count(tier, kind, sent, received)
-        seconds = self._wire[tier].seconds(sent, received) if tier in self._wire else 0.0
-        self._tell(tier, kind, sent, received, seconds)
+        link = self._wire.get(tier)
+        seconds, busy = (0.0, 0.0) if link is None else (link.seconds(sent, received), link.busy)
+        self._tell(tier, kind, sent, received, seconds, busy)
 
 
 def _nbytes(messages: Messages) -> int:

@@ -25,27 +25,30 @@ def measure_wire(group: Group) -> Wire:
     found = {}
     for level, (tier, _) in enumerate(group.arrangement.levels):
         _seconds(group, level, SIZES[0])  # connects
-        nbytes, seconds = SIZES[0], _seconds(group, level, SIZES[0])
+        nbytes, (seconds, busy) = SIZES[0], _seconds(group, level, SIZES[0])
         latency = seconds
         while seconds < LONG and nbytes < SIZES[-1]:
             nbytes = SIZES[SIZES.index(nbytes) + 1]
-            seconds = _seconds(group, level, nbytes)
-        found[tier] = Link(nbytes / max(seconds - latency, 1e-9), latency)
+            seconds, busy = _seconds(group, level, nbytes)
+        found[tier] = Link(nbytes / max(seconds - latency, 1e-9), latency, min(busy / seconds, 1.0))
     return found
 
 
-def _seconds(group: Group, level: int, nbytes: int) -> float:
-    """Of one exchange in which each worker sends so many bytes: the median, of the slowest worker each time."""
+def _seconds(group: Group, level: int, nbytes: int) -> tuple[float, float]:
+    """Of one exchange in which each worker sends so many bytes, and of a core: the median, of the slowest worker each time,
+    and of who works most."""
     others = group.arrangement.others(level)
     part = nbytes // len(others)
     outgoing, incoming = torch.zeros(part, dtype=torch.uint8), torch.empty(len(others), part, dtype=torch.uint8)
-    seconds = []
+    seconds, busy = [], []
     for _ in range(TIMES):
         group.each(0)  # begin together
-        started = perf_counter()
+        started, used = perf_counter(), process_time()
         group.send(dict.fromkeys(others, outgoing), dict(zip(others, incoming, strict=True)))
-        seconds.append(max(said for (said,) in group.each(perf_counter() - started)))
-    return median(seconds)
+        took = zip(*group.each(perf_counter() - started, process_time() - used), strict=True)
+        for found, said in zip((seconds, busy), took, strict=True):
+            found.append(max(said))
+    return median(seconds), median(busy)
 
 
 def measure_speeds(group: Group) -> list[float]:

@@ -10,10 +10,11 @@ from types import MappingProxyType
 @dataclass(frozen=True)
 class Link:
     """What each worker sends and receives a second over the links of one tier while all the others do, and what an exchange
-    costs however small it is."""
+    costs however small it is. `busy`: how much of a core that takes meanwhile."""
 
     bytes_per_second: float
     latency: float = 0.0
+    busy: float = 0.0
 
     def seconds(self, sent: int, received: int) -> float:
         return self.latency + max(sent, received) / self.bytes_per_second

@@ -64,13 +64,15 @@ def ways_of(machine: Machine, workers: int = 1) -> Ways:
 
 @dataclass(eq=False, slots=True)
 class Transfer:
-    """A piece on its way: seconds of latency, then bytes, that were still to go when the clock was last settled."""
+    """A piece on its way: seconds of latency, then bytes, that were still to go when the clock was last settled. Each byte
+    takes a core so many seconds (`busy`)."""
 
     tier: str
     direction: str
     left: float
     latency: float
     finish: Callable[[], None]
+    busy: float = 0.0
     rate: float = 0.0
     end: float = 0.0
     """When it will be there, if nothing else comes or goes."""
@@ -121,10 +123,10 @@ class SimulatedClock(Clock):
         self.time = end
         self._note(lane, started)
 
-    def exchange(self, seconds: float, ahead: bool) -> SimulatedTicket:
-        """With other workers, of so many seconds if nothing else is on the wire."""
+    def exchange(self, seconds: float, ahead: bool, busy: float = 0.0) -> SimulatedTicket:
+        """With other workers, of so many seconds if nothing else is on the wire, in which so much of a core is `busy`."""
         ticket = SimulatedTicket(self, None, 1)
-        self._submit(WIRE, AHEAD if ahead else WIRE, seconds, ticket.piece_done, 0.0)
+        self._submit(Transfer(WIRE, AHEAD if ahead else WIRE, seconds, 0.0, ticket.piece_done, busy))
         return ticket
 
     def finish(self, ticket: SimulatedTicket) -> None:
@@ -137,13 +139,16 @@ class SimulatedClock(Clock):
     def submit(
         self, tier: str, direction: str, nbytes: int, finish: Callable[[], None], latency: float | None = None
     ) -> None:
-        self._submit(tier, direction, float(nbytes), finish, self.ways[tier].latency if latency is None else latency)
+        way = self.ways[tier]
+        busy = way.reading if direction == "read" else way.writing
+        latency = way.latency if latency is None else latency
+        self._submit(Transfer(tier, direction, float(nbytes), latency, finish, busy))
 
-    def _submit(self, tier: str, direction: str, size: float, finish: Callable[[], None], latency: float) -> None:
-        self._queues[direction].append(Transfer(tier, direction, size, latency, finish))
-        if self._free[direction]:
+    def _submit(self, transfer: Transfer) -> None:
+        self._queues[transfer.direction].append(transfer)
+        if self._free[transfer.direction]:
             self.settle()
-            self._start(direction)
+            self._start(transfer.direction)
 
     def settle(self) -> None:
         """Reckon how far what moves has come, and note it."""
@@ -173,7 +178,7 @@ class SimulatedClock(Clock):
             scale = min(1.0, way.both / (way.read + way.write)) if len(beside) > share else 1.0
             transfer.rate = (way.read if transfer.direction == "read" else way.write) * scale / share
             transfer.end = self.time + transfer.latency + transfer.left / transfer.rate
-            taken += transfer.rate * (way.reading if transfer.direction == "read" else way.writing)
+            taken += transfer.rate * transfer.busy
         self._taken = min(taken, 0.5)
 
     def _end_first(self) -> None:

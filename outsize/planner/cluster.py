@@ -21,7 +21,7 @@ def wire_of(machine: Machine, each: int) -> Wire:
     if each > 1:
         tier = machine.compute.tier
         direct = next((link for link in machine.links if link.source == link.target == tier), None)
-        through = Link(machine.processor("host").copy / (THROUGH_MEMORY * each))
+        through = Link(machine.processor("host").copy / (THROUGH_MEMORY * each), busy=1.0)
         found[PEER] = through if direct is None else Link(direct.bytes_per_second, direct.latency)
     if machine.nodes.count > 1:
         found[REMOTE] = Link(machine.nodes.bytes_per_second / each, machine.nodes.latency)

@@ -160,7 +160,7 @@ class _Player:
     def _exchange(self, event: Exchanged) -> None:
         self.store.ledger.move(self.store.near, event.tier, {event.kind: event.sent})
         self.store.ledger.move(event.tier, self.store.near, {event.kind: event.received})
-        ticket = self.clock.exchange(event.seconds, event.ahead)
+        ticket = self.clock.exchange(event.seconds, event.ahead, event.busy)
         if event.ahead:
             self._ahead.append(ticket)
         else:

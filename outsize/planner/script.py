@@ -62,14 +62,15 @@ class Spend:
 
 @dataclass(frozen=True)
 class Exchanged:
-    """Bytes of a kind went to other workers and came from them, over the links to `tier`, which took so long. The step
-    waited for it; or, of what comes `ahead`, did not yet."""
+    """Bytes of a kind went to other workers and came from them, over the links to `tier`, which took so long, and
+    `busy` of a core. The step waited for it; or, of what comes `ahead`, did not yet."""
 
     tier: str
     kind: str
     sent: int
     received: int
     seconds: float
+    busy: float = 0.0
     ahead: bool = False
 
 
