@@ -194,6 +194,12 @@ class Plan(Divided):
                 f"A plan's shares cannot be {list(self.shares)} for {self.workers} workers; each has one, of at least 1."
             )
 
+        if self.gather_ahead_bytes and len(set(self.sequences)) > 1:
+            raise OptionError(
+                "A plan's gather_ahead_bytes is for workers who take equally many sequences, and they take "
+                f"{list(self.sequences)}. Make it 0."
+            )
+
     @property
     def ceiling_bytes(self) -> int:
         """Where the process is to give back what the C library keeps: at the predicted peak; where the budget has room, a

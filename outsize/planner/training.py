@@ -88,6 +88,8 @@ class Task:
         return [replace(job, ahead=ahead) for job in jobs for ahead in self._aheads(job)]
 
     def _aheads(self, job: JobSizes) -> list[int]:
+        if len(set(self.request.sequences)) > 1:
+            return [0]  # who takes fewer micro-batches does not lease and change in the very same order
         if self.request.gather_ahead_bytes is not None:
             return [self.request.gather_ahead_bytes]
         split = [[name for name, _ in unit.parameters if name in job.split] for unit in self.units]
