@@ -33,7 +33,7 @@ from outsize.planner.prices import (
     seconds_of_passing,
     yardsticks,
 )
-from outsize.planner.reasons import finished
+from outsize.planner.reasons import finished, of_machine
 from outsize.planner.rehearsal import Batch, rehearse
 from outsize.planner.search import JobSizes, Search
 from outsize.planner.sizes_of import SMALL, sizes_of, split_weights
@@ -44,6 +44,7 @@ from outsize.train.optimizers import OptimizerRule
 from outsize.train.precision import find_precision
 
 TABLE_BLOCK = 4 << 20  # elements of a vocabulary's table in one block, at most
+LOOKS = 3  # at how fast the machine is, before all is measured anew
 TABLE_ROWS = 2048  # and rows: the logits of 512 tokens against them are 4 MiB
 
 
@@ -132,8 +133,14 @@ class Place:
 
 
 def _measured(rated: RatedPrices) -> MeasuredPrices:
-    passing, cooling = seconds_of_passing(), Cooling()
-    known = KnownPrices.read(prices_file(rated.machine), yardsticks(passing, cooling))
+    """With what is known of a time like now. Where nothing is, it is looked once more: to measure all anew takes seconds, and
+    something may just have come between."""
+    file, cooling = prices_file(rated.machine), Cooling()
+    for _ in range(LOOKS):
+        passing = seconds_of_passing()
+        known = KnownPrices.read(file, yardsticks(passing, cooling))
+        if known.then.seconds or not known.others:
+            break
     return MeasuredPrices(rated, passing, known, cooling)
 
 
@@ -179,7 +186,7 @@ class Planning:
             raise _no_memory(min(tried, key=lambda search: search.least).loosened())
         plan = _fastest(found)
         check_disk(plan, self._place.disk_free_bytes)
-        return plan
+        return replace(plan, reasons=(*plan.reasons, of_machine(self._place.machine)))
 
     @cached_property
     def _considered(self) -> list[Activations]:
