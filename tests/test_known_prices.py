@@ -8,8 +8,9 @@ import pytest
 import torch
 from models import tiny_model
 
+from outsize.asked import Request
 from outsize.machine.find import DESCRIBED, find_machine
-from outsize.plan import Plan, Request
+from outsize.plan import Plan
 from outsize.planner.known_prices import TIMES, KnownPrices, Then, prices_file
 from outsize.planner.prices import Cooling, MeasuredPrices, RatedPrices, yardsticks
 from outsize.planner.rehearsal import rehearse

@@ -6,8 +6,9 @@ from collections.abc import Collection, Iterable
 from dataclasses import replace
 from pathlib import Path
 
+from outsize.asked import Request
 from outsize.errors import BudgetError, OptionError
-from outsize.plan import Plan, Request
+from outsize.plan import Plan
 from outsize.planner.needs import tensor_bytes
 from outsize.planner.reasons import finished, of_machine
 from outsize.planner.search import JobSizes, Placement

@@ -55,8 +55,9 @@ class Prices(Protocol):
 
     def keep(self) -> None: ...
 
-    def in_lanes(self) -> Prices:
-        """Where several micro-batches take turns, each in a thread of its own."""
+    @property
+    def waking(self) -> float:
+        """Seconds that an operation of several threads takes more where micro-batches take turns, each in its own thread."""
         ...
 
 
@@ -65,6 +66,7 @@ class RatedPrices:
     """Prices from a described machine's rates."""
 
     machine: Machine
+    waking = 0.0
 
     def of(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Price:
         processor = self.machine.compute
@@ -87,9 +89,6 @@ class RatedPrices:
         return elements / processor.update + elements * UPDATED / processor.copy
 
     def keep(self) -> None: ...
-
-    def in_lanes(self) -> Prices:
-        return self
 
 
 class Cooling:
@@ -163,8 +162,9 @@ class MeasuredPrices:
         self.cooling.end()
         self.known.keep()
 
-    def in_lanes(self) -> Prices:
-        return LanePrices(self, self._waking)
+    @property
+    def waking(self) -> float:
+        return self._waking
 
     @cached_property
     def _waking(self) -> float:
@@ -172,16 +172,18 @@ class MeasuredPrices:
 
 
 @dataclass(frozen=True)
-class CrowdedPrices:
-    """Prices where others compute on the same machine meanwhile."""
+class Beside:
+    """Prices beside a `crowd` that computes on the same machine meanwhile, and `in_lanes` where micro-batches take turns."""
 
     prices: Prices
-    crowd: Crowd
+    crowd: Crowd = Crowd()
+    in_lanes: bool = False
 
     def of(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Price:
-        price = self.prices.of(function, args, kwargs, result)
-        slower = self.crowd.memory if operations_of(function) is None else self.crowd.products
-        return Price(slower * price.seconds, price.floating_operations)
+        price, product = self.prices.of(function, args, kwargs, result), operations_of(function) is not None
+        slower = self.crowd.products if product else self.crowd.memory
+        wakes = self.in_lanes and not is_view(function) and (product or _largest(args, result) > GRAIN)
+        return Price(slower * (price.seconds + (self.waking if wakes else 0.0)), price.floating_operations)
 
     def update(self, elements: int, like: Any, make: Callable[[], Callable[[], None]]) -> float:
         return self.crowd.memory * self.prices.update(elements, like, make)
@@ -189,30 +191,9 @@ class CrowdedPrices:
     def keep(self) -> None:
         self.prices.keep()
 
-    def in_lanes(self) -> Prices:
-        return CrowdedPrices(self.prices.in_lanes(), self.crowd)
-
-
-@dataclass(frozen=True)
-class LanePrices:
-    """Prices where lanes take turns, in which an operation of several threads takes so many seconds more, `waking`."""
-
-    prices: Prices
-    waking: float
-
-    def of(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Price:
-        price = self.prices.of(function, args, kwargs, result)
-        wakes = not is_view(function) and (operations_of(function) is not None or _largest(args, result) > GRAIN)
-        return Price(price.seconds + self.waking, price.floating_operations) if wakes else price
-
-    def update(self, elements: int, like: Any, make: Callable[[], Callable[[], None]]) -> float:
-        return self.prices.update(elements, like, make)
-
-    def keep(self) -> None:
-        self.prices.keep()
-
-    def in_lanes(self) -> Prices:
-        return self
+    @property
+    def waking(self) -> float:
+        return self.prices.waking
 
 
 class _Counting(TorchDispatchMode):

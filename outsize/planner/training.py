@@ -9,6 +9,7 @@ from math import inf
 import torch
 from torch import nn
 
+from outsize.asked import Request
 from outsize.distributed.arrangement import Arrangement
 from outsize.distributed.measure import Crowd
 from outsize.distributed.wire import Wire
@@ -19,16 +20,15 @@ from outsize.machine.describe import process_memory
 from outsize.machine.machine import Machine
 from outsize.model.units import Unit
 from outsize.model.vocabulary import Table
-from outsize.plan import KEEP, MOVE, RECOMPUTE, Activations, Plan, Request
+from outsize.plan import KEEP, MOVE, RECOMPUTE, Activations, Plan
 from outsize.planner.clock import ways_of
 from outsize.planner.keeper import no_room
 from outsize.planner.known_prices import KnownPrices, prices_file
 from outsize.planner.needs import find_needs
 from outsize.planner.prices import (
+    Beside,
     Cooling,
-    CrowdedPrices,
     MeasuredPrices,
-    Prices,
     RatedPrices,
     seconds_of_passing,
     yardsticks,
@@ -125,11 +125,10 @@ class Place:
         return found
 
     @cached_property
-    def prices(self) -> Prices:
+    def prices(self) -> Beside:
         """Of a machine that is here: measured."""
         rated = RatedPrices(self.machine)
-        found = rated if self.machine.origin == "described" else _measured(rated)
-        return found if self.crowd == Crowd() else CrowdedPrices(found, self.crowd)
+        return Beside(rated if self.machine.origin == "described" else _measured(rated), self.crowd)
 
 
 def _measured(rated: RatedPrices) -> MeasuredPrices:
@@ -248,7 +247,7 @@ def _fastest(found: list[Search]) -> Plan:
 def search_of(task: Task, place: Place, job: JobSizes, bare: Plan) -> Search:
     """Rehearse a plan that places nothing yet, and find what it needs. What rehearsing leaves in memory counts."""
     in_lanes = len(task.batches) > 1 and not task.request.legs
-    prices = place.prices.in_lanes() if in_lanes else place.prices
+    prices = replace(place.prices, in_lanes=in_lanes)
     found = rehearse(task.model, bare, task.rule, prices, task.batches, task.source_dtype, task.block_class, place.wire)
     place.prices.keep()
     give_back()
