@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache, cached_property, partial
+from functools import cache, partial
 from resource import RUSAGE_SELF, getrusage
 from statistics import median
 from time import perf_counter
@@ -23,13 +23,11 @@ from outsize.machine.allocator import recycling
 from outsize.machine.machine import Machine
 from outsize.memory.host import allocate_slab
 from outsize.planner.known_prices import KnownPrices
-from outsize.planner.waking import seconds_of_waking
 
 LARGEST_DONE = 256 << 20  # bytes that an operation may touch to be done for its price
 SAMPLES, ATTEMPTS = 3, 8  # of an operation: samples that count, and those that may be taken for them
 COLD = 64 << 20  # bytes, more than a processor's caches hold
 UPDATED = 28  # bytes of an element: its weight, low bits and two moments, each read and written, and its gradient
-GRAIN = 1 << 15  # elements, of which torch computes more in several threads (ATen/TensorIterator.h)
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -55,18 +53,12 @@ class Prices(Protocol):
 
     def keep(self) -> None: ...
 
-    @property
-    def waking(self) -> float:
-        """Seconds that an operation of several threads takes more where micro-batches take turns, each in its own thread."""
-        ...
-
 
 @dataclass(frozen=True)
 class RatedPrices:
     """Prices from a described machine's rates."""
 
     machine: Machine
-    waking = 0.0
 
     def of(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Price:
         processor = self.machine.compute
@@ -162,38 +154,24 @@ class MeasuredPrices:
         self.cooling.end()
         self.known.keep()
 
-    @property
-    def waking(self) -> float:
-        return self._waking
-
-    @cached_property
-    def _waking(self) -> float:
-        return seconds_of_waking()
-
 
 @dataclass(frozen=True)
-class Beside:
-    """Prices beside a `crowd` that computes on the same machine meanwhile, and `in_lanes` where micro-batches take turns."""
+class CrowdedPrices:
+    """Prices where others compute on the same machine meanwhile."""
 
     prices: Prices
-    crowd: Crowd = Crowd()
-    in_lanes: bool = False
+    crowd: Crowd
 
     def of(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Price:
-        price, product = self.prices.of(function, args, kwargs, result), operations_of(function) is not None
-        slower = self.crowd.products if product else self.crowd.memory
-        wakes = self.in_lanes and not is_view(function) and (product or _largest(args, result) > GRAIN)
-        return Price(slower * (price.seconds + (self.waking if wakes else 0.0)), price.floating_operations)
+        price = self.prices.of(function, args, kwargs, result)
+        slower = self.crowd.memory if operations_of(function) is None else self.crowd.products
+        return Price(slower * price.seconds, price.floating_operations)
 
     def update(self, elements: int, like: Any, make: Callable[[], Callable[[], None]]) -> float:
         return self.crowd.memory * self.prices.update(elements, like, make)
 
     def keep(self) -> None:
         self.prices.keep()
-
-    @property
-    def waking(self) -> float:
-        return self.prices.waking
 
 
 class _Counting(TorchDispatchMode):
@@ -296,10 +274,6 @@ def _rows(args: tuple[Any, ...]) -> int:
     """Rows of the left matrix of a product, of all its batches."""
     matrices = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor) and leaf.dim() > 1]
     return matrices[0].shape[-2] if matrices else 1
-
-
-def _largest(*values: Any) -> int:
-    return max((leaf.numel() for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)), default=0)
 
 
 def _nbytes(tensor: torch.Tensor) -> int:

@@ -26,9 +26,10 @@ from outsize.planner.keeper import no_room
 from outsize.planner.known_prices import KnownPrices, prices_file
 from outsize.planner.needs import find_needs
 from outsize.planner.prices import (
-    Beside,
     Cooling,
+    CrowdedPrices,
     MeasuredPrices,
+    Prices,
     RatedPrices,
     seconds_of_passing,
     yardsticks,
@@ -125,10 +126,11 @@ class Place:
         return found
 
     @cached_property
-    def prices(self) -> Beside:
+    def prices(self) -> Prices:
         """Of a machine that is here: measured."""
         rated = RatedPrices(self.machine)
-        return Beside(rated if self.machine.origin == "described" else _measured(rated), self.crowd)
+        found = rated if self.machine.origin == "described" else _measured(rated)
+        return found if self.crowd == Crowd() else CrowdedPrices(found, self.crowd)
 
 
 def _measured(rated: RatedPrices) -> MeasuredPrices:
@@ -246,10 +248,9 @@ def _fastest(found: list[Search]) -> Plan:
 
 def search_of(task: Task, place: Place, job: JobSizes, bare: Plan) -> Search:
     """Rehearse a plan that places nothing yet, and find what it needs. What rehearsing leaves in memory counts."""
-    in_lanes = len(task.batches) > 1 and not task.request.legs
-    prices = replace(place.prices, in_lanes=in_lanes)
+    prices = place.prices
     found = rehearse(task.model, bare, task.rule, prices, task.batches, task.source_dtype, task.block_class, place.wire)
-    place.prices.keep()
+    prices.keep()
     give_back()
     needs = find_needs(task.units, job.sizes, job.rows, job.always, place.baseline_now, found, bare)
     ways = ways_of(place.machine, task.request.workers // task.request.nodes)
