@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache, cached_property, partial
+from functools import cache, partial
 from resource import RUSAGE_SELF, getrusage
 from statistics import median
 from time import perf_counter
@@ -23,13 +23,11 @@ from outsize.machine.allocator import recycling
 from outsize.machine.machine import Machine
 from outsize.memory.host import allocate_slab
 from outsize.planner.known_prices import KnownPrices
-from outsize.planner.waking import seconds_of_waking
 
 LARGEST_DONE = 256 << 20  # bytes that an operation may touch to be done for its price
 SAMPLES, ATTEMPTS = 3, 8  # of an operation: samples that count, and those that may be taken for them
 COLD = 64 << 20  # bytes, more than a processor's caches hold
 UPDATED = 28  # bytes of an element: its weight, low bits and two moments, each read and written, and its gradient
-GRAIN = 1 << 15  # elements, of which torch computes more in several threads (ATen/TensorIterator.h)
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -54,10 +52,6 @@ class Prices(Protocol):
         ...
 
     def keep(self) -> None: ...
-
-    def in_lanes(self) -> Prices:
-        """Where several micro-batches take turns, each in a thread of its own."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -87,9 +81,6 @@ class RatedPrices:
         return elements / processor.update + elements * UPDATED / processor.copy
 
     def keep(self) -> None: ...
-
-    def in_lanes(self) -> Prices:
-        return self
 
 
 class Cooling:
@@ -163,13 +154,6 @@ class MeasuredPrices:
         self.cooling.end()
         self.known.keep()
 
-    def in_lanes(self) -> Prices:
-        return LanePrices(self, self._waking)
-
-    @cached_property
-    def _waking(self) -> float:
-        return seconds_of_waking()
-
 
 @dataclass(frozen=True)
 class CrowdedPrices:
@@ -188,31 +172,6 @@ class CrowdedPrices:
 
     def keep(self) -> None:
         self.prices.keep()
-
-    def in_lanes(self) -> Prices:
-        return CrowdedPrices(self.prices.in_lanes(), self.crowd)
-
-
-@dataclass(frozen=True)
-class LanePrices:
-    """Prices where lanes take turns, in which an operation of several threads takes so many seconds more, `waking`."""
-
-    prices: Prices
-    waking: float
-
-    def of(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Price:
-        price = self.prices.of(function, args, kwargs, result)
-        wakes = not is_view(function) and (operations_of(function) is not None or _largest(args, result) > GRAIN)
-        return Price(price.seconds + self.waking, price.floating_operations) if wakes else price
-
-    def update(self, elements: int, like: Any, make: Callable[[], Callable[[], None]]) -> float:
-        return self.prices.update(elements, like, make)
-
-    def keep(self) -> None:
-        self.prices.keep()
-
-    def in_lanes(self) -> Prices:
-        return self
 
 
 class _Counting(TorchDispatchMode):
@@ -315,10 +274,6 @@ def _rows(args: tuple[Any, ...]) -> int:
     """Rows of the left matrix of a product, of all its batches."""
     matrices = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor) and leaf.dim() > 1]
     return matrices[0].shape[-2] if matrices else 1
-
-
-def _largest(*values: Any) -> int:
-    return max((leaf.numel() for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)), default=0)
 
 
 def _nbytes(tensor: torch.Tensor) -> int:
