@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from outsize.asked import Request
 from outsize.machine.find import DESCRIBED, find_machine
 from outsize.plan import Plan
 from outsize.planner.known_prices import TIMES, KnownPrices, Then, prices_file
-from outsize.planner.prices import Cooling, MeasuredPrices, RatedPrices, yardsticks
+from outsize.planner.prices import LEAST, Cooling, MeasuredPrices, RatedPrices, yardsticks
 from outsize.planner.rehearsal import rehearse
 from outsize.planner.training import sample_batches
 from outsize.train.optimizers import uniform_rule
@@ -108,3 +109,15 @@ def test_a_second_planning_measures_nothing(tmp_path: Path) -> None:
     assert work[0] == work[1]
     found = yardsticks(1e-6, Cooling())
     assert len(found) == 3 and all(each > 0 for each in found)
+
+
+def test_what_streams_is_measured_apart() -> None:
+    """Of an operation that gives the memory it writes to: with what it writes to in a cache, and out of it."""
+    prices = MeasuredPrices(RatedPrices(LAPTOP), 1e-6)
+    target, source = torch.zeros(LEAST), torch.ones(LEAST)
+    copy = partial(prices.of, torch.ops.aten.copy_.default, (target, source), {}, target)
+    assert copy() == copy() and copy(lambda tensor: tensor is target) == copy(lambda tensor: tensor is target)
+    assert len(prices.known.then.seconds) == 2 and all(each > 0 for each in prices.known.then.seconds.values())
+    add = partial(prices.of, torch.ops.aten.add.Tensor, (target[1:], 1.0), {}, target)
+    assert add(lambda tensor: True) == add()
+    assert len(prices.known.then.seconds) == 3

@@ -28,6 +28,7 @@ LARGEST_DONE = 256 << 20  # bytes that an operation may touch to be done for its
 SAMPLES, ATTEMPTS = 3, 8  # of an operation: samples that count, and those that may be taken for them
 COLD = 64 << 20  # bytes, more than a processor's caches hold
 UPDATED = 28  # bytes of an element: its weight, low bits and two moments, each read and written, and its gradient
+LEAST = 1 << 15  # elements of an operand out of the store, of which fewer are soon in a cache; chosen
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -38,13 +39,21 @@ class Price:
 
 
 FREE = Price(0.0)
+Streams = Callable[[torch.Tensor], bool]
+"""Whether a tensor lies in memory of the store: its bytes come from there, or go there, and not to a cache."""
+
+
+def nothing(tensor: torch.Tensor) -> bool:
+    return False
 
 
 class Prices(Protocol):
-    """Seconds of each torch operation, and of the optimizer by the elements it steps. `keep` is called when no more is
-    asked for a while: the next planning will know what this one has measured."""
+    """Seconds of each torch operation, of whose operands some may stream, and of the optimizer by the elements it steps.
+    `keep` is called when no more is asked for a while: the next planning will know what this one has measured."""
 
-    def of(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Price: ...
+    def of(
+        self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, streams: Streams = nothing
+    ) -> Price: ...
 
     def update(self, elements: int, like: Any, make: Callable[[], Callable[[], None]]) -> float:
         """`make()` gives the same step of real numbers; those `like` each other, in the optimizer's class first, take as
@@ -60,7 +69,9 @@ class RatedPrices:
 
     machine: Machine
 
-    def of(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Price:
+    def of(
+        self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, streams: Streams = nothing
+    ) -> Price:
         processor = self.machine.compute
         count = operations_of(function)
         if count is not None:
@@ -113,15 +124,24 @@ class MeasuredPrices:
     _prices: dict[Any, Price] = field(default_factory=dict)
     _done: set[Any] = field(default_factory=set)
 
-    def of(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Price:
-        key = function if is_view(function) else (function, _looks(args), _looks(tuple(kwargs.items())))
+    def of(
+        self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, streams: Streams = nothing
+    ) -> Price:
+        far = () if is_view(function) or operations_of(function) is not None else _far(args, streams)
+        looks = (function, _looks(args), _looks(tuple(kwargs.items())), *((far,) if far else ()))
+        key = function if is_view(function) else looks
         if key not in self._prices:
-            self._prices[key] = self._price(key, function, args, kwargs, result)
+            self._prices[key] = self._price(key, function, args, kwargs, result, far)
         return self._prices[key]
 
-    def _price(self, key: Any, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Price:
+    def _price(
+        self, key: Any, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, far: tuple[int, ...]
+    ) -> Price:
         rated = self.rated.of(function, args, kwargs, result)
-        held = sum(_nbytes(leaf) for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor))
+        also = [args[place] for place in far]  # there are two of each
+        held = sum(
+            _nbytes(leaf) for leaf in tree_leaves((args, kwargs, result, also)) if isinstance(leaf, torch.Tensor)
+        )
         seconds = None
         if not is_view(function) and held <= LARGEST_DONE:
             product = operations_of(function) is not None
@@ -129,12 +149,27 @@ class MeasuredPrices:
             # The weight of a product comes from memory, not from a cache.
             seconds = self.known.find(
                 str(key),
-                lambda: do(lambda done: usual_seconds(done, self.cooling if product else lambda: None)),
+                lambda: do(lambda done: usual_seconds(done, self.cooling if product else self._before(done, far))),
                 lambda: self._leave(key if product else function, do),
             )
         return Price((rated.seconds if seconds is None else seconds) + self.passing, rated.floating_operations)
 
-    def _leave(self, what: Any, do: Callable[[Callable[[Callable[[], Any]], Any]], Any]) -> None:
+    def _before(self, done: partial[Any], far: tuple[int, ...]) -> Callable[[], Any]:
+        """What leaves those operands out of the caches that stream, by their places, and all others in: the same is done with
+        others in their place."""
+        if not far:
+            return lambda: None
+        beside = partial(
+            done.func, *(_numbers(a) if place in far else a for place, a in enumerate(done.args)), **done.keywords
+        )
+
+        def before() -> None:
+            self.cooling()
+            beside()
+
+        return before
+
+    def _leave(self, what: Any, do: Callable[[Callable[[partial[Any]], Any]], Any]) -> None:
         """Do what need not be measured once, for what it leaves in memory: code, and of each product a compiled kernel."""
         if what not in self._done:
             self._done.add(what)
@@ -162,8 +197,10 @@ class CrowdedPrices:
     prices: Prices
     crowd: Crowd
 
-    def of(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Price:
-        price = self.prices.of(function, args, kwargs, result)
+    def of(
+        self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, streams: Streams = nothing
+    ) -> Price:
+        price = self.prices.of(function, args, kwargs, result, streams)
         slower = self.crowd.memory if operations_of(function) is None else self.crowd.products
         return Price(slower * price.seconds, price.floating_operations)
 
@@ -212,7 +249,7 @@ def yardsticks(passing: float, cooling: Cooling) -> list[float]:
     return [*(usual_seconds(each, cooling) for each in done), passing]
 
 
-def _do(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], how: Callable[[Callable[[], Any]], Any]) -> Any:
+def _do(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], how: Callable[[partial[Any]], Any]) -> Any:
     """What `how` gives for an operation on real numbers; None for one that numbers of no meaning cannot pass."""
     with _disable_current_modes():
         try:
@@ -240,6 +277,12 @@ def usual_seconds(function: Callable[[], Any], before: Callable[[], Any]) -> flo
 
 def _faults() -> int:
     return getrusage(RUSAGE_SELF).ru_minflt
+
+
+def _far(args: tuple[Any, ...], streams: Streams) -> tuple[int, ...]:
+    """The places of operands that stream, and are large enough for it to matter."""
+    tensors = ((place, arg) for place, arg in enumerate(args) if isinstance(arg, torch.Tensor))
+    return tuple(place for place, tensor in tensors if tensor.numel() >= LEAST and streams(tensor))
 
 
 def _numbers(tensor: torch.Tensor) -> torch.Tensor:
