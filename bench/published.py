@@ -17,10 +17,11 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from math import inf
 
+from outsize.asked import Request
 from outsize.machine.find import find_machine
 from outsize.machine.machine import Machine, Rate
 from outsize.memory.block import Block
-from outsize.plan import MOVE, RECOMPUTE, Activations, Request
+from outsize.plan import MOVE, RECOMPUTE, Activations
 from outsize.planner.needs import LOOSE, pinned_peak
 from outsize.planner.prices import RatedPrices
 from outsize.planner.rehearsal import homes, rehearse

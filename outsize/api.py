@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from outsize.asked import Request
 from outsize.distributed.measure import Crowd
 from outsize.distributed.shares import in_proportion
 from outsize.divided import LOOP, legs_for
@@ -22,7 +23,7 @@ from outsize.machine.machine import Machine
 from outsize.model.companions import COMPANIONS
 from outsize.model.load import open_model
 from outsize.model.units import find_units
-from outsize.plan import Plan, Request
+from outsize.plan import Plan
 from outsize.planner.cluster import places, wire_of
 from outsize.planner.pipeline import even_legs, fullest, plan_line
 from outsize.planner.training import Place, Planning, Task, plan_training
@@ -124,7 +125,7 @@ def planning(
 ) -> Callable[[str | int], Plan]:
     """Plans of one job within one memory after another; all else is measured once, so that memory alone makes them differ.
 
-    For the `task` train, `request` takes the fields of `outsize.plan.Request` (sequence_length, batch_size, accumulate,
+    For the `task` train, `request` takes the fields of `outsize.asked.Request` (sequence_length, batch_size, accumulate,
     precision, moments, clip, loss, activations, commit_every, keeper, zero, legs_shape, zero_bubble), and its batch is what
     all `workers` do together (None: one for each device of a cluster, or for each of its nodes); as a `pipeline` each has a
     run of layers, and the plan is that of who needs most; of fewer `legs` than workers, several divide each, and of more each

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from outsize.asked import ServeRequest
 from outsize.distributed.group import Group
 from outsize.distributed.relay import Relay, Ring
 from outsize.errors import OptionError, RunError, StorageError
@@ -29,7 +30,7 @@ from outsize.model.fingerprint import Summed, fingerprint_model, fingerprint_wei
 from outsize.model.load import ModelSource, open_model
 from outsize.model.route import Leg
 from outsize.model.units import find_units
-from outsize.plan import STORED, Plan, ServeRequest
+from outsize.plan import STORED, Plan
 from outsize.planner.serving import plan_serving
 from outsize.planner.serving_forecast import with_forecast
 from outsize.planner.serving_workers import (

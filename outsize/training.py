@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from outsize.asked import Request
 from outsize.distributed.group import Group
 from outsize.distributed.measure import Crowd, leveled, measure_crowd, measure_speeds, measure_wire
 from outsize.distributed.shares import in_proportion
@@ -28,9 +29,9 @@ from outsize.model.companions import COMPANIONS, keep_companions
 from outsize.model.fingerprint import fingerprint_model, fingerprint_tokenizer, fingerprint_weights
 from outsize.model.load import ModelSource, open_model
 from outsize.model.units import Unit, find_units
-from outsize.plan import Plan, Request
-from outsize.planner.asked import request_of
+from outsize.plan import Plan
 from outsize.planner.check import check_plan, read_plan
+from outsize.planner.from_settings import request_of
 from outsize.planner.pipeline import even_legs, leave_legs, plan_line
 from outsize.planner.remembered import circumstances, recall, recall_slowness, remember, remember_slowness
 from outsize.planner.training import Place, Task, check_disk, plan_training

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from models import Family, random_model, tiny_config
 from serving import COMPUTE, LONGEST, MOVE, PROMPTS, Bound, ask, bound, bound_model, run
 
+from outsize.asked import ServeRequest
 from outsize.errors import ModelError, OptionError, RunError
 from outsize.model.units import find_units
-from outsize.plan import ServeRequest
 from outsize.planner.serving import plan_serving
 from outsize.serve.attention import context_limit, use_paged_attention
 from outsize.serve.schedule import POLICIES

@@ -16,6 +16,7 @@ FLOOR = {
     "sizes": 0,
     "fields": 0,
     "plan": 0,
+    "asked": 0,
     "machine": 1,
     "memory": 2,
     "distributed": 3,

@@ -17,6 +17,7 @@ import pytest
 import torch
 from models import tiny_model
 
+from outsize.asked import Request
 from outsize.errors import BudgetError, StorageError
 from outsize.machine.find import find_machine
 from outsize.memory import keeper, shared
@@ -24,7 +25,7 @@ from outsize.memory.block import Block, make_block
 from outsize.memory.shared import Shared
 from outsize.memory.tier import PAGE
 from outsize.model.units import find_units
-from outsize.plan import Plan, Request
+from outsize.plan import Plan
 from outsize.planner.needs import KEPT, TENSORS
 from outsize.planner.training import Place, Task, plan_training
 from outsize.train.optimizers import uniform_rule

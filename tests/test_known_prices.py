@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from models import tiny_model
 
+from outsize.asked import Request
 from outsize.machine.find import DESCRIBED, find_machine
-from outsize.plan import Plan, Request
-from outsize.planner.known_prices import KnownPrices, prices_file
-from outsize.planner.prices import Cooling, MeasuredPrices, RatedPrices, yardsticks
+from outsize.plan import Plan
+from outsize.planner.known_prices import TIMES, KnownPrices, Then, prices_file
+from outsize.planner.prices import LEAST, Cooling, MeasuredPrices, RatedPrices, yardsticks
 from outsize.planner.rehearsal import rehearse
 from outsize.planner.training import sample_batches
 from outsize.train.optimizers import uniform_rule
 
 LAPTOP = find_machine("laptop")
-SPOILT = b'{"yardsticks": [1.0], "seconds": {"mm": "soon"}}'
+SPOILT = b'[{"yardsticks": [1.0], "seconds": {"mm": "soon"}}]'
 
 
 def found(prices: KnownPrices, what: str, seconds: float | None) -> tuple[float | None, bool]:
@@ -42,21 +44,32 @@ def test_what_was_measured_is_known_while_the_machine_is_as_fast(tmp_path: Path)
     assert found(as_fast, "mm", 0.7) == (0.5, False) and found(as_fast, "unheard of", None) == (None, True)
     assert found(as_fast, "add", 0.1) == (0.1, True)
     as_fast.keep()
-    again = KnownPrices.read(path, [1.0, 2.0])
-    assert again.seconds == {"mm": 0.5, "add": 0.1} and again.yardsticks == [1.0, 2.0]
+    again = KnownPrices.read(path, [1.0, 2.0]).then
+    assert again == Then([1.0, 2.0], {"mm": 0.5, "add": 0.1})
     assert found(slower, "mm", 0.7) == (0.7, True)
-    slower.keep()
-    assert KnownPrices.read(path, [1.0, 2.0]).seconds == {} and KnownPrices.read(path, [1.0, 2.3]).seconds == {
-        "mm": 0.7
-    }
+
+
+def test_one_planning_while_others_compute_loses_nothing(tmp_path: Path) -> None:
+    """What is kept is bounded: of a machine that is never as fast as before, only the last times stay."""
+    path = tmp_path / "prices.json"
+    for busy in range(TIMES):
+        prices = KnownPrices.read(path, [1.0 + busy])
+        assert found(prices, "mm", 0.5 + busy) == (0.5 + busy, True)
+        prices.keep()
+    for busy in range(TIMES):
+        assert found(KnownPrices.read(path, [1.05 + busy]), "mm", 9.0) == (0.5 + busy, False)
+    another = KnownPrices.read(path, [0.1])
+    assert found(another, "mm", 0.2) == (0.2, True)
+    another.keep()
+    assert [KnownPrices.read(path, [first]).then.seconds.get("mm") for first in (0.1, TIMES, 1.0)] == [0.2, 3.5, None]
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"{}", b"[1]", b'{"yardsticks": ["fast"], "seconds": {}}', bytes(range(256)), SPOILT]
+    "content", [b"", b"{}", b"[1]", b'[{"yardsticks": ["fast"], "seconds": {}}]', bytes(range(256)), SPOILT]
 )
 def test_a_file_of_something_else_is_measured_anew(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "prices.json").write_bytes(content)
-    assert KnownPrices.read(tmp_path / "prices.json", [1.0]).seconds == {}
+    assert KnownPrices.read(tmp_path / "prices.json", [1.0]).then.seconds == {}
 
 
 def test_where_nothing_can_be_kept_all_is_measured(tmp_path: Path) -> None:
@@ -96,3 +109,15 @@ def test_a_second_planning_measures_nothing(tmp_path: Path) -> None:
     assert work[0] == work[1]
     found = yardsticks(1e-6, Cooling())
     assert len(found) == 3 and all(each > 0 for each in found)
+
+
+def test_what_streams_is_measured_apart() -> None:
+    """Of an operation that gives the memory it writes to: with what it writes to in a cache, and out of it."""
+    prices = MeasuredPrices(RatedPrices(LAPTOP), 1e-6)
+    target, source = torch.zeros(LEAST), torch.ones(LEAST)
+    copy = partial(prices.of, torch.ops.aten.copy_.default, (target, source), {}, target)
+    assert copy() == copy() and copy(lambda tensor: tensor is target) == copy(lambda tensor: tensor is target)
+    assert len(prices.known.then.seconds) == 2 and all(each > 0 for each in prices.known.then.seconds.values())
+    add = partial(prices.of, torch.ops.aten.add.Tensor, (target[1:], 1.0), {}, target)
+    assert add(lambda tensor: True) == add()
+    assert len(prices.known.then.seconds) == 3

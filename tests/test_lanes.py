@@ -125,8 +125,10 @@ def test_weights_come_and_gradients_complete_in_one_order_for_any_number(
     monkeypatch.setattr(Gradients, "_complete", note_complete)
     for count in (1, 2, 3):
         setting = Setting("fp32", placement, count)
-        job = make_job(make_model("llama", tied=False), default_rule("sgd", {"lr": 0.1}), setting, tmp_path / str(count))
         orders.append([])
+        job = make_job(
+            make_model("llama", tied=False), default_rule("sgd", {"lr": 0.1}), setting, tmp_path / str(count)
+        )
         job.train_step(make_batches(1, count)[0])
     assert any(event.startswith("complete") for event in orders[0])
     assert orders == [orders[0]] * 3

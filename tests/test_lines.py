@@ -10,9 +10,10 @@ import torch
 from checkpoints import Trained
 from models import tiny_model
 
+from outsize.asked import Request
 from outsize.machine.find import find_machine
 from outsize.model.units import find_units
-from outsize.plan import Plan, Request
+from outsize.plan import Plan
 from outsize.planner.check import check_plan
 from outsize.planner.training import Place, Task, plan_training
 from outsize.train.counts import Ways

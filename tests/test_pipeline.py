@@ -13,12 +13,12 @@ from exactness import VOCABULARY
 from models import tiny_model
 from workers import Case, Crew, Found
 
+from outsize.asked import Request
 from outsize.distributed.pipeline import BACKWARD, FORWARD, WEIGHTS, Turn, order_of, returning
 from outsize.divided import HALVES, LOOP, V, leg_of, worker_of
 from outsize.errors import OptionError
 from outsize.machine.find import find_machine
 from outsize.model.units import find_units
-from outsize.plan import Request
 from outsize.planner.cluster import wire_of
 from outsize.planner.pipeline import even_legs, plan_line
 from outsize.planner.training import Place, Task

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import chain, combinations
@@ -14,19 +13,20 @@ import torch
 from models import tiny_model
 
 import outsize
+from outsize.asked import Request
+from outsize.distributed.measure import Crowd
 from outsize.errors import BudgetError, OptionError
 from outsize.machine.find import find_machine
 from outsize.model.units import find_units
-from outsize.plan import KEEP, MOVE, RECOMPUTE, Activations, Plan, Predicted, Request
+from outsize.plan import KEEP, MOVE, RECOMPUTE, Activations, Plan, Predicted
 from outsize.planner.check import check_plan, read_plan
 from outsize.planner.needs import TENSORS
-from outsize.planner.prices import LanePrices, MeasuredPrices, RatedPrices
+from outsize.planner.prices import CrowdedPrices, MeasuredPrices, RatedPrices
 from outsize.planner.reasons import finished
 from outsize.planner.rehearsal import rehearse
 from outsize.planner.search import Placement, Search
 from outsize.planner.training import Place, Planning, Task, plan_training, sample_batches
 from outsize.planner.trial import left_behind
-from outsize.planner.waking import seconds_of_waking
 from outsize.train.optimizers import uniform_rule
 
 LAPTOP = find_machine("laptop")
@@ -197,39 +197,19 @@ def test_planning_draws_from_nobodys_random_numbers() -> None:
     model = tiny_model("gpt2", tied=True, layers=2)
     before = torch.get_rng_state()
     rehearse(model, Plan("mixed", 0), RULE, prices, sample_batches(model, REQUEST))
-    assert prices.known.seconds
+    assert prices.known.then.seconds
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_only_what_several_threads_compute_wakes_one_in_lanes() -> None:
-    prices, rated = LanePrices(RatedPrices(LAPTOP), 1.0), RatedPrices(LAPTOP)
-    few, many, matrix = torch.ones(100), torch.ones(1 << 16), torch.ones(8, 8)
-    for function, args, waking in (
-        (torch.ops.aten.add.Tensor, (few, few), 0.0),
-        (torch.ops.aten.add.Tensor, (many, many), 1.0),
-        (torch.ops.aten.mm.default, (matrix, matrix), 1.0),
-        (torch.ops.aten.view.default, (many, [2, -1]), 0.0),
+def test_others_slow_products_and_what_passes_through_memory() -> None:
+    rated = RatedPrices(LAPTOP)
+    crowded, few, matrix = CrowdedPrices(rated, Crowd(products=3.0, memory=2.0)), torch.ones(100), torch.ones(8, 8)
+    for function, args, slower in (
+        (torch.ops.aten.add.Tensor, (few, few), 2.0),
+        (torch.ops.aten.mm.default, (matrix, matrix), 3.0),
     ):
-        result = function(*args)
-        alone, found = (each.of(function, args, {}, result) for each in (rated, prices))
-        assert found == replace(alone, seconds=alone.seconds + waking)
-
-
-def test_what_waking_takes_is_measured_in_threads_that_end() -> None:
-    before = threading.active_count()
-    seconds_of_waking()
-    assert threading.active_count() == before
-
-
-def test_micro_batches_that_take_turns_are_priced_so() -> None:
-    here = place()
-    vars(here)["prices"] = prices = MeasuredPrices(RatedPrices(LAPTOP), passing=1e-6)
-    vars(prices)["_waking"] = 1.0
-    work = [
-        Planning(task(replace(REQUEST, sequence_length=512, accumulate=count), 6), here).search(KEEP).rehearsed.work
-        for count in (1, 2)
-    ]
-    assert work[0] < 1 and work[1] > 100
+        alone, found = (each.of(function, args, {}, function(*args)) for each in (rated, crowded))
+        assert found == replace(alone, seconds=slower * alone.seconds)
 
 
 # -- the search ---------------------------------------------------------------------------------------------------------

@@ -10,13 +10,14 @@ from models import tiny_model
 from transformers import AutoModelForCausalLM
 
 import outsize
+from outsize.asked import Request
 from outsize.distributed.arrangement import Arrangement
 from outsize.errors import BudgetError, OptionError
 from outsize.machine.file import read_machine, write_machine
 from outsize.machine.find import find_machine
 from outsize.machine.machine import Link, Machine, Nodes, Unlike, steady
 from outsize.model.units import find_units
-from outsize.plan import Plan, Request
+from outsize.plan import Plan
 from outsize.planner.cluster import wire_of
 from outsize.planner.pipeline import _Line, fullest, plan_line
 from outsize.planner.training import Place, Task

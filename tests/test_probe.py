@@ -15,7 +15,7 @@ import pytest
 from outsize.errors import OptionError
 from outsize.machine.describe import describe
 from outsize.machine.file import read_machine
-from outsize.machine.find import DESCRIBED, machine_file, this_machine
+from outsize.machine.find import DESCRIBED, HOLDS, machine_file, this_machine
 from outsize.machine.machine import Machine
 from outsize.machine.probe import ASSUMED_DISK
 
@@ -123,9 +123,15 @@ def test_this_machine_is_the_probed_one_with_what_there_is_now(
     assert abs(machine.capacity("disk") - now.disk_free_bytes) < 4 << 30  # others use this disk too
 
 
-def test_without_a_probe_this_machine_is_estimated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def unprobed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OUTSIZE_MACHINE", raising=False)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.mark.usefixtures("unprobed")
+def test_without_a_probe_this_machine_is_estimated(tmp_path: Path) -> None:
     assert machine_file() == tmp_path / "outsize" / "machine.toml"
     machine: Machine = this_machine(tmp_path)
     assert machine.origin.startswith("estimated") and "outsize probe" in machine.origin
@@ -133,12 +139,21 @@ def test_without_a_probe_this_machine_is_estimated(tmp_path: Path, monkeypatch: 
         machine.compute.matmul_rate("bf16", 512) > 0 and machine.link("disk", "host").bytes_per_second != ASSUMED_DISK
     )
     assert not any(path.is_file() and path.stat().st_size > 1 << 20 for path in tmp_path.rglob("*"))
+    again = this_machine(tmp_path)  # rates that are measured twice are not the same
+    assert (again.links, again.processors, again.origin) == (machine.links, machine.processors, machine.origin)
+    (kept,) = (tmp_path / "cache" / "outsize").glob("estimate-*")
+    long_ago = time.time() - 2 * HOLDS
+    os.utime(kept, (long_ago, long_ago))
+    anew = this_machine(tmp_path)
+    assert anew.links != machine.links and kept.stat().st_mtime > long_ago
+    kept.write_text("[links]")
+    assert this_machine(tmp_path).links != anew.links
 
 
-def test_a_disk_that_cannot_be_written_is_assumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("OUTSIZE_MACHINE", raising=False)
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+@pytest.mark.usefixtures("unprobed")
+def test_a_disk_that_cannot_be_written_is_assumed(tmp_path: Path) -> None:
     machine = this_machine(Path("/proc"))
+    assert not list((tmp_path / "cache").rglob("estimate-*"))
     assert "its disk assumed" in machine.origin and machine.link("disk", "host").bytes_per_second == ASSUMED_DISK
 
 

@@ -20,7 +20,7 @@ from outsize.plan import KEEP, MOVE, Activations
 from outsize.planner.clock import ways_of
 from outsize.planner.needs import MANY
 from outsize.planner.play import play
-from outsize.planner.prices import Price, RatedPrices, operations_of
+from outsize.planner.prices import Price, RatedPrices, Streams, nothing, operations_of
 from outsize.planner.rehearsal import Rehearsed, homes, rehearse
 from outsize.planner.script import Event, Live, Script, Spend
 from outsize.train.job import always_near
@@ -170,9 +170,43 @@ class Products(TorchDispatchMode):
 class Noted(RatedPrices):
     products: Products = field(default_factory=Products)
 
-    def of(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Price:
+    def of(
+        self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, streams: Streams = nothing
+    ) -> Price:
         self.products.note(function, args, kwargs)
         return super().of(function, args, kwargs, result)
+
+
+@dataclass(frozen=True)
+class Far(RatedPrices):
+    """Which operations between tensors are asked for, and which of their operands stream."""
+
+    seen: set[tuple[str, tuple[bool, ...]]] = field(default_factory=set)
+
+    def of(
+        self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, streams: Streams = nothing
+    ) -> Price:
+        tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+        self.seen.add((str(function), tuple(map(streams, tensors))))
+        return super().of(function, args, kwargs, result)
+
+
+@pytest.mark.parametrize(
+    ("setting", "streams"),
+    [
+        (Setting(), set()),
+        (Setting(clip=1.0), {("aten.copy_.default", (True, False)), ("aten.linalg_vector_norm.default", (True,))}),
+        (Setting(activations=MOVE), {("aten.copy_.default", (True, False))}),
+    ],
+)
+def test_what_goes_home_and_comes_back_streams(setting: Setting, streams: set[Any]) -> None:
+    """Gradients that wait and activations that move are copied into memory of the store; what a unit makes is not there."""
+    prices = Far(LAPTOP)
+    (micro_batches,) = make_batches(1, 1)
+    rehearse(make_model("llama"), make_plan(make_model("llama"), setting), RULE, prices, micro_batches, torch.float32)
+    copied = {seen for seen in prices.seen if seen[0].startswith(("aten.copy_", "aten.linalg")) and seen[1][0]}
+    assert copied == streams
+    assert ("aten.silu.default", (False,)) in prices.seen
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "qwen3"])

@@ -6,11 +6,12 @@ import pytest
 import torch
 from exactness import Setting, make_batches, make_model, make_plan
 
+from outsize.asked import Request
 from outsize.errors import BudgetError
 from outsize.machine.find import find_machine
 from outsize.memory.tier import PAGE
 from outsize.model.units import find_units
-from outsize.plan import KEEP, Plan, Request
+from outsize.plan import KEEP, Plan
 from outsize.planner.check import check_plan
 from outsize.planner.clock import ways_of
 from outsize.planner.forecast import forecast

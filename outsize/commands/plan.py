@@ -92,9 +92,8 @@ def plan(
     _check_shown(task, sizes, pipeline, save, picture, trace)
     if task == "train":
         asked["optimizer_options"] = read_options(asked.pop("optimizer_option") or [])
-    with interruptible("Nothing was kept."):
-        with lasting():
-            from outsize.api import planning
+    with interruptible("Nothing was kept."), lasting():
+        from outsize.api import planning
 
         planned = planning(model, task=task, machine=machine, directory=directory, **asked)
         if sizes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable
-from datetime import date
+from datetime import date, datetime
 from pathlib import Path
 from statistics import median
 
@@ -41,7 +41,7 @@ def probe(directory: Path, quick: bool = False, report: Report = lambda _: None)
 def estimate(resources: Resources, directory: Path) -> Machine:
     """Measure what takes two seconds, some 150 MiB of memory, and for that long 256 MiB of the disk of `directory`; a disk
     that cannot be written is assumed."""
-    origin = "estimated in two seconds{}; `outsize probe` measures it"
+    origin = f"estimated in two seconds{{}}, {datetime.now():%Y-%m-%d %H:%M}; `outsize probe` measures it"
     compute = _Compute(resources, QUICK_SECONDS, 1, lambda _: None, ESTIMATE_ROOM, FEW_ROWS)
     try:
         disk = probe_disk(directory, resources.file_system, ESTIMATE, lambda _: None)

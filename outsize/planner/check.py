@@ -6,10 +6,11 @@ from collections.abc import Collection, Iterable
 from dataclasses import replace
 from pathlib import Path
 
+from outsize.asked import Request
 from outsize.errors import BudgetError, OptionError
-from outsize.plan import Plan, Request
+from outsize.plan import Plan
 from outsize.planner.needs import tensor_bytes
-from outsize.planner.reasons import finished
+from outsize.planner.reasons import finished, of_machine
 from outsize.planner.search import JobSizes, Placement
 from outsize.planner.training import Place, Task, check_disk, search_of, sizes_of_job
 from outsize.sizes import format_size
@@ -67,7 +68,7 @@ def check_plan(plan: Plan, task: Task, place: Place) -> Plan:
         sequences=plan.sequences or request.sequences,
         memory_bytes=request.memory_bytes,
         predicted=checked.predicted,
-        reasons=checked.reasons,
+        reasons=(*checked.reasons, of_machine(place.machine)),
     )
 
 

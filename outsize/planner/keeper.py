@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from outsize.asked import Request
 from outsize.errors import BudgetError, OptionError
 from outsize.memory.shared import AVAILABLE
-from outsize.plan import Request
 from outsize.planner.sizes_of import WeightSize
 from outsize.sizes import format_size
 

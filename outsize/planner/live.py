@@ -26,6 +26,9 @@ class LiveBytes:
         for storage in [tensor.untyped_storage() for tensor in tensors]:
             self._watch(self._ignored, storage, lambda: None)
 
+    def ignores(self, tensor: torch.Tensor) -> bool:
+        return tensor.untyped_storage()._cdata in self._ignored
+
     def see(self, result: Any) -> None:
         for tensor in tree_leaves(result):
             if isinstance(tensor, FakeTensor):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache, cached_property, partial
+from functools import cache, partial
 from resource import RUSAGE_SELF, getrusage
 from statistics import median
 from time import perf_counter
@@ -23,13 +23,12 @@ from outsize.machine.allocator import recycling
 from outsize.machine.machine import Machine
 from outsize.memory.host import allocate_slab
 from outsize.planner.known_prices import KnownPrices
-from outsize.planner.waking import seconds_of_waking
 
 LARGEST_DONE = 256 << 20  # bytes that an operation may touch to be done for its price
 SAMPLES, ATTEMPTS = 3, 8  # of an operation: samples that count, and those that may be taken for them
 COLD = 64 << 20  # bytes, more than a processor's caches hold
 UPDATED = 28  # bytes of an element: its weight, low bits and two moments, each read and written, and its gradient
-GRAIN = 1 << 15  # elements, of which torch computes more in several threads (ATen/TensorIterator.h)
+LEAST = 1 << 15  # elements of an operand out of the store, of which fewer are soon in a cache; chosen
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -40,13 +39,21 @@ class Price:
 
 
 FREE = Price(0.0)
+Streams = Callable[[torch.Tensor], bool]
+"""Whether a tensor lies in memory of the store: its bytes come from there, or go there, and not to a cache."""
+
+
+def nothing(tensor: torch.Tensor) -> bool:
+    return False
 
 
 class Prices(Protocol):
-    """Seconds of each torch operation, and of the optimizer by the elements it steps. `keep` is called when no more is
-    asked for a while: the next planning will know what this one has measured."""
+    """Seconds of each torch operation, of whose operands some may stream, and of the optimizer by the elements it steps.
+    `keep` is called when no more is asked for a while: the next planning will know what this one has measured."""
 
-    def of(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Price: ...
+    def of(
+        self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, streams: Streams = nothing
+    ) -> Price: ...
 
     def update(self, elements: int, like: Any, make: Callable[[], Callable[[], None]]) -> float:
         """`make()` gives the same step of real numbers; those `like` each other, in the optimizer's class first, take as
@@ -55,10 +62,6 @@ class Prices(Protocol):
 
     def keep(self) -> None: ...
 
-    def in_lanes(self) -> Prices:
-        """Where several micro-batches take turns, each in a thread of its own."""
-        ...
-
 
 @dataclass(frozen=True)
 class RatedPrices:
@@ -66,7 +69,9 @@ class RatedPrices:
 
     machine: Machine
 
-    def of(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Price:
+    def of(
+        self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, streams: Streams = nothing
+    ) -> Price:
         processor = self.machine.compute
         count = operations_of(function)
         if count is not None:
@@ -87,9 +92,6 @@ class RatedPrices:
         return elements / processor.update + elements * UPDATED / processor.copy
 
     def keep(self) -> None: ...
-
-    def in_lanes(self) -> Prices:
-        return self
 
 
 class Cooling:
@@ -122,15 +124,24 @@ class MeasuredPrices:
     _prices: dict[Any, Price] = field(default_factory=dict)
     _done: set[Any] = field(default_factory=set)
 
-    def of(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Price:
-        key = function if is_view(function) else (function, _looks(args), _looks(tuple(kwargs.items())))
+    def of(
+        self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, streams: Streams = nothing
+    ) -> Price:
+        far = () if is_view(function) or operations_of(function) is not None else _far(args, streams)
+        looks = (function, _looks(args), _looks(tuple(kwargs.items())), *((far,) if far else ()))
+        key = function if is_view(function) else looks
         if key not in self._prices:
-            self._prices[key] = self._price(key, function, args, kwargs, result)
+            self._prices[key] = self._price(key, function, args, kwargs, result, far)
         return self._prices[key]
 
-    def _price(self, key: Any, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Price:
+    def _price(
+        self, key: Any, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, far: tuple[int, ...]
+    ) -> Price:
         rated = self.rated.of(function, args, kwargs, result)
-        held = sum(_nbytes(leaf) for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor))
+        also = [args[place] for place in far]  # there are two of each
+        held = sum(
+            _nbytes(leaf) for leaf in tree_leaves((args, kwargs, result, also)) if isinstance(leaf, torch.Tensor)
+        )
         seconds = None
         if not is_view(function) and held <= LARGEST_DONE:
             product = operations_of(function) is not None
@@ -138,12 +149,27 @@ class MeasuredPrices:
             # The weight of a product comes from memory, not from a cache.
             seconds = self.known.find(
                 str(key),
-                lambda: do(lambda done: usual_seconds(done, self.cooling if product else lambda: None)),
+                lambda: do(lambda done: usual_seconds(done, self.cooling if product else self._before(done, far))),
                 lambda: self._leave(key if product else function, do),
             )
         return Price((rated.seconds if seconds is None else seconds) + self.passing, rated.floating_operations)
 
-    def _leave(self, what: Any, do: Callable[[Callable[[Callable[[], Any]], Any]], Any]) -> None:
+    def _before(self, done: partial[Any], far: tuple[int, ...]) -> Callable[[], Any]:
+        """What leaves those operands out of the caches that stream, by their places, and all others in: the same is done with
+        others in their place."""
+        if not far:
+            return lambda: None
+        beside = partial(
+            done.func, *(_numbers(a) if place in far else a for place, a in enumerate(done.args)), **done.keywords
+        )
+
+        def before() -> None:
+            self.cooling()
+            beside()
+
+        return before
+
+    def _leave(self, what: Any, do: Callable[[Callable[[partial[Any]], Any]], Any]) -> None:
         """Do what need not be measured once, for what it leaves in memory: code, and of each product a compiled kernel."""
         if what not in self._done:
             self._done.add(what)
@@ -163,13 +189,6 @@ class MeasuredPrices:
         self.cooling.end()
         self.known.keep()
 
-    def in_lanes(self) -> Prices:
-        return LanePrices(self, self._waking)
-
-    @cached_property
-    def _waking(self) -> float:
-        return seconds_of_waking()
-
 
 @dataclass(frozen=True)
 class CrowdedPrices:
@@ -178,8 +197,10 @@ class CrowdedPrices:
     prices: Prices
     crowd: Crowd
 
-    def of(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Price:
-        price = self.prices.of(function, args, kwargs, result)
+    def of(
+        self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, streams: Streams = nothing
+    ) -> Price:
+        price = self.prices.of(function, args, kwargs, result, streams)
         slower = self.crowd.memory if operations_of(function) is None else self.crowd.products
         return Price(slower * price.seconds, price.floating_operations)
 
@@ -188,31 +209,6 @@ class CrowdedPrices:
 
     def keep(self) -> None:
         self.prices.keep()
-
-    def in_lanes(self) -> Prices:
-        return CrowdedPrices(self.prices.in_lanes(), self.crowd)
-
-
-@dataclass(frozen=True)
-class LanePrices:
-    """Prices where lanes take turns, in which an operation of several threads takes so many seconds more, `waking`."""
-
-    prices: Prices
-    waking: float
-
-    def of(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Price:
-        price = self.prices.of(function, args, kwargs, result)
-        wakes = not is_view(function) and (operations_of(function) is not None or _largest(args, result) > GRAIN)
-        return Price(price.seconds + self.waking, price.floating_operations) if wakes else price
-
-    def update(self, elements: int, like: Any, make: Callable[[], Callable[[], None]]) -> float:
-        return self.prices.update(elements, like, make)
-
-    def keep(self) -> None:
-        self.prices.keep()
-
-    def in_lanes(self) -> Prices:
-        return self
 
 
 class _Counting(TorchDispatchMode):
@@ -253,7 +249,7 @@ def yardsticks(passing: float, cooling: Cooling) -> list[float]:
     return [*(usual_seconds(each, cooling) for each in done), passing]
 
 
-def _do(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], how: Callable[[Callable[[], Any]], Any]) -> Any:
+def _do(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], how: Callable[[partial[Any]], Any]) -> Any:
     """What `how` gives for an operation on real numbers; None for one that numbers of no meaning cannot pass."""
     with _disable_current_modes():
         try:
@@ -281,6 +277,12 @@ def usual_seconds(function: Callable[[], Any], before: Callable[[], Any]) -> flo
 
 def _faults() -> int:
     return getrusage(RUSAGE_SELF).ru_minflt
+
+
+def _far(args: tuple[Any, ...], streams: Streams) -> tuple[int, ...]:
+    """The places of operands that stream, and are large enough for it to matter."""
+    tensors = ((place, arg) for place, arg in enumerate(args) if isinstance(arg, torch.Tensor))
+    return tuple(place for place, tensor in tensors if tensor.numel() >= LEAST and streams(tensor))
 
 
 def _numbers(tensor: torch.Tensor) -> torch.Tensor:
@@ -315,10 +317,6 @@ def _rows(args: tuple[Any, ...]) -> int:
     """Rows of the left matrix of a product, of all its batches."""
     matrices = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor) and leaf.dim() > 1]
     return matrices[0].shape[-2] if matrices else 1
-
-
-def _largest(*values: Any) -> int:
-    return max((leaf.numel() for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)), default=0)
 
 
 def _nbytes(tensor: torch.Tensor) -> int:

@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import replace
 
 from outsize.distributed.arrangement import PEER
+from outsize.machine.machine import Machine
 from outsize.plan import KEEP, MOVE, RECOMPUTE, Activations, Plan
 from outsize.planner.search import Choice, Search
 from outsize.sizes import format_size
@@ -58,6 +59,11 @@ def _reasons(search: Search, choice: Choice, seconds: float) -> tuple[str, ...]:
         f"commit: {_say_commit(search, choice)}",
         *_say_workers(search),
     )
+
+
+def of_machine(machine: Machine) -> str:
+    """What a plan says of where its rates come from."""
+    return f"machine: {machine.name}, {machine.origin}"
 
 
 def _say_workers(search: Search) -> tuple[str, ...]:

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
+from outsize.asked import Request
 from outsize.errors import OptionError
 from outsize.machine.describe import describe
 from outsize.machine.find import machine_file
-from outsize.plan import Plan, Request
+from outsize.plan import Plan
 from outsize.train.state import replace_file
 
 

@@ -12,11 +12,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from outsize.asked import Request
 from outsize.distributed.arrangement import WIRE
 from outsize.distributed.wire import NO_WIRE, Wire
 from outsize.errors import BudgetError
 from outsize.memory.tier import PAGE, pages
-from outsize.plan import NEAR, SPARE, Activations, Plan, Predicted, Request
+from outsize.plan import NEAR, SPARE, Activations, Plan, Predicted
 from outsize.planner.clock import Ways
 from outsize.planner.forecast import Forecast, forecast, with_snapshots
 from outsize.planner.keeper import keeper_bytes, twin_bytes

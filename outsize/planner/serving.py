@@ -9,13 +9,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from outsize.asked import ServeRequest
 from outsize.errors import BudgetError, OptionError
 from outsize.machine.allocator import LARGEST_RECYCLED, Ceiling
 from outsize.memory.tier import pages
 from outsize.model.route import Leg
 from outsize.model.units import Unit
 from outsize.model.vocabulary import Table
-from outsize.plan import STORED, KvLayer, Plan, Predicted, ServeRequest, Serving
+from outsize.plan import STORED, KvLayer, Plan, Predicted, Serving
 from outsize.planner.needs import KERNELS, PACKED, THREADS, changes_of, held_for
 from outsize.planner.serving_forecast import run_step
 from outsize.planner.sizes_of import SMALL

@@ -8,9 +8,10 @@ from dataclasses import replace
 
 from torch import nn
 
+from outsize.asked import ServeRequest
 from outsize.errors import BudgetError
 from outsize.model.units import find_units
-from outsize.plan import Plan, ServeRequest
+from outsize.plan import Plan
 from outsize.planner.cluster import wire_of
 from outsize.planner.legs import divide, find_route
 from outsize.planner.serving import beside, plan_serving, with_pages

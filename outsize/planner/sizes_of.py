@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from outsize.asked import Request
 from outsize.distributed.arrangement import Arrangement
 from outsize.distributed.group import Imagined
 from outsize.distributed.shard import ShardedStore
@@ -18,7 +19,6 @@ from outsize.memory.store import Store
 from outsize.memory.transfer import Transfers
 from outsize.model.units import Unit
 from outsize.model.weights import Weight, create_blocks, make_weight
-from outsize.plan import Request
 from outsize.train.job import always_near
 from outsize.train.optimizers import OptimizerRule, is_elementwise
 from outsize.train.precision import find_precision

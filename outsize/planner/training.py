@@ -9,6 +9,7 @@ from math import inf
 import torch
 from torch import nn
 
+from outsize.asked import Request
 from outsize.distributed.arrangement import Arrangement
 from outsize.distributed.measure import Crowd
 from outsize.distributed.wire import Wire
@@ -19,7 +20,7 @@ from outsize.machine.describe import process_memory
 from outsize.machine.machine import Machine
 from outsize.model.units import Unit
 from outsize.model.vocabulary import Table
-from outsize.plan import KEEP, MOVE, RECOMPUTE, Activations, Plan, Request
+from outsize.plan import KEEP, MOVE, RECOMPUTE, Activations, Plan
 from outsize.planner.clock import ways_of
 from outsize.planner.keeper import no_room
 from outsize.planner.known_prices import KnownPrices, prices_file
@@ -33,7 +34,7 @@ from outsize.planner.prices import (
     seconds_of_passing,
     yardsticks,
 )
-from outsize.planner.reasons import finished
+from outsize.planner.reasons import finished, of_machine
 from outsize.planner.rehearsal import Batch, Rehearsed, rehearse
 from outsize.planner.search import JobSizes, Search
 from outsize.planner.sizes_of import SMALL, sizes_of, split_weights
@@ -44,6 +45,7 @@ from outsize.train.optimizers import OptimizerRule
 from outsize.train.precision import find_precision
 
 TABLE_BLOCK = 4 << 20  # elements of a vocabulary's table in one block, at most
+LOOKS = 3  # at how fast the machine is, before all is measured anew
 TABLE_ROWS = 2048  # and rows: the logits of 512 tokens against them are 4 MiB
 
 
@@ -143,8 +145,14 @@ class Place:
 
 
 def _measured(rated: RatedPrices) -> MeasuredPrices:
-    passing, cooling = seconds_of_passing(), Cooling()
-    known = KnownPrices.read(prices_file(rated.machine), yardsticks(passing, cooling))
+    """With what is known of a time like now. Where nothing is, it is looked once more: to measure all anew takes seconds, and
+    something may just have come between."""
+    file, cooling = prices_file(rated.machine), Cooling()
+    for _ in range(LOOKS):
+        passing = seconds_of_passing()
+        known = KnownPrices.read(file, yardsticks(passing, cooling))
+        if known.then.seconds or not known.others:
+            break
     return MeasuredPrices(rated, passing, known, cooling)
 
 
@@ -191,7 +199,7 @@ class Planning:
             raise _no_memory(min(tried, key=lambda search: search.least).loosened())
         plan = _fastest(found)
         check_disk(plan, self._place.disk_free_bytes)
-        return plan
+        return replace(plan, reasons=(*plan.reasons, of_machine(self._place.machine)))
 
     @cached_property
     def _considered(self) -> list[Activations]:
@@ -262,10 +270,9 @@ def search_of(task: Task, place: Place, job: JobSizes, bare: Plan, known: Rehear
 
 
 def _rehearsed(task: Task, place: Place, bare: Plan) -> Rehearsed:
-    in_lanes = len(task.batches) > 1 and not task.request.legs
-    prices = place.prices.in_lanes() if in_lanes else place.prices
+    prices = place.prices
     found = rehearse(task.model, bare, task.rule, prices, task.batches, task.source_dtype, task.block_class, place.wire)
-    place.prices.keep()
+    prices.keep()
     give_back()
     return found
 

@@ -147,11 +147,12 @@ def paged_attention(
     keys, values, layer = cache.keys[number], cache.values[number], cache.layers[number]
     _write(keys, key, layout)
     _write(values, value, layout)
-    groups, chunks = layout.reads(layer, keys, values)
-    how = _How(scale, softcap, softcap is None and layout.at_once(layer))
-    queries, heads = query[0].transpose(0, 1), key.shape[1]  # [N, H, D]
+    groups, chunks, at_once = layout.reads(layer, keys, values)
+    how = _How(scale, softcap, softcap is None and at_once)
+    queries, heads = query.transpose(1, 2), key.shape[1]  # [1, N, H, D]
     if len(groups) == 1 and groups[0].where is None:
-        return _decode(queries, keys, values, groups[0], heads, how).unsqueeze(0)
+        return _decode(queries, keys, values, groups[0], heads, how)
+    queries = queries[0]
     output = query.new_empty((query.shape[2], query.shape[1], value.shape[-1]))
     for group in groups:
         output[group.where] = _decode(queries[group.where], keys, values, group, heads, how)
@@ -181,12 +182,12 @@ def _refuse(module: nn.Module, mask: torch.Tensor | None, others: dict[str, Any]
 def _write(cache: Rows, new: torch.Tensor, layout: Layout) -> None:
     """`new` [1, K, N, D], written token by token: that is how a projection leaves it."""
     size = new.shape[-1]
-    cache.slots.index_copy_(0, layout.writes(new.shape[1], cache.stride), new[0].transpose(0, 1).reshape(-1, size))
+    cache.slots.index_copy_(0, layout.writes(new.shape[1], cache.stride), new.transpose(1, 2).reshape(-1, size))
 
 
-def _gather(cache: Rows, rows: torch.Tensor, batch: int) -> torch.Tensor:
-    """[batch, T, D] of the cache, a page's tokens of one head at a time."""
-    return cache.rows.index_select(0, rows).view(batch, -1, cache.slots.shape[1])
+def _gather(cache: Rows, rows: torch.Tensor, *batch: int) -> torch.Tensor:
+    """[*batch, T, D] of the cache, a page's tokens of one head at a time."""
+    return cache.rows.index_select(0, rows).view(*batch, -1, cache.slots.shape[1])
 
 
 def _scores(query: torch.Tensor, keys: torch.Tensor, how: _How) -> torch.Tensor:
@@ -198,30 +199,23 @@ def _scores(query: torch.Tensor, keys: torch.Tensor, how: _How) -> torch.Tensor:
 def _attended(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, hidden: torch.Tensor | None, how: _How
 ) -> torch.Tensor:
-    """Like `query` [batch, n, queries, D]; `keys` and `values` [batch, n, T, D] may be the same for all n, and so may
-    `hidden`, which is added to the scores. The operation is named, as torch would quietly choose a slower one."""
-    keys, values = (rows.expand(-1, query.shape[1], -1, -1) for rows in (keys, values))
+    """Like `query` [batch, n, queries, D]; `keys` and `values` [batch, n, T, D]; `hidden`, which may be the same for all n,
+    is added to the scores. The operation is named, as torch would quietly choose a slower one."""
     attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
     return attention(query, keys, values, attn_mask=hidden, scale=how.scale)[0]
 
 
 def _decode(query: torch.Tensor, keys: Rows, values: Rows, group: DecodeGroup, heads: int, how: _How) -> torch.Tensor:
-    """`query` [B, H, D] gives [B, H, D]."""
-    batch, hidden = query.shape[0], group.hidden
-    near = _gather(keys, group.keys, batch * heads)
+    """`query` [.., B, H, D] gives [.., B, H, D]."""
+    batch, size = query.shape[-3], query.shape[-1]
     if how.at_once:
-        shape = batch, heads, -1, query.shape[-1]
-        over, hidden = (
-            _gather(values, group.values, batch * heads).view(shape),
-            None if hidden is None else hidden.unsqueeze(1),
-        )
-        return _attended(query.view(shape), near.view(shape), over, hidden, how).reshape(query.shape)
-    grouped = query.reshape(batch * heads, -1, query.shape[-1])
-    scores = _scores(grouped, near, how)
-    if hidden is not None:
-        scores.view(batch, query.shape[1], -1).add_(hidden)
+        near, over = _gather(keys, group.keys, batch, heads), _gather(values, group.values, batch, heads)
+        return _attended(query.view(batch, heads, -1, size), near, over, group.hidden, how).reshape(query.shape)
+    scores = _scores(query.reshape(batch * heads, -1, size), _gather(keys, group.keys, batch * heads), how)
+    if group.hidden is not None:
+        scores.view(batch, heads, -1, scores.shape[-1]).add_(group.hidden)
     weights = torch.softmax(scores, dim=-1)
-    return torch.bmm(weights, _gather(values, group.values, batch * heads)).view(batch, query.shape[1], -1)
+    return torch.bmm(weights, _gather(values, group.values, batch * heads)).view(*query.shape[:-1], -1)
 
 
 def _attend_chunk(
@@ -233,7 +227,8 @@ def _attend_chunk(
         count, seen = block.last - block.first, slice(block.low, block.high)
         queries = query[block.first : block.last].view(count, heads, -1, size).permute(1, 2, 0, 3)  # [K, R, n, D]
         if how.at_once:
-            found = _attended(queries, keys[:, None, seen], values[:, None, seen], block.hidden, how)
+            near, over = (rows[:, None, seen].expand(-1, queries.shape[1], -1, -1) for rows in (keys, values))
+            found = _attended(queries, near, over, block.hidden, how)
         else:
             scores = _scores(queries.reshape(heads, -1, size), keys[:, seen], how)
             scores.view(heads, -1, count, block.high - block.low)[..., -block.hidden.shape[1] :].add_(block.hidden)

@@ -35,8 +35,8 @@ class Span:
 @dataclass(frozen=True)
 class DecodeGroup:
     """Sequences of about one length that attend with one query each: `where` [B] in the packed row, None if they are all
-    of it; rows [B * K * P] of keys and of values; `hidden` [B, 1, T] is added to the scores: minus infinity where a gathered
-    key is not the sequence's. None if there is no such key."""
+    of it; rows [B * K * P] of keys and of values; `hidden` [B, 1, 1, T] is added to the scores: minus infinity where a
+    gathered key is not the sequence's. None if there is no such key."""
 
     where: torch.Tensor | None
     keys: torch.Tensor
@@ -99,7 +99,7 @@ class Layout:
             first += span.count
         self.firsts, self.tokens = firsts, first
         self._writes: dict[tuple[int, int], torch.Tensor] = {}
-        self._reads: dict[KvLayer, tuple[list[DecodeGroup], list[Chunk]]] = {}
+        self._reads: dict[KvLayer, tuple[list[DecodeGroup], list[Chunk], bool]] = {}
 
     def begun(self) -> list[int]:
         """Pages that this step begins to fill and leaves unfilled."""
@@ -125,15 +125,16 @@ class Layout:
             self._writes[key] = (slots.unsqueeze(1) + by_head).view(-1)
         return self._writes[key]
 
-    def reads(self, layer: KvLayer, keys: Rows, values: Rows) -> tuple[list[DecodeGroup], list[Chunk]]:
-        """Groups of single queries and chunks of many."""
+    def reads(self, layer: KvLayer, keys: Rows, values: Rows) -> tuple[list[DecodeGroup], list[Chunk], bool]:
+        """Groups of single queries, chunks of many, and whether they attend in one call."""
         if layer not in self._reads:
             token_bytes = layer.heads * layer.key_size * keys.rows.element_size()
             single = [i for i, span in enumerate(self.spans) if span.count == 1]
             alike = self._alike(single, layer.window, token_bytes)
             groups = [self._group(members, layer, keys.stride, values.stride) for members in alike]
             several = [i for i, span in enumerate(self.spans) if span.count > 1]
-            self._reads[layer] = groups, [self._chunk(i, layer, keys.stride, values.stride) for i in several]
+            chunks = [self._chunk(i, layer, keys.stride, values.stride) for i in several]
+            self._reads[layer] = groups, chunks, self.at_once(layer)
         return self._reads[layer]
 
     def _low(self, span: Span, window: int | None) -> int:
@@ -173,12 +174,12 @@ class Layout:
         return DecodeGroup(where, self._rows(padded, layer, keys), self._rows(padded, layer, values), hidden)
 
     def _unseen(self, spans: list[Span], low: list[int], width: int, window: int | None) -> torch.Tensor:
-        here = self._index(span.start for span in spans).unsqueeze(1)
-        keys = self._index(low).unsqueeze(1) + torch.arange(width * self.page_tokens, device=self.device)
+        here = self._index(span.start for span in spans).view(-1, 1, 1, 1)
+        keys = self._index(low).view(-1, 1, 1, 1) + torch.arange(width * self.page_tokens, device=self.device)
         hidden = keys > here
         if window is not None:
             hidden |= keys <= here - window
-        return hidden.unsqueeze(1)
+        return hidden
 
     def _chunk(self, i: int, layer: KvLayer, keys: int, values: int) -> Chunk:
         span, low = self.spans[i], self._low(self.spans[i], layer.window) * self.page_tokens

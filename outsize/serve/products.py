@@ -49,7 +49,7 @@ class Product:
     def _part(self, number: int, hidden: torch.Tensor) -> torch.Tensor:
         """The first that is called with an input computes for all."""
         if hidden is not self._input:
-            self._input, self._parts = hidden, list(self._multiply(hidden).split(self._sizes, dim=-1))
+            self._input, self._parts = hidden, list(torch.split_with_sizes(self._multiply(hidden), self._sizes, -1))
         part = self._parts[number]
         if number == len(self._sizes) - 1:
             self._input, self._parts = None, []

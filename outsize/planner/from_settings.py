@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from outsize.asked import Request
 from outsize.distributed.group import Group
 from outsize.distributed.launch import is_worker
 from outsize.divided import LOOP
 from outsize.errors import OptionError
-from outsize.plan import Request
 from outsize.train.settings import TrainSettings
 
 
