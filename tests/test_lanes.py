@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from exactness import Setting, make_batches, make_job, make_model
+from exactness import (
+    VOCABULARY,
+    PlainLoop,
+    Setting,
+    assert_idle,
+    assert_same_weights,
+    make_batches,
+    make_job,
+    make_model,
+)
+from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.functional import cross_entropy
 
 from outsize.errors import ModelError
 from outsize.memory.store import Lease, Store
@@ -132,3 +145,66 @@ def test_weights_come_and_gradients_complete_in_one_order_for_any_number(
         job.train_step(make_batches(1, count)[0])
     assert any(event.startswith("complete") for event in orders[0])
     assert orders == [orders[0]] * 3
+
+
+class Places(nn.Module):
+    """A module with weights and a child that has some."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places = nn.Parameter(0.02 * torch.randn(16, 64))
+        self.scale = nn.Parameter(torch.ones(64))
+        self.norm = nn.RMSNorm(64)
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return self.norm(states + self.places) * self.scale
+
+
+class Either(nn.Module):
+    """Some inputs go one way, others the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ways = nn.ModuleList(nn.Linear(64, 64, bias=False) for _ in range(2))
+
+    def forward(self, states: torch.Tensor, way: int) -> torch.Tensor:
+        return states + torch.tanh(self.ways[way](states))
+
+
+class Awkward(nn.Module):
+    """Every third weight is near: the tokens', and the norm of `Places`, whose others come and go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(VOCABULARY, 64)
+        self.places = Places()
+        self.blocks = nn.ModuleList(Either() for _ in range(4))
+        self.head = nn.Linear(64, VOCABULARY, bias=False)
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> Any:
+        states = self.places(self.tokens(input_ids))
+        with torch.no_grad():
+            way = int(self.blocks[0](states, 0).sum() > 0)
+        for block in self.blocks:
+            states = block(states, (way + int(input_ids[0, 0])) % 2)
+        logits = self.head(states)
+        return SimpleNamespace(loss=cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "mixed"])
+@pytest.mark.parametrize("placement", ["mixed", "disk", "near"])
+def test_awkward_modules_learn_as_in_a_loop(placement: str, precision: str, tmp_path: Path) -> None:
+    """Weights in a part of a unit, weights that not every micro-batch uses, a unit that runs without gradients before it does
+    with them, and a user's hook on a weight."""
+    torch.manual_seed(0)
+    model, rule = Awkward(), default_rule("sgd", {"lr": 0.1, "momentum": 0.9})
+    plain = PlainLoop(copy.deepcopy(model), rule, precision)
+    job = make_job(model, rule, Setting(precision, placement, 4), tmp_path)
+    for side in (plain.model, job.model):
+        side.get_parameter("places.norm.weight").register_hook(lambda gradient: gradient * 0.5)
+    before = job.read("places.norm.weight", 0, 64)
+    for micro_batches in make_batches(3, 4):
+        assert plain.step(micro_batches) == job.train_step(micro_batches).loss
+    assert_same_weights(job, plain)
+    assert not torch.equal(job.read("places.norm.weight", 0, 64), before)
+    assert_idle(job)

@@ -137,7 +137,9 @@ def test_workers_take_unequal_parts_of_a_step_as_the_plan_says(
     """Only the order of sums is another. The run begins with 3 and 1 sequences, and goes on so without the plan."""
     plan = json.loads((pair / "planned.json").read_text())["plan"]
     assert plan["sequences"] == [2, 2]
-    (tmp_path / "plan.json").write_text(json.dumps(plan | {"sequences": [3, 1], "accumulate": 3, "commit_every": 1}))
+    (tmp_path / "plan.json").write_text(
+        json.dumps(plan | {"sequences": [3, 1], "accumulate": 3, "commit_every": 1, "gather_ahead_bytes": 0})
+    )
     given = {**settings, "out": str(tmp_path / "run"), "plan": str(tmp_path / "plan.json")}
     kill = {"rank": 1, "line": 3, "signal": "SIGKILL"}
     gang.attempt("run", 2, tmp_path, {"settings": given, "kill": kill})

@@ -21,8 +21,8 @@ COMPILED_KERNELS = 64  # that oneDNN keeps
 
 def limit_heaps() -> None:
     """Let threads have few heaps, but enough that those which help with a product or move bytes have one of their own: where
-    all share one, attention's backward takes 1.8 times as long, waiting for its turn to allocate. Those that compute by
-    turns share the first (`outsize.machine.threads`). To be called before there is a second thread."""
+    all share one, attention's backward takes 1.8 times as long, waiting for its turn to allocate. An engine's thread
+    has the first (`outsize.machine.threads`). To be called before there is a second thread."""
     _set(M_ARENA_MAX, HEAPS)
 
 

@@ -1,8 +1,8 @@
-"""The threads that compute. Where several do, they take turns, and use again what the one before has freed.
+"""A thread that computes after another one has: it uses again what that one has freed, and the other's helpers go.
 
 glibc gives a new thread the heap that it finds free (malloc/arena.c), and what is freed goes back to the heap it came from:
-micro-batches in heaps of their own would each hold what a unit takes. OpenMP keeps a pool of helpers for each thread that
-has computed."""
+in a heap of its own an engine would hold what it takes beside what loading has left. OpenMP keeps a pool of helpers for each
+thread that has computed."""
 
 from __future__ import annotations
 

@@ -153,11 +153,12 @@ class Attachment:
 
     def _run(self, attached: AttachedUnit, *args: Any, **kwargs: Any) -> Any:
         self.arrive(attached)
-        if not torch.is_grad_enabled():
-            return attached.forward(*args, **kwargs)
-        pack = functools.partial(self._pack, attached.activations)
-        return_to = functools.partial(self.arrive, attached)
-        found = run_unit(attached.activations, attached.forward, return_to, pack, self._unpack, args, kwargs)
+        if torch.is_grad_enabled():
+            pack = functools.partial(self._pack, attached.activations)
+            return_to = functools.partial(self.arrive, attached)
+            found = run_unit(attached.activations, attached.forward, return_to, pack, self._unpack, args, kwargs)
+        else:
+            found = attached.forward(*args, **kwargs)
         self.lanes.pass_turn()
         return found
 
@@ -294,6 +295,7 @@ class Attachment:
     def detach(self) -> None:
         """Take all hooks off. Whoever wants the weights reads them from the store first: parameters hold nothing then."""
         self.leave_all()
+        self._leaves.forget()
         for handle in self._handles:
             handle.remove()
         for attached in self.units:

@@ -39,8 +39,8 @@ class Lanes:
             return [bodies[0]()]
         lanes, results = [greenlet(body) for body in bodies], dict[int, Result]()
         waiting = deque(reversed(range(len(bodies))))
-        self._caller, self._around, self.count = getcurrent(), _opened(), len(bodies)
         try:
+            self._caller, self._around, self.count = getcurrent(), _opened(), len(bodies)
             while waiting:
                 number = waiting.popleft()
                 found = self._give_turn(number, lanes[number])
@@ -49,10 +49,11 @@ class Lanes:
                 else:
                     waiting.append(number)
         finally:
-            for lane in lanes:
-                lane.throw()  # nothing to one that has ended
             self._caller, self.count = None, 1
-            self._turn_to(0)
+            try:
+                _end(lanes)
+            finally:
+                self._turn_to(0)
         return [results[number] for number in range(len(bodies))]
 
     def back(self, begins: Sequence[tuple[torch.Tensor, torch.Tensor | None]]) -> None:
@@ -93,18 +94,30 @@ class Lanes:
         self._on_turn()
 
 
+def _end(lanes: list[greenlet]) -> None:
+    """Have each leave what it is in the middle of, whatever goes wrong in others; nothing to one that has ended."""
+    for number, lane in enumerate(lanes):
+        try:
+            lane.throw()
+        except BaseException:
+            _end(lanes[number + 1 :])
+            raise
+
+
 def _opened() -> tuple[Any, ...]:
     """What the thread has open, besides what `_arithmetic` says."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore[reportAttributeAccessIssue]
     return torch._C._len_torch_dispatch_stack(), torch._C._len_torch_function_stack(), hooks
 
 
-def _arithmetic() -> tuple[bool, bool, torch.dtype]:
+def _arithmetic() -> tuple[Any, ...]:
     """How the thread computes: a lane may have set it otherwise."""
-    return torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+    kinds = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")]
+    return torch.is_grad_enabled(), *kinds
 
 
-def _restore(gradients: bool, autocast: bool, dtype: torch.dtype) -> None:
+def _restore(gradients: bool, *kinds: tuple[str, bool, torch.dtype]) -> None:
     torch.set_grad_enabled(gradients)
-    torch.set_autocast_enabled("cpu", autocast)
-    torch.set_autocast_dtype("cpu", dtype)
+    for kind, enabled, dtype in kinds:
+        torch.set_autocast_enabled(kind, enabled)
+        torch.set_autocast_dtype(kind, dtype)

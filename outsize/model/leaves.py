@@ -52,6 +52,7 @@ class Leaves:
             own = slot.weight.parameter if lane == 0 else self._of(slot.weight, lane)
             if own is not slot.weight.parameter:
                 own.data = slot.weight.parameter.data
+                own._backward_hooks = slot.weight.parameter._backward_hooks  # the user's own
             slot.module._parameters[slot.name] = own
 
     def _of(self, weight: Weight, lane: int) -> nn.Parameter:
@@ -60,3 +61,7 @@ class Leaves:
             leaf = self._made[lane, weight.name] = nn.Parameter(weight.parameter.data)
             leaf.register_post_accumulate_grad_hook(self.hook(weight))
         return leaf
+
+    def forget(self) -> None:
+        """No lanes come again."""
+        self._made.clear()

@@ -24,8 +24,8 @@ class Unit:
 
 
 def find_units(model: nn.Module, block_class: str | None = None) -> list[Unit]:
-    """Cut a module into units, in the order of its definition: each repeated block, and each other module that owns
-    parameters of its own.
+    """Cut a module into units, in the order of its definition: each repeated block, and each other outermost module that
+    owns parameters of its own. One within which blocks run has those alone, and what is beside the blocks is cut on its own.
 
     Repeated blocks are the outermost lists (`ModuleList`, `Sequential`) of two or more modules of one class, or every
     outermost module of the class named `block_class`. Raises ModelError when there are none."""
@@ -41,9 +41,12 @@ def find_units(model: nn.Module, block_class: str | None = None) -> list[Unit]:
         repeated = path in blocks
         if repeated:
             inside = (*inside, path + ".")
-        own = [p for p in (module.parameters() if repeated else module.parameters(recurse=False))]
+        own = list(module.parameters(recurse=repeated))
         if own:
             encloses = not repeated and any(path == "" or block.startswith(path + ".") for block in blocks)
+            if not repeated and not encloses:
+                inside = (*inside, path + ".")
+                own = list(module.parameters())
             units.append(Unit(path, module, tuple((names[id(p)], p) for p in own), repeated, encloses))
     return units
 

@@ -86,6 +86,14 @@ class Gradients:
         if not self.hold:
             self.attachment.release_early(weight)
 
+    def complete_all(self, count: int) -> None:
+        """All of a step's `count` micro-batches have come: of a weight that some have not used, the others gave the sum."""
+        for name, arrived in self._arrived.items():
+            if arrived < count:
+                weight = self.attachment.weights[name]
+                self._lease(weight, weight.blocks[0])
+                self._complete(weight, weight.blocks[0])
+
     def take_block(self, table: Table, block: RowBlock, gradient: torch.Tensor, last: bool) -> None:
         """A table's gradient from the head, for one block and one micro-batch; `last` when no more will come to it,
         neither from the head nor from the embedding."""
@@ -163,11 +171,12 @@ class Gradients:
     def _complete(self, weight: Weight, block: RowBlock, gradient: torch.Tensor | None = None) -> None:
         """This worker's sum is there: `gradient`, or what was added up. Apply the share of everyone's, or let it go home
         until it is settled."""
-        lease = self._open.pop(block.name, None)
-        self._partial.discard(block.name)
+        lease = self._open.get(block.name)
         total = gradient if lease is None else lease.tensors[GRADIENT]
         assert total is not None, f"nothing came to {block.name}"
         self._check_finite(weight, total)
+        self._open.pop(block.name, None)
+        self._partial.discard(block.name)
         total = total.reshape(-1)
         if self.group.size > 1 and self._added_up:
             total = total.float()  # as the others send theirs
@@ -209,9 +218,12 @@ class Gradients:
     # -- applying ---------------------------------------------------------------------------------------------------
 
     def begin_step(self, groups: list[dict[str, Any]]) -> None:
-        """Hyper-parameters for whatever is applied from now on."""
+        """Hyper-parameters for whatever is applied from now on. What a step that failed has left is forgotten."""
         self.groups = groups
-        self._arrived.clear()
+        for lease in self._open.values():
+            lease.drop()
+        for left in (self._arrived, self._open, self._partial, self._rows):
+            left.clear()
 
     def norm(self) -> torch.Tensor:
         """The global norm of what is held: of the norms by weight, as `torch.nn.utils.clip_grad_norm_` computes it; of

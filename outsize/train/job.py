@@ -170,10 +170,11 @@ class Job:
     def backward(self, begins: Sequence[Begin]) -> None:
         with self.attachment.traversal():
             self.attachment.lanes.back(begins)
-            self.finish_tables()
+            self.finish_gradients(len(begins))
 
-    def finish_tables(self) -> None:
-        """All micro-batches are through the embeddings."""
+    def finish_gradients(self, count: int) -> None:
+        """All `count` micro-batches are back at the embeddings."""
+        self.gradients.complete_all(count)
         for table in self.tables:
             if table.embeddings and table.weight.trainable:
                 self.gradients.finish_table(table)
