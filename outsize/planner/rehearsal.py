@@ -200,7 +200,7 @@ class Rehearsal:
 
     @contextmanager
     def modes(self) -> Iterator[None]:
-        """What a thread of the engine works within."""
+        """What steps run within."""
         with self.mode, self.priced:
             yield
 

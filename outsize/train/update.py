@@ -234,7 +234,7 @@ class Updater:
 
     @property
     def by_pieces(self) -> bool:
-        """No optimizer sees more than PIECE elements at once."""
+        """Every optimizer steps elements one by one, and so sees no more than PIECE of them at once."""
         return all(is_elementwise(kind.cls) for kind in self.kinds)
 
     @property
