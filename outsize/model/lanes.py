@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any, TypeVar
 
 import torch
@@ -50,10 +51,10 @@ class Lanes:
                     waiting.append(number)
         finally:
             self._caller, self.count = None, 1
-            try:
-                _end(lanes)
-            finally:
-                self._turn_to(0)
+            with ExitStack() as ending:  # each leaves what it is in the middle of, whatever goes wrong in others
+                ending.callback(self._turn_to, 0)
+                for lane in lanes:
+                    ending.callback(lane.throw)  # nothing to one that has ended
         return [results[number] for number in range(len(bodies))]
 
     def back(self, begins: Sequence[tuple[torch.Tensor, torch.Tensor | None]]) -> None:
@@ -92,16 +93,6 @@ class Lanes:
     def _turn_to(self, number: int) -> None:
         self.current = number
         self._on_turn()
-
-
-def _end(lanes: list[greenlet]) -> None:
-    """Have each leave what it is in the middle of, whatever goes wrong in others; nothing to one that has ended."""
-    for number, lane in enumerate(lanes):
-        try:
-            lane.throw()
-        except BaseException:
-            _end(lanes[number + 1 :])
-            raise
 
 
 def _opened() -> tuple[Any, ...]:

@@ -39,14 +39,13 @@ def find_units(model: nn.Module, block_class: str | None = None) -> list[Unit]:
         if path.startswith(inside):
             continue
         repeated = path in blocks
-        if repeated:
+        if not repeated and not any(True for _ in module.parameters(recurse=False)):
+            continue
+        encloses = not repeated and any(path == "" or block.startswith(path + ".") for block in blocks)
+        if not encloses:
             inside = (*inside, path + ".")
-        own = list(module.parameters(recurse=repeated))
+        own = list(module.parameters(recurse=not encloses))
         if own:
-            encloses = not repeated and any(path == "" or block.startswith(path + ".") for block in blocks)
-            if not repeated and not encloses:
-                inside = (*inside, path + ".")
-                own = list(module.parameters())
             units.append(Unit(path, module, tuple((names[id(p)], p) for p in own), repeated, encloses))
     return units
 

@@ -91,7 +91,7 @@ class Task:
 
     def _aheads(self, job: JobSizes) -> list[int]:
         if len(set(self.request.sequences)) > 1:
-            return [0]  # who takes fewer micro-batches does not lease and change in the very same order
+            return [0]  # who has one micro-batch gives weights back sooner than others, and what is held is not begun
         if self.request.gather_ahead_bytes is not None:
             return [self.request.gather_ahead_bytes]
         split = [[name for name, _ in unit.parameters if name in job.split] for unit in self.units]

@@ -132,7 +132,7 @@ class Gradients:
                 self._elsewhere.add(block.name)
 
     def _check_finite(self, weight: Weight, total: torch.Tensor) -> None:
-        """Once for all micro-batches: what is not finite in one is not in the sum."""
+        """Once for all micro-batches: where one's is not finite, neither is the sum."""
         if not isfinite(total.sum().item()):
             raise RunError(
                 f"The gradient of {weight.name} is not finite. The weights of the last committed step are untouched; "
