@@ -104,6 +104,7 @@ class Engine:
         if not turns:
             return False
         started = perf_counter()
+        turns.sort(key=_together)
         logits = self._run(turns)
         self.pace.step(sum(turn.count for turn in turns), perf_counter() - started, self.store.transfers)
         self.scheduler.done(turns)
@@ -206,3 +207,8 @@ class Engine:
         if self.far is not None:
             self.far.close()
         self.runner.close()
+
+
+def _together(turn: Turn) -> tuple[bool, int]:
+    """Sequences that decode lie side by side by their length: those that attend in one call are then one run of the step."""
+    return turn.count > 1, turn.sequence.computed

@@ -14,8 +14,9 @@ import torch
 from outsize.plan import KvLayer
 from outsize.serve.cache import Rows
 
-GATHER_BYTES = 4 << 20  # keys of several decoding sequences that are gathered at once, at most
-IN_VAIN_BYTES = 1 << 20  # of them not needed, as sequences are not equally long: a group more costs as much time
+# By products, and by torch's own attention, which takes less of a call:
+GATHER_BYTES = 4 << 20, 2 << 20  # keys of several decoding sequences that are gathered at once, at most
+IN_VAIN_BYTES = 1 << 20, 128 << 10  # of them not needed, as lengths differ: a group more costs as much time
 QUERY_BLOCK = 128  # queries of a prompt's chunk that attend at once
 
 
@@ -34,11 +35,11 @@ class Span:
 
 @dataclass(frozen=True)
 class DecodeGroup:
-    """Sequences of about one length that attend with one query each: `where` [B] in the packed row, None if they are all
-    of it; rows [B * K * P] of keys and of values; `hidden` [B, 1, 1, T] is added to the scores: minus infinity where a
-    gathered key is not the sequence's. None if there is no such key."""
+    """Sequences of about one length that attend with one query each: `where` in the packed row, a run of it where they lie
+    side by side, else [B], None if they are all of it; rows [B * K * P] of keys and of values; `hidden` [B, 1, 1, T] is added
+    to the scores: minus infinity where a gathered key is not the sequence's. None if there is no such key."""
 
-    where: torch.Tensor | None
+    where: slice | torch.Tensor | None
     keys: torch.Tensor
     values: torch.Tensor
     hidden: torch.Tensor | None
@@ -130,7 +131,7 @@ class Layout:
         if layer not in self._reads:
             token_bytes = layer.heads * layer.key_size * keys.rows.element_size()
             single = [i for i, span in enumerate(self.spans) if span.count == 1]
-            alike = self._alike(single, layer.window, token_bytes)
+            alike = self._alike(single, layer, token_bytes)
             groups = [self._group(members, layer, keys.stride, values.stride) for members in alike]
             several = [i for i, span in enumerate(self.spans) if span.count > 1]
             chunks = [self._chunk(i, layer, keys.stride, values.stride) for i in several]
@@ -144,11 +145,11 @@ class Layout:
     def _pages_seen(self, span: Span, window: int | None) -> Sequence[int]:
         return span.pages[self._low(span, window) : -(-span.end // self.page_tokens)]
 
-    def _alike(self, single: list[int], window: int | None, token_bytes: int) -> list[list[int]]:
+    def _alike(self, single: list[int], layer: KvLayer, token_bytes: int) -> list[list[int]]:
         """Sequences sorted by length and cut where a group would gather too much, or too much in vain."""
-        lengths = {i: len(self._pages_seen(self.spans[i], window)) for i in single}
-        page_bytes = token_bytes * self.page_tokens
-        most, in_vain = max(1, GATHER_BYTES // page_bytes), IN_VAIN_BYTES // page_bytes
+        lengths = {i: len(self._pages_seen(self.spans[i], layer.window)) for i in single}
+        page_bytes, at_once = token_bytes * self.page_tokens, self.at_once(layer)
+        most, in_vain = max(1, GATHER_BYTES[at_once] // page_bytes), IN_VAIN_BYTES[at_once] // page_bytes
         groups: list[list[int]] = []
         needed = 0
         for i in sorted(single, key=lambda i: lengths[i]):
@@ -169,9 +170,15 @@ class Layout:
         low = [self._low(span, layer.window) * self.page_tokens for span in spans]
         complete = all(span.end - first == width * self.page_tokens for span, first in zip(spans, low, strict=True))
         whole = complete and (layer.window is None or all(span.end <= layer.window for span in spans))
-        where = None if members == list(range(self.tokens)) else self._index(self.firsts[i] for i in members)
+        where = self._where([self.firsts[i] for i in members])
         hidden = None if whole else _minus_infinity(self._unseen(spans, low, width, layer.window), layer)
         return DecodeGroup(where, self._rows(padded, layer, keys), self._rows(padded, layer, values), hidden)
+
+    def _where(self, places: list[int]) -> slice | torch.Tensor | None:
+        run = range(places[0], places[-1] + 1)
+        if places != list(run):
+            return self._index(places)
+        return None if len(run) == self.tokens else slice(run.start, run.stop)
 
     def _unseen(self, spans: list[Span], low: list[int], width: int, window: int | None) -> torch.Tensor:
         here = self._index(span.start for span in spans).view(-1, 1, 1, 1)
