@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from exactness import Setting, bind_job, make_batches, make_model, make_plan
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from worker_child import in_line
 
@@ -18,9 +19,10 @@ from outsize.memory.store import Store
 from outsize.model.units import find_units
 from outsize.plan import KEEP, MOVE, Activations
 from outsize.planner.clock import ways_of
+from outsize.planner.live import CACHED, LiveBytes
 from outsize.planner.needs import MANY
 from outsize.planner.play import play
-from outsize.planner.prices import Price, RatedPrices, Streams, nothing, operations_of
+from outsize.planner.prices import Cold, Price, RatedPrices, nothing, operations_of
 from outsize.planner.rehearsal import Rehearsed, homes, rehearse
 from outsize.planner.script import Event, Live, Script, Spend
 from outsize.train.job import always_near
@@ -171,7 +173,7 @@ class Noted(RatedPrices):
     products: Products = field(default_factory=Products)
 
     def of(
-        self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, streams: Streams = nothing
+        self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, cold: Cold = nothing
     ) -> Price:
         self.products.note(function, args, kwargs)
         return super().of(function, args, kwargs, result)
@@ -179,34 +181,49 @@ class Noted(RatedPrices):
 
 @dataclass(frozen=True)
 class Far(RatedPrices):
-    """Which operations between tensors are asked for, and which of their operands stream."""
+    """Which operations between tensors are asked for, and which of their operands are cold."""
 
     seen: set[tuple[str, tuple[bool, ...]]] = field(default_factory=set)
 
     def of(
-        self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, streams: Streams = nothing
+        self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, cold: Cold = nothing
     ) -> Price:
         tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
-        self.seen.add((str(function), tuple(map(streams, tensors))))
+        self.seen.add((str(function), tuple(map(cold, tensors))))
         return super().of(function, args, kwargs, result)
 
 
 @pytest.mark.parametrize(
-    ("setting", "streams"),
+    ("setting", "cold"),
     [
         (Setting(), set()),
         (Setting(clip=1.0), {("aten.copy_.default", (True, False)), ("aten.linalg_vector_norm.default", (True,))}),
         (Setting(activations=MOVE), {("aten.copy_.default", (True, False))}),
     ],
 )
-def test_what_goes_home_and_comes_back_streams(setting: Setting, streams: set[Any]) -> None:
+def test_what_goes_home_and_comes_back_is_cold(setting: Setting, cold: set[Any]) -> None:
     """Gradients that wait and activations that move are copied into memory of the store; what a unit makes is not there."""
     prices = Far(LAPTOP)
     (micro_batches,) = make_batches(1, 1)
     rehearse(make_model("llama"), make_plan(make_model("llama"), setting), RULE, prices, micro_batches, torch.float32)
     copied = {seen for seen in prices.seen if seen[0].startswith(("aten.copy_", "aten.linalg")) and seen[1][0]}
-    assert copied == streams
+    assert copied == cold
     assert ("aten.silu.default", (False,)) in prices.seen
+
+
+def test_what_was_touched_long_ago_is_cold() -> None:
+    live = LiveBytes(lambda event: None)
+    with FakeTensorMode():
+        first, other, slab = (torch.empty(n, dtype=torch.uint8) for n in (1 << 20, CACHED // 2, 1 << 20))
+    live.ignore([slab])
+    for tensor in (first, other, slab):
+        live.see(tensor)
+    live.touch([first, other])
+    assert [live.is_cold(tensor) for tensor in (first, other, slab)] == [False, False, True], "what is the store's is"
+    live.touch([(other, {"beside": other})])
+    assert live.is_cold(first) and not live.is_cold(other)
+    live.touch(first[:5])
+    assert not live.is_cold(first), "its memory was touched, if only a part"
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "qwen3"])

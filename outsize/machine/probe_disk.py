@@ -30,6 +30,9 @@ READERS, WRITERS = 2, 1  # threads, as in memory/transfer.py
 SUMMED = 1 << 20  # bytes under one checksum, as in memory/checksum.py
 SMALL_TRANSFERS = 200
 F_NOCACHE = 48  # fcntl.h of macOS
+WRITTEN = (
+    8  # buffers that are written from in turn: what a step writes no cache holds any more when its checksum is taken
+)
 
 
 @dataclass(frozen=True)
@@ -132,8 +135,10 @@ class _Disk:
 
         def work(direction: str) -> None:
             try:
-                buffer, pieces, spent = self._buffer(), 0, thread_time()
+                buffers = [self._buffer() for _ in range(WRITTEN if direction == "write" else 1)]
+                pieces, spent = 0, thread_time()
                 while True:  # once at least, however long a busy machine took to begin
+                    buffer = buffers[pieces % len(buffers)]
                     if direction == "write":
                         _sum(buffer)
                     self._transfer(direction, buffer, self._take(direction))

@@ -1,4 +1,4 @@
-"""Which storages are alive while fake tensors are computed with."""
+"""Which storages are alive while fake tensors are computed with, and which of them the caches hold no longer."""
 
 from __future__ import annotations
 
@@ -12,22 +12,38 @@ from torch.utils._pytree import tree_leaves
 
 from outsize.planner.script import Key, Live
 
+CACHED = 32 << 20  # bytes that operations touch until what was touched before them is out of the caches; chosen
+
 
 class LiveBytes:
-    """Tells `script` of all storages that operations create and let go; what is ignored is somebody else's."""
+    """Tells `script` of all storages that operations create and let go; what is ignored is the store's."""
 
     def __init__(self, tell: Callable[[Live], None]) -> None:
         self._tell = tell
         self._ignored: dict[int, Any] = {}
         self._count = 0
         self._live: dict[int, Any] = {}
+        self._passed = 0  # bytes that operations have touched
+        self._touched: dict[int, int] = {}  # how many of them when each of the live storages was last touched
 
     def ignore(self, tensors: Iterable[torch.Tensor]) -> None:
         for storage in [tensor.untyped_storage() for tensor in tensors]:
             self._watch(self._ignored, storage, lambda: None)
 
-    def ignores(self, tensor: torch.Tensor) -> bool:
-        return tensor.untyped_storage()._cdata in self._ignored
+    def is_cold(self, tensor: torch.Tensor) -> bool:
+        """Its bytes come from memory, or go there, and not to a cache: it is the store's, or more than the caches hold was
+        touched since it was."""
+        cdata = tensor.untyped_storage()._cdata
+        return cdata in self._ignored or self._passed - self._touched.get(cdata, self._passed) > CACHED
+
+    def touch(self, values: Any) -> None:
+        """An operation reads or writes these."""
+        for tensor in tree_leaves(values):
+            if isinstance(tensor, FakeTensor):
+                self._passed += tensor.nbytes
+                cdata = tensor.untyped_storage()._cdata
+                if cdata in self._live:
+                    self._touched[cdata] = self._passed
 
     def see(self, result: Any) -> None:
         for tensor in tree_leaves(result):
@@ -52,6 +68,7 @@ class LiveBytes:
 
         def go(_: Any) -> None:
             del among[cdata]
+            self._touched.pop(cdata, None)
             then()
 
         among[cdata] = weakref.ref(storage, go)

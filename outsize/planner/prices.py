@@ -26,9 +26,9 @@ from outsize.planner.known_prices import KnownPrices
 
 LARGEST_DONE = 256 << 20  # bytes that an operation may touch to be done for its price
 SAMPLES, ATTEMPTS = 3, 8  # of an operation: samples that count, and those that may be taken for them
-COLD = 64 << 20  # bytes, more than a processor's caches hold
+COLD = 128 << 20  # bytes, after which even 480 MiB of cache for many cores gives nothing back (docs/log.md)
 UPDATED = 28  # bytes of an element: its weight, low bits and two moments, each read and written, and its gradient
-LEAST = 1 << 15  # elements of an operand out of the store, of which fewer are soon in a cache; chosen
+LEAST = 1 << 15  # elements of a cold operand, of which fewer are soon in a cache; chosen
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -39,8 +39,8 @@ class Price:
 
 
 FREE = Price(0.0)
-Streams = Callable[[torch.Tensor], bool]
-"""Whether a tensor lies in memory of the store: its bytes come from there, or go there, and not to a cache."""
+Cold = Callable[[torch.Tensor], bool]
+"""Whether no cache holds a tensor: its bytes come from memory, or go there."""
 
 
 def nothing(tensor: torch.Tensor) -> bool:
@@ -48,11 +48,11 @@ def nothing(tensor: torch.Tensor) -> bool:
 
 
 class Prices(Protocol):
-    """Seconds of each torch operation, of whose operands some may stream, and of the optimizer by the elements it steps.
+    """Seconds of each torch operation, of whose operands some may be cold, and of the optimizer by the elements it steps.
     `keep` is called when no more is asked for a while: the next planning will know what this one has measured."""
 
     def of(
-        self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, streams: Streams = nothing
+        self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, cold: Cold = nothing
     ) -> Price: ...
 
     def update(self, elements: int, like: Any, make: Callable[[], Callable[[], None]]) -> float:
@@ -70,7 +70,7 @@ class RatedPrices:
     machine: Machine
 
     def of(
-        self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, streams: Streams = nothing
+        self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, cold: Cold = nothing
     ) -> Price:
         processor = self.machine.compute
         count = operations_of(function)
@@ -125,9 +125,9 @@ class MeasuredPrices:
     _done: set[Any] = field(default_factory=set)
 
     def of(
-        self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, streams: Streams = nothing
+        self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, cold: Cold = nothing
     ) -> Price:
-        far = () if is_view(function) or operations_of(function) is not None else _far(args, streams)
+        far = () if is_view(function) or operations_of(function) is not None else _far(args, cold)
         looks = (function, _looks(args), _looks(tuple(kwargs.items())), *((far,) if far else ()))
         key = function if is_view(function) else looks
         if key not in self._prices:
@@ -155,7 +155,7 @@ class MeasuredPrices:
         return Price((rated.seconds if seconds is None else seconds) + self.passing, rated.floating_operations)
 
     def _before(self, done: partial[Any], far: tuple[int, ...]) -> Callable[[], Any]:
-        """What leaves those operands out of the caches that stream, by their places, and all others in: the same is done with
+        """What leaves cold operands out of the caches, by their places, and all others in: the same is done with
         others in their place."""
         if not far:
             return lambda: None
@@ -198,9 +198,9 @@ class CrowdedPrices:
     crowd: Crowd
 
     def of(
-        self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, streams: Streams = nothing
+        self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, cold: Cold = nothing
     ) -> Price:
-        price = self.prices.of(function, args, kwargs, result, streams)
+        price = self.prices.of(function, args, kwargs, result, cold)
         slower = self.crowd.memory if operations_of(function) is None else self.crowd.products
         return Price(slower * price.seconds, price.floating_operations)
 
@@ -279,10 +279,10 @@ def _faults() -> int:
     return getrusage(RUSAGE_SELF).ru_minflt
 
 
-def _far(args: tuple[Any, ...], streams: Streams) -> tuple[int, ...]:
-    """The places of operands that stream, and are large enough for it to matter."""
+def _far(args: tuple[Any, ...], cold: Cold) -> tuple[int, ...]:
+    """The places of operands that are cold, and large enough for it to matter."""
     tensors = ((place, arg) for place, arg in enumerate(args) if isinstance(arg, torch.Tensor))
-    return tuple(place for place, tensor in tensors if tensor.numel() >= LEAST and streams(tensor))
+    return tuple(place for place, tensor in tensors if tensor.numel() >= LEAST and cold(tensor))
 
 
 def _numbers(tensor: torch.Tensor) -> torch.Tensor:

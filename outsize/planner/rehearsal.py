@@ -34,7 +34,7 @@ from outsize.planner.clock import Rates, SimulatedClock, SimulatedTransfers
 from outsize.planner.live import LiveBytes
 from outsize.planner.overlapped import overlapped
 from outsize.planner.priced_update import priced_updater
-from outsize.planner.prices import Prices, Streams, is_view, nothing
+from outsize.planner.prices import Prices, is_view, nothing
 from outsize.planner.repeated import Repeated
 from outsize.planner.script import ENDLESS, Event, Exchanged, HomeOf, Mark, Scribe, Script
 from outsize.planner.spread import spread
@@ -83,27 +83,26 @@ def _grows(held: list[torch.Tensor]) -> bool:
 
 
 class Priced(TorchDispatchMode):
-    """Tells `spent` what every operation costs, some of whose operands stream, and `see` what it leaves behind."""
+    """Tells `spent` what every operation costs, and `live` what it touches and leaves behind, and so which operands of
+    later ones are cold."""
 
     def __init__(
-        self,
-        prices: Prices,
-        spent: Callable[[str, float, float], None],
-        see: Callable[[Any], None],
-        streams: Streams = nothing,
+        self, prices: Prices, spent: Callable[[str, float, float], None], live: LiveBytes | None = None
     ) -> None:
         super().__init__()
-        self._prices, self._spent, self._see, self._streams = prices, spent, see, streams
+        self._prices, self._spent, self._live = prices, spent, live
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
             return args[0].fake_device  # asked ten thousand times a step
         if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return 1.0 if args[0].is_floating_point() else 1  # a loss, a norm, whether all is finite
-        result = func(*args, **(kwargs or {}))
-        price = self._prices.of(func, args, kwargs or {}, result, self._streams)
-        if not is_view(func):
-            self._see(result)
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        price = self._prices.of(func, args, kwargs, result, nothing if self._live is None else self._live.is_cold)
+        if self._live is not None and not is_view(func):
+            self._live.see(result)
+            self._live.touch((args, kwargs, result))
         self._spent("compute", price.seconds, price.floating_operations)
         return result
 
@@ -158,7 +157,7 @@ class Rehearsal:
         self.group = self._group(Arrangement.of(plan.rank, plan.workers, plan.nodes), wire)
         self.scribe = self._store(self.group.row(plan.sharers))
         self.live = LiveBytes(self.scribe.tell)
-        self.priced = Priced(prices, self.scribe.spent, self.live.see, self.live.ignores)
+        self.priced = Priced(prices, self.scribe.spent, self.live)
         self.job = self._bind(model, plan, rule, source_dtype, block_class)
 
     def _group(self, arrangement: Arrangement, wire: Wire) -> Group:

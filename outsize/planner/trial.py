@@ -93,7 +93,7 @@ class _Timed(Priced):
     too."""
 
     def __init__(self, prices: Prices, saved: _Saved) -> None:
-        super().__init__(prices, saved.spent, lambda result: None)
+        super().__init__(prices, saved.spent)
         self._saved = saved
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
