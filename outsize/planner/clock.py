@@ -34,6 +34,8 @@ class Rates:
     reading: float = 0.0
     writing: float = 0.0
     """Seconds that a byte takes of a core that computes."""
+    handling: float = 0.0
+    """And a transfer, however small."""
 
     @classmethod
     def between(cls, machine: Machine, tier: str, near: str) -> Rates:
@@ -47,9 +49,10 @@ class Rates:
         reading, writing = (
             0.0 if link.bytes_per_core_second is None else 1 / link.bytes_per_core_second for link in (read, write)
         )
-        return replace(rates, reading=reading, writing=writing)
+        return replace(rates, reading=reading, writing=writing, handling=HANDLING * machine.compute.operation_seconds)
 
 
+HANDLING = 45  # small operations that take as long as leasing and releasing a block and carrying it once (docs/log.md)
 WIRE, AHEAD = "wire", "exchange"  # lanes: an exchange that the step waits for, and one meanwhile
 _end = attrgetter("end")
 Ways = Mapping[str, Rates]
@@ -141,6 +144,7 @@ class SimulatedClock(Clock):
     ) -> None:
         way = self.ways[tier]
         busy = way.reading if direction == "read" else way.writing
+        busy += way.handling / max(nbytes, 1)
         latency = way.latency if latency is None else latency
         self._submit(Transfer(tier, direction, float(nbytes), latency, finish, busy))
 
@@ -177,8 +181,9 @@ class SimulatedClock(Clock):
             share = beside.count(transfer.direction)
             scale = min(1.0, way.both / (way.read + way.write)) if len(beside) > share else 1.0
             transfer.rate = (way.read if transfer.direction == "read" else way.write) * scale / share
-            transfer.end = self.time + transfer.latency + transfer.left / transfer.rate
-            taken += transfer.rate * transfer.busy
+            seconds = transfer.latency + transfer.left / transfer.rate
+            transfer.end = self.time + seconds
+            taken += transfer.busy * transfer.left / seconds if seconds else 0.0
         self._taken = min(taken, 0.5)
 
     def _end_first(self) -> None:
