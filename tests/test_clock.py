@@ -10,7 +10,7 @@ from outsize.machine.find import find_machine
 from outsize.machine.machine import Machine
 from outsize.memory.null import NullTier
 from outsize.memory.transfer import PIECE
-from outsize.planner.clock import Rates, SimulatedClock, SimulatedTicket, SimulatedTransfers, ways_of
+from outsize.planner.clock import HANDLING, Rates, SimulatedClock, SimulatedTicket, SimulatedTransfers, ways_of
 from outsize.planner.play import Nothing
 
 GB = 10**9
@@ -83,8 +83,20 @@ def test_spans_join_where_one_goes_on_as_another_ended() -> None:
 
 
 def test_a_machines_links_are_its_ways() -> None:
-    ways = ways_of(find_machine("two-cores"))
-    assert ways["disk"] == Rates(1.1e9, 2.8e9, 1.3e9, 65e-6, reading=1 / 68e9, writing=1 / 18e9)
+    machine = find_machine("two-cores")
+    handling = HANDLING * machine.compute.operation_seconds
+    assert ways_of(machine)["disk"] == Rates(
+        1.1e9, 2.8e9, 1.3e9, 65e-6, reading=1 / 68e9, writing=1 / 18e9, handling=handling
+    )
+
+
+def test_small_transfers_take_of_a_core_what_they_take_however_small() -> None:
+    """A tenth of a second each: ten that are under way while a second is computed add one to it."""
+    now = SimulatedClock({"disk": Rates(10.0, 10.0, 20.0, 0.2, handling=0.1)})
+    for _ in range(10):
+        now.submit("disk", "write", 1, lambda: None)
+    now.spend("compute", 2.0)
+    assert now.time == pytest.approx(3.0)
 
 
 BUSY = Rates(GB, GB, 2 * GB, 0.0, reading=0.1 / GB, writing=0.3 / GB)
