@@ -155,7 +155,8 @@ def planning(
     rule = rule_of(optimizer, optimizer_options or {})
     units = find_units(module, block_class)
     each = workers // nodes
-    crowd, disk = Crowd().times(max(1.0, each / places(there))), there.capacity("disk") // each
+    crowd = Crowd(workers=each).times(max(1.0, each / places(there)))
+    disk = there.capacity("disk") // each
     here = Place(there, process_memory().resident_bytes, disk, wire_of(there, each), crowd)
     job = Task(module, units, rule, asked, [], source.stored_dtype, block_class)
     if pipeline:

@@ -205,7 +205,8 @@ class _Training:
 
     def _planned(self, model: nn.Module, units: list[Unit], data: PackedDataset) -> Plan:
         settings, group = self.settings, self.group
-        self.wire, self.speeds, self.crowd = measure_wire(group), measure_speeds(group), measure_crowd(group)
+        self.speeds, self.crowd = measure_speeds(group), measure_crowd(group)
+        self.wire = measure_wire(group, self.crowd.workers)
         committed = self.state.read()
         begun = {} if committed is None else committed.facts
         if committed is not None and begun.get("nodes", 1) != group.nodes:

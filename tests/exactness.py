@@ -306,8 +306,8 @@ def bind_job(
 ) -> Job:
     sources = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     tiers = {"host": HostTier(1 << 30), "disk": DiskTier(directory / "blocks", 1 << 30)}
-    row = (group or Group()).row(plan.sharers)
-    store = ShardedStore(row, tiers, plan.arena_bytes, allocate_slab, Transfers())
+    row, ahead = (group or Group()).row(plan.sharers), plan.gather_ahead_bytes
+    store = ShardedStore(row, tiers, plan.arena_bytes, allocate_slab, Transfers(), ahead=ahead)
 
     def read(name: str, start: int, stop: int) -> torch.Tensor:
         return sources[name][start:stop] if sources[name].dim() else sources[name]

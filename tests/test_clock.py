@@ -144,6 +144,18 @@ def test_compute_keeps_half_of_what_it_has() -> None:
     assert now.time == pytest.approx(0.5)
 
 
+def test_an_exchange_that_wants_a_whole_core_takes_longer_while_something_is_computed() -> None:
+    now = SimulatedClock({})
+    ticket = now.exchange(1.0, ahead=True, busy=1.0)
+    now.spend("compute", 0.25)  # half a core for each: half a second
+    assert now.time == pytest.approx(0.5) and not ticket.done
+    now.finish(ticket)  # alone again
+    assert now.time == pytest.approx(1.25)
+    ticket = now.exchange(1.0, ahead=True, busy=1.0)
+    now.spend("compute", 1.0)
+    assert ticket.done and now.time == pytest.approx(3.25)
+
+
 def test_processors_lose_to_transfers_only_where_they_compute() -> None:
     def costly(machine: Machine) -> Machine:
         return replace(machine, links=tuple(replace(link, bytes_per_core_second=10 * GB) for link in machine.links))

@@ -159,6 +159,21 @@ def test_what_is_gathered_ahead_shows_neither_in_the_numbers_nor_on_the_wire(
     assert [on_wire(ledger["moved"]) for ledger in found.ledgers] == [on_wire(one["moved"]) for one in expected.ledgers]
 
 
+def test_what_a_step_that_failed_has_gathered_ahead_is_let_go(gang: Crew, tmp_path: Path) -> None:
+    """And nothing is learnt from it: the next one is as if it had not been."""
+    case = Case(workers=2, sequences=2, ahead=1 << 30)
+    found = gang.run(replace(case, fails=1), tmp_path / "failing")
+    assert_same(found, gang.run(replace(case, ahead=0), tmp_path / "none"))
+
+
+def test_who_leaves_does_not_wait_for_what_others_never_begin(gang: Crew, tmp_path: Path) -> None:
+    gang.call("leave", 2, tmp_path, {})
+
+
+def test_nodes_on_one_machine_know_that_they_share_it(gang: Crew, tmp_path: Path) -> None:
+    gang.call("crowd", 2, tmp_path, {"nodes": 2})
+
+
 UNEVEN = [
     Case(parts=(3, 1), hidden=256, split=0, precision="mixed"),
     Case(workers=4, nodes=2, copies=2, parts=(1, 5, 2, 4), table_rows=40, placement="mixed"),

@@ -24,7 +24,9 @@ from torch import nn
 from workers import Case
 
 from outsize.commands.serving_options import joined
+from outsize.distributed.arrangement import PEER
 from outsize.distributed.launch import LISTENING
+from outsize.distributed.measure import measure_crowd
 from outsize.distributed.workers import find_group
 from outsize.model.route import keep_legs, shared_with_head
 from outsize.model.units import find_units
@@ -164,7 +166,9 @@ def _train(folder: Path, told: dict[str, Any]) -> None:
     job = bind_job(model, optimizer(case.optimizer), plan, own, group)
     losses, norms = [], []
     start = dict(group.ledger.moved)
-    for micro_batches in batches_of(case, group.rank):
+    for number, micro_batches in enumerate(batches_of(case, group.rank)):
+        if number == case.fails:
+            _fail(job, micro_batches)
         result = job.train_step(micro_batches)
         losses.append(result.loss)
         norms.append(result.norm)
@@ -180,6 +184,26 @@ def _train(folder: Path, told: dict[str, Any]) -> None:
     group.each(0)
     job.close()
     group.close()
+
+
+def _fail(job: Job, micro_batches: list[dict[str, torch.Tensor]]) -> None:
+    """A step that ends in its last layer, which others wait for no longer."""
+
+    def fail(*_: object) -> None:
+        raise ArithmeticError("the last layer was told to fail")
+
+    layer = [unit.module for unit in find_units(job.model) if unit.repeated][-1]
+    hook = layer.register_forward_pre_hook(fail)
+    try:
+        job.train_step(micro_batches)
+    except ArithmeticError:
+        hook.remove()
+    else:
+        raise AssertionError("the last layer was not asked")
+    job.flush()
+    entries = job.store.entries.values()
+    assert not [entry.block.name for entry in entries if entry.home.name == PEER and entry.pins]
+    weights_of(job)
 
 
 def batches_of(case: Case, rank: int) -> Iterator[list[dict[str, torch.Tensor]]]:
@@ -280,8 +304,39 @@ def _join(folder: Path, told: dict[str, Any]) -> None:
     assert not any(thread.name == "watch" for thread in threading.enumerate())
 
 
+def _leave(folder: Path, told: dict[str, Any]) -> None:
+    """The first worker has begun what the other never will, and goes."""
+    group = find_group()
+    if group.rank == 0:
+        group.begin_gather(torch.zeros(256), group.shares(256))
+        group.leave()
+        (folder / "left").touch()
+        return
+    end = time.monotonic() + 20
+    while not (folder / "left").exists():
+        assert time.monotonic() < end, "it waits for who never comes"
+        time.sleep(0.05)
+    group.leave()
+
+
+def _crowd(folder: Path, told: dict[str, Any]) -> None:
+    """Workers of two nodes, which are one machine."""
+    group = find_group()
+    assert group.here == 1 and group.nodes == 2
+    found = measure_crowd(group)
+    assert found.workers == 2 and min(found.products, found.memory) >= 1.0
+    group.close()
+
+
 Doing = Callable[[Path, dict[str, Any]], None]
-DO: dict[str, Doing] = {"train": _train, "run": _run, "answer": _answer, "join": _join}
+DO: dict[str, Doing] = {
+    "train": _train,
+    "run": _run,
+    "answer": _answer,
+    "join": _join,
+    "leave": _leave,
+    "crowd": _crowd,
+}
 
 
 if __name__ == "__main__":

@@ -38,15 +38,15 @@ class Ahead:
         self._due: Counter[str] = Counter()  # changes that were looked at and have not happened
 
     def enter(self, phase: str) -> list[str]:
-        """A phase begins. Returns what was begun in vain, as the phase before did not end well."""
+        """A phase begins. Returns what was begun in vain, as the phase before has not ended."""
         vain = self._abandon()
         self._phase, self._told, self._seen, self._next = phase, self._records.get(phase, []), [], 0
         return vain
 
-    def leave(self) -> list[str]:
-        """The phase has ended. Returns what was begun in vain."""
+    def leave(self, well: bool = True) -> list[str]:
+        """The phase has ended, or failed: then nothing is learnt from it. Returns what was begun in vain."""
         vain = self._abandon()
-        if self._phase is not None:
+        if self._phase is not None and well:
             self._records[self._phase] = self._seen
         self._phase = None
         return vain

@@ -36,8 +36,10 @@ def exchange(outgoing: Mapping[int, torch.Tensor], incoming: Mapping[int, torch.
 def begin(outgoing: Mapping[int, torch.Tensor], incoming: Mapping[int, torch.Tensor], tag: int = 0) -> list[Begun]:
     """As `exchange`, which ends with `finish`: until then the tensors must stay, and what is sent must not change. What is
     sent under a `tag` is received under it, in order."""
-    pairs = [(distributed.isend, *message) for message in outgoing.items()]
-    pairs += [(distributed.irecv, *message) for message in incoming.items()]
+    # Gloo sends to who has said that it waits, and says so on the connection that its own bytes take: said after them, it
+    # comes when they are through, and only then the other's set out. Whoever is a moment late would halve the link.
+    pairs = [(distributed.irecv, *message) for message in incoming.items()]
+    pairs += [(distributed.isend, *message) for message in outgoing.items()]
     operations = [P2POp(way, _bytes(data), peer, tag=tag) for way, peer, data in pairs if data.numel()]
     works = distributed.batch_isend_irecv(operations) if operations else []
     known = len(works) == len(operations)  # NCCL has one for all

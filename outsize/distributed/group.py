@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +98,7 @@ class Group:
         """What every worker says here, in their order."""
         return [numbers]
 
-    def among(self, ranks: range, *numbers: float) -> list[tuple[float, ...]]:
+    def among(self, ranks: Sequence[int], *numbers: float) -> list[tuple[float, ...]]:
         """As `each`, of the workers of these `ranks`, who all call this."""
         return [numbers]
 
@@ -247,7 +247,7 @@ class Several(Group):
         self.ledger.move("host", tier, {kind: sent})
         self.ledger.move(tier, "host", {kind: received})
 
-    def _count_numbers(self, nbytes: int, ranks: range | None = None) -> None:
+    def _count_numbers(self, nbytes: int, ranks: Sequence[int] | None = None) -> None:
         """So many were told to those of these `ranks`, or to everyone."""
         tiers = (self.arrangement.tier_of(p) for p in ranks or range(self.size) if p != self.rank)
         for tier, others in Counter(tiers).items():
@@ -309,7 +309,7 @@ class Imagined(Several):
         self._count_numbers(8 * len(numbers))
         return [numbers] * self.size
 
-    def among(self, ranks: range, *numbers: float) -> list[tuple[float, ...]]:
+    def among(self, ranks: Sequence[int], *numbers: float) -> list[tuple[float, ...]]:
         self._count_numbers(8 * len(numbers), ranks)
         return [numbers] * len(ranks)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import cycle
 from statistics import median
 from time import perf_counter, process_time
 
@@ -11,18 +12,20 @@ import torch
 
 from outsize.distributed.group import Group
 from outsize.distributed.wire import Link, Wire
+from outsize.machine.describe import count_cores, which_boot
 
 SIZES = (1 << 12, 1 << 20, 1 << 23)  # bytes that each worker sends in an exchange: that shows latency, and bandwidth
 LONG = 0.1  # seconds; a larger exchange would show no more
-TIMES = 3
-MATRICES, ROWS, COLUMNS = 16, 256, 1024  # of matrices whose product shows how fast a worker computes
+TIMES, MOST_TIMES = 3, 15
+COOLED = 32 << 20  # bytes
+MATRICES, ROWS, COLUMNS = 32, 256, 1024  # of matrices whose product shows how fast a worker computes
 ALIKE = 1.5  # times as much, and yet taken for as much
 
 
-def measure_wire(group: Group) -> Wire:
-    """Time exchanges of all workers at once, over each kind of link; of one worker there is none. Memory: 16 MiB for a
-    moment."""
-    found = {}
+def measure_wire(group: Group, beside: int = 1) -> Wire:
+    """Time exchanges of all workers at once, `beside` each other on a machine, over each kind of link; of one worker there is
+    none. Memory: 48 MiB for a moment."""
+    found, each = {}, max(beside / count_cores(), 1.0)  # for a core
     for level, (tier, _) in enumerate(group.arrangement.levels):
         _seconds(group, level, SIZES[0])  # connects
         nbytes, (seconds, busy) = SIZES[0], _seconds(group, level, SIZES[0])
@@ -30,7 +33,7 @@ def measure_wire(group: Group) -> Wire:
         while seconds < LONG and nbytes < SIZES[-1]:
             nbytes = SIZES[SIZES.index(nbytes) + 1]
             seconds, busy = _seconds(group, level, nbytes)
-        found[tier] = Link(nbytes / max(seconds - latency, 1e-9), latency, min(busy / seconds, 1.0))
+        found[tier] = Link(nbytes / max(seconds - latency, 1e-9), latency, min(each * busy / seconds, 1.0))
     return found
 
 
@@ -40,8 +43,9 @@ def _seconds(group: Group, level: int, nbytes: int) -> tuple[float, float]:
     others = group.arrangement.others(level)
     part = nbytes // len(others)
     outgoing, incoming = torch.zeros(part, dtype=torch.uint8), torch.empty(len(others), part, dtype=torch.uint8)
-    seconds, busy = [], []
-    for _ in range(TIMES):
+    between, seconds, busy = torch.empty(COOLED, dtype=torch.uint8), [], []
+    while len(seconds) < TIMES or (sum(seconds) < LONG and len(seconds) < MOST_TIMES):  # on all workers as often
+        between.fill_(1)  # bytes come from memory, as in a step, and not from a processor's own cache
         group.each(0)  # begin together
         started, used = perf_counter(), process_time()
         group.send(dict.fromkeys(others, outgoing), dict(zip(others, incoming, strict=True)))
@@ -67,55 +71,73 @@ def measure_speeds(group: Group) -> list[float]:
 
 @dataclass(frozen=True)
 class Crowd:
-    """How many times as long something takes while all workers of a machine compute as when one does: products of matrices,
+    """How many times as long something takes while all `workers` of a machine compute as when one does: products of matrices,
     and what passes through memory."""
 
     products: float = 1.0
     memory: float = 1.0
+    workers: int = 1
 
     def times(self, slower: float) -> Crowd:
-        return Crowd(slower * self.products, slower * self.memory)
+        return replace(self, products=slower * self.products, memory=slower * self.memory)
 
 
 def measure_crowd(group: Group) -> Crowd:
-    """Let the workers of each machine compute in turn, and then all at once: of the one who suffers most. Memory: 64 MiB
-    for a moment."""
-    turns = int(max(here for (here,) in group.each(group.here)))
-    if turns == 1:
+    """Let the workers of each machine compute in turn, and then all at once and in step, as exchanges make them: of the
+    machine on which they suffer most. Nodes that are parts of one machine share what it has. Memory: 128 MiB for a moment."""
+    machines = group.tell(which_boot() or group.rank // group.here)
+    beside = [rank for rank, machine in enumerate(machines) if machine == machines[group.rank]]
+    most = max(machines.count(machine) for machine in machines)
+    if most == 1:
         return Crowd()
-    matrices = torch.ones(MATRICES, COLUMNS, COLUMNS)
-    works = [_products(matrices), _passes(matrices)]
-    alone = [0.0, 0.0]
-    for turn in range(turns):
+    works, alone = _works(), [0.0, 0.0]
+    for turn in range(most):
         group.each(0)
-        if group.rank % turns == turn:
-            alone = [_rate(work) for work in works]
-    together = []
-    for work in works:
-        group.each(0)
-        together.append(_rate(work))
-    slower = group.each(*(max(one / all_, 1.0) for one, all_ in zip(alone, together, strict=True)))
-    return Crowd(*(max(found) for found in zip(*slower, strict=True)))
+        if group.rank in beside[turn : turn + 1]:
+            alone = [_alone(work) for work in works]
+    usual = [median(said) for said in zip(*group.among(beside, *alone), strict=True)]
+    slower = [_in_step(group, beside, work, once) / once for work, once in zip(works, usual, strict=True)]
+    return Crowd(*(max(1.0, *said) for said in zip(*group.each(*slower), strict=True)), workers=most)
 
 
-def _products(matrices: torch.Tensor) -> Callable[[], object]:
-    """Products as of a step: one matrix comes from memory each time."""
-    left = torch.ones(ROWS, COLUMNS)
-    return lambda: [torch.mm(left, right) for right in matrices]
+def _works() -> list[Callable[[], object]]:
+    """Products as of a step, for each of which a matrix comes from memory; and what does nothing but pass through it."""
+    matrices, left = torch.ones(MATRICES, COLUMNS, COLUMNS), torch.ones(ROWS, COLUMNS)
+    following, pairs = cycle(matrices), cycle(matrices.view(2, 2, -1))
+
+    def add() -> None:
+        into, other = next(pairs)
+        into.add_(other)
+
+    return [lambda: torch.mm(left, next(following)), add]
 
 
-def _passes(matrices: torch.Tensor) -> Callable[[], object]:
-    first, second = matrices.chunk(2)
-    return lambda: first.add_(second)
-
-
-def _rate(work: Callable[[], object]) -> float:
-    """Times a second, for a while."""
-    started, times = perf_counter(), 0
-    while (seconds := perf_counter() - started) < LONG:
+def _alone(work: Callable[[], object]) -> float:
+    """Seconds that it takes, usually."""
+    work()
+    seconds, until = [], perf_counter() + LONG
+    while not seconds or perf_counter() < until:
+        started = perf_counter()
         work()
-        times += 1
-    return times / seconds
+        seconds.append(perf_counter() - started)
+    return median(seconds)
+
+
+def _in_step(group: Group, beside: Sequence[int], work: Callable[[], object], alone: float) -> float:
+    """Seconds that it takes while all those `beside` each other do it, each time until the last has done it. What they tell
+    each other takes its time, too, which is not meant."""
+    times = max(2, int(LONG / alone))
+
+    def mean(work: Callable[[], object]) -> float:
+        started = perf_counter()
+        for _ in range(times):
+            work()
+            group.among(beside, 0)
+        return (perf_counter() - started) / times
+
+    group.among(beside, 0)
+    telling = min(mean(lambda: None) for _ in range(TIMES))
+    return median(mean(work) for _ in range(TIMES)) - telling
 
 
 def leveled(values: Sequence[float], alike: float = ALIKE) -> list[float]:

@@ -6,7 +6,7 @@ it were leased already: so all that foresees leases, or plans for them, knows of
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from outsize.distributed.ahead import Act, Ahead
 from outsize.distributed.arrangement import PEER
 from outsize.distributed.group import Group
 from outsize.distributed.shares import Shares
+from outsize.errors import RunError
 from outsize.memory.block import Block
 from outsize.memory.entry import Entry
 from outsize.memory.foresight import Touch
@@ -85,10 +86,14 @@ class ShardedStore(Store):
         return elements, split.shares, split.stage
 
     def _forget(self, names: list[str]) -> None:
-        """What was gathered in vain: all workers have begun it, so that it comes."""
+        """What was gathered in vain: all workers have begun it, so that it comes; but for one that did not set out."""
         for name in names:
-            self._coming.pop(name)()
-            Gathered(self, self.entries[name]).drop()
+            wait = self._coming.pop(name, None)
+            if wait is None:
+                self._ahead.ended(name)
+            else:
+                wait()
+                Gathered(self, self.entries[name]).drop()
 
     def _change(self, entry: Entry) -> None:
         whole = self._wholes.get(entry.block.name)
@@ -105,7 +110,12 @@ class ShardedStore(Store):
     def phase(self, name: str, again: bool = False) -> Iterator[None]:
         with super().phase(name, again):
             self._forget(self._ahead.enter(name))
-            yield
+            try:
+                yield
+            except Exception:
+                with suppress(RunError):  # others are lost: what failed first is what to tell
+                    self._forget(self._ahead.leave(well=False))
+                raise
             self._forget(self._ahead.leave())
 
 

@@ -15,6 +15,7 @@ from torch._C._distributed_c10d import Store
 
 from outsize.distributed.launch import CONTINUES
 from outsize.errors import RunError
+from outsize.machine.describe import which_boot
 
 LOOK_EVERY = 1.0  # seconds
 NOTICE = 1.0  # seconds in which all who live have noticed that one does not
@@ -161,7 +162,7 @@ def _process(rank: int) -> str:
 def _machine() -> str:
     """Where a process is known by its number; empty where the system does not say."""
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
+        return which_boot() + os.readlink("/proc/self/ns/pid")
     except OSError:
         return ""
 

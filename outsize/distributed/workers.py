@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from outsize.distributed.launch import CONTINUES
 from outsize.distributed.meeting import meet
 from outsize.distributed.watch import Watch
 from outsize.errors import OptionError, OutsizeError, RunError
-from outsize.memory.transfer import Transfers
+from outsize.memory.transfer import Ticket, Transfers
 
 AHEAD = 2  # a tag: messages that overtake others, or are overtaken; those of a pipeline have 0 and 1
 TO_ANSWER = timedelta(minutes=30)  # for a worker that lives: the first one may be preparing data, or writing the model
@@ -34,6 +34,7 @@ class Workers(Several):
         Raises RunError when they do not all come."""
         self.here, self.leads = here, local == 0
         self._thread: Transfers | None = None  # has one thread, in which exchanges go on while this worker does
+        self._last: Ticket | None = None  # of what that thread was given
         meeting, places = meet(rank, size, f"{rank - local} {here}")
         super().__init__(_arranged(rank, size, here, places))
         try:
@@ -65,7 +66,7 @@ class Workers(Several):
 
         if self._thread is None:
             self._thread = Transfers(readers=0)
-        ticket = self._thread.after_writes(carry_out)
+        ticket = self._last = self._thread.after_writes(carry_out)
         return lambda: self._wait(ticket.wait)
 
     def each(self, *numbers: float) -> list[tuple[float, ...]]:
@@ -75,7 +76,7 @@ class Workers(Several):
         self._count_numbers(said.nbytes)
         return [tuple(numbers.tolist()) for numbers in heard]
 
-    def among(self, ranks: range, *numbers: float) -> list[tuple[float, ...]]:
+    def among(self, ranks: Sequence[int], *numbers: float) -> list[tuple[float, ...]]:
         said = torch.tensor(numbers, dtype=torch.float64)
         heard = {peer: torch.empty_like(said) for peer in ranks if peer != self.rank}
         self.send(dict.fromkeys(heard, said), heard)
@@ -125,8 +126,8 @@ class Workers(Several):
 
     def leave(self) -> None:
         self._watch.close()
-        if self._thread is not None:
-            self._thread.close()  # nothing is on its way
+        if self._thread is not None and self._last is not None and self._last.done:
+            self._thread.close()  # else it may wait for who never comes, until the process ends
         distributed.destroy_process_group()
 
     def close(self) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 PROCESS = Path("/proc/self")
 MEMORY_INFORMATION = Path("/proc/meminfo")
+BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def describe(directory: str | Path) -> Resources:
     existing = _existing(Path(directory))
     total, available = memory()
     return Resources(
-        cores=_cores(),
+        cores=count_cores(),
         memory_bytes=total,
         memory_available_bytes=available,
         disk_free_bytes=shutil.disk_usage(existing).free,
@@ -147,7 +148,16 @@ _VERSION_1 = _CgroupFiles("memory.limit_in_bytes", "memory.usage_in_bytes", "tot
 _VERSION_2 = _CgroupFiles("memory.max", "memory.current", "inactive_file")
 
 
-def _cores() -> int:
+def which_boot() -> str:
+    """Return what no other boot of any machine has; empty where the system does not say. Containers of a machine have the
+    same."""
+    try:
+        return BOOT.read_text().strip()
+    except OSError:
+        return ""
+
+
+def count_cores() -> int:
     """Return the cores that this process is allowed to run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 

@@ -54,6 +54,7 @@ class Rates:
 
 HANDLING = 45  # small operations that take as long as leasing and releasing a block and carrying it once (docs/log.md)
 WIRE, AHEAD = "wire", "exchange"  # lanes: an exchange that the step waits for, and one meanwhile
+HALF = 0.5  # of a core, which a thread has beside another
 _end = attrgetter("end")
 Ways = Mapping[str, Rates]
 """From each tier other than the one that computes."""
@@ -80,13 +81,23 @@ class Transfer:
     end: float = 0.0
     """When it will be there, if nothing else comes or goes."""
 
+    @property
+    def seconds(self) -> float:
+        """That it takes yet."""
+        return self.latency + self.left / self.rate
+
+    @property
+    def wanted(self) -> float:
+        """Of a core, meanwhile."""
+        return self.busy * self.left / self.seconds if self.left else 0.0
+
 
 class SimulatedClock(Clock):
     """Seconds since the beginning. `spend` lets time pass in compute, `wait` until the next transfer ends.
 
     Transfers take time from compute. Its threads each have their part of an operation, and who is done waits for the
     last: what transfers take of one core they take of all. But two threads on one core have half of it each, so that
-    compute keeps a half."""
+    compute keeps a half; and what moves, and would take more than the other half, takes longer till compute waits."""
 
     def __init__(self, ways: Ways, readers: int = 2) -> None:
         super().__init__()
@@ -97,7 +108,8 @@ class SimulatedClock(Clock):
         self._free = {"read": readers, "write": 1, WIRE: 1, AHEAD: 1}
         self._queues: dict[str, deque[Transfer]] = {direction: deque() for direction in self._free}
         self._moving: list[Transfer] = []
-        self._taken = 0.0  # of a core, by what moves
+        self._wanted = 0.0  # of a core, by what moves
+        self._computing = False
         self._settled = 0.0
 
     def now(self) -> float:
@@ -116,15 +128,24 @@ class SimulatedClock(Clock):
     def spend(self, lane: str, seconds: float) -> None:
         """`lane` (compute or update) works for so long by itself; transfers go on meanwhile, and take their part."""
         started = self.time
+        self._compute(True)
         while True:
-            pace = 1.0 - self._taken
+            pace = 1.0 - min(self._wanted, HALF)
             end = self.time + seconds / pace
             if not self._moving or (first := min(transfer.end for transfer in self._moving)) > end:
                 break
             seconds = max(seconds - pace * (first - self.time), 0.0)
             self._end_first()
         self.time = end
+        self._compute(False)
         self._note(lane, started)
+
+    def _compute(self, now: bool) -> None:
+        """Whether the cores have other work than to move what moves."""
+        self._computing = now
+        if self._wanted > HALF:
+            self.settle()
+            self._pace()
 
     def exchange(self, seconds: float, ahead: bool, busy: float = 0.0) -> SimulatedTicket:
         """With other workers, of so many seconds if nothing else is on the wire, in which so much of a core is `busy`."""
@@ -168,23 +189,27 @@ class SimulatedClock(Clock):
             self._append((direction, self.time - seconds, self.time))
 
     def _start(self, direction: str) -> None:
-        """Begin what can be. What moves on one way in one direction shares its bandwidth; both directions together keep to
-        theirs. The clock is settled."""
+        """Begin what can be. The clock is settled."""
         queue = self._queues[direction]
         while queue and self._free[direction]:
             self._moving.append(queue.popleft())
             self._free[direction] -= 1
-        taken = 0.0
+        self._pace()
+
+    def _pace(self) -> None:
+        """How fast everything moves from now on. What moves on one way in one direction shares its bandwidth; both directions
+        together keep to theirs. The clock is settled."""
         for transfer in self._moving:
             way = self.ways[transfer.tier]
             beside = [other.direction for other in self._moving if other.tier == transfer.tier]
             share = beside.count(transfer.direction)
             scale = min(1.0, way.both / (way.read + way.write)) if len(beside) > share else 1.0
             transfer.rate = (way.read if transfer.direction == "read" else way.write) * scale / share
-            seconds = transfer.latency + transfer.left / transfer.rate
-            transfer.end = self.time + seconds
-            taken += transfer.busy * transfer.left / seconds if seconds else 0.0
-        self._taken = min(taken, 0.5)
+        self._wanted = sum(transfer.wanted for transfer in self._moving)
+        slower = HALF / self._wanted if self._computing and self._wanted > HALF else 1.0
+        for transfer in self._moving:
+            transfer.rate *= slower if transfer.busy else 1.0
+            transfer.end = self.time + transfer.seconds
 
     def _end_first(self) -> None:
         first = min(self._moving, key=_end)

@@ -61,7 +61,7 @@ def forecast(rehearsed: Rehearsed, arena_bytes: int, home_of: HomeOf, ways: Ways
 
 def with_snapshots(found: Forecast, snapshot: dict[str, int], every: int, ways: Ways) -> Forecast:
     """The mean of steps of which each `every`-th is committed, and `snapshot` (kind -> bytes) is then written from
-    memory. That takes time only where the disk has none to spare."""
+    memory. That takes what it takes of the processors; and of the disk, only where this has no time to spare."""
     written = {("host", "disk", kind): nbytes // every for kind, nbytes in snapshot.items()}
     takes = sum(written.values()) / ways["disk"].write + ways["disk"].flush / every
     busy = min(found.seconds, max(found.lanes.get("read", 0.0), found.lanes.get("write", 0.0)))
@@ -69,7 +69,9 @@ def with_snapshots(found: Forecast, snapshot: dict[str, int], every: int, ways: 
     late = max(takes - (found.seconds - busy), 0.0)
     waiting = found.waiting | {"write": found.waiting["write"] + late}
     moved = dict(Counter(found.moved) + Counter(written))
-    seconds = found.seconds + late
+    taken = sum(written.values()) * ways["disk"].writing
+    lanes["compute"] = lanes.get("compute", 0.0) + taken
+    seconds = found.seconds + late + taken
     return replace(found, seconds=seconds, lanes=lanes, waiting=waiting, moved=moved, commit_every=every)
 
 

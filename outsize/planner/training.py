@@ -265,7 +265,7 @@ def search_of(task: Task, place: Place, job: JobSizes, bare: Plan, known: Rehear
     What rehearsing leaves in memory counts."""
     found = (known or _rehearsed(task, place, bare)).gathering(bare.gather_ahead_bytes)
     needs = find_needs(task.units, job.sizes, job.rows, job.always, place.baseline_now, found, bare)
-    ways = ways_of(place.machine, task.request.workers // task.request.nodes)
+    ways = ways_of(place.machine, place.crowd.workers)
     return Search(bare, job, needs, task.request, ways, found, place.wire)
 
 
