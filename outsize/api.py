@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from outsize.asked import Request
+from outsize.asked import PipelineRequest, Request
 from outsize.distributed.measure import Crowd
 from outsize.distributed.shares import in_proportion
-from outsize.divided import LOOP, legs_for
 from outsize.errors import OptionError, OutsizeError
 from outsize.machine.allocator import recycle_up_to
 from outsize.machine.describe import describe, process_memory
@@ -25,7 +24,7 @@ from outsize.model.load import open_model
 from outsize.model.units import find_units
 from outsize.plan import Plan
 from outsize.planner.cluster import places, wire_of
-from outsize.planner.pipeline import even_legs, fullest, plan_line
+from outsize.planner.pipeline import fullest, lines_of, plan_line
 from outsize.planner.training import Place, Planning, Task, plan_training
 from outsize.planner.workers import Worker, plan_workers
 from outsize.sizes import parse_size
@@ -121,19 +120,22 @@ def planning(
     workers: int | None = None,
     pipeline: bool = False,
     legs: int | None = None,
+    legs_shape: str | None = None,
+    zero_bubble: bool | None = None,
     **request: Any,
 ) -> Callable[[str | int], Plan]:
     """Plans of one job within one memory after another; all else is measured once, so that memory alone makes them differ.
 
     For the `task` train, `request` takes the fields of `outsize.asked.Request` (sequence_length, batch_size, accumulate,
-    precision, moments, clip, loss, activations, commit_every, keeper, zero, legs_shape, zero_bubble), and its batch is what
-    all `workers` do together (None: one for each device of a cluster, or for each of its nodes); as a `pipeline` each has a
-    run of layers, and the plan is that of who needs most; of fewer `legs` than workers, several divide each, and of more each
-    has several. For `serve`, it takes context, concurrency, step_tokens and weights, and `workers` divide the model's layers
-    (None: one has all).
+    precision, moments, clip, loss, activations, commit_every, keeper, zero), and its batch is what all `workers` do together
+    (None: one for each device of a cluster, or for each of its nodes); as a `pipeline` each has a run of layers, and the plan
+    is that of who needs most; of fewer `legs` than workers, several divide each, and of more each has several. What nobody
+    names of `legs`, `legs_shape` and `zero_bubble` is as a step is shortest. For `serve`, it takes context, concurrency,
+    step_tokens and weights, and `workers` divide the model's layers (None: one has all).
     `machine` is the name or file of one described, None this one, whose disk is that of `directory`. `model` may be a
     folder that holds nothing but config.json. Raises OptionError or ModelError; the plans raise BudgetError."""
-    _check_asked(task, request, pipeline, legs)
+    line = PipelineRequest(legs, legs_shape, zero_bubble)
+    _check_asked(task, request, pipeline, line)
     there = _machine(machine, Path(directory))
     if task == "serve":
         from outsize.serving import plan_service
@@ -159,39 +161,37 @@ def planning(
     disk = there.capacity("disk") // each
     here = Place(there, process_memory().resident_bytes, disk, wire_of(there, each), crowd)
     job = Task(module, units, rule, asked, [], source.stored_dtype, block_class)
-    if pipeline:
-        wanted = legs or legs_for(workers, asked.legs_shape)
-        job = replace(job, request=asked.in_line(even_legs(job, wanted), workers, nodes))
-    elif not there.unlike:
+    if not pipeline and not there.unlike:
         return partial(_within, Planning(job, here), tokenizer)
     machines = [there.node(rank // each) for rank in range(workers)]
     apart = [here.beside(machine, machine.capacity("disk") // each) for machine in machines]
-    return partial(_each_within, job, apart, each, tokenizer)
+    jobs = lines_of(job, workers, nodes, line) if pipeline else [job]
+    return partial(_each_within, jobs, apart, each, tokenizer)
 
 
-def _check_asked(task: str, request: dict[str, Any], pipeline: bool, legs: int | None) -> None:
+def _check_asked(task: str, request: dict[str, Any], pipeline: bool, line: PipelineRequest) -> None:
     known = {
         "train": {field.name for field in fields(Request)}
         - {"memory_bytes", "hold", "workers", "nodes", "weight_copies", "gather_ahead_bytes", "sequences", "shares"}
-        - {"rank", "legs"},
+        - {"rank", "legs", "legs_shape", "zero_bubble"},
         "serve": {"context", "concurrency", "step_tokens", "weights"},
     }.get(task)
     if known is None:
         raise OptionError(f"task {task!r} cannot be planned; there are train and serve.")
     if unknown := sorted(request.keys() - known):
         raise OptionError(f"plan of {task} has no option {unknown[0]!r}; it has {', '.join(sorted(known))}.")
-    if (legs or request.get("legs_shape", LOOP) != LOOP) and not pipeline:
-        raise OptionError("legs and legs_shape are of a pipeline: set that, too, or leave them out.")
+    if (line.legs or line.shape or line.zero_bubble) and not pipeline:
+        raise OptionError("legs, legs_shape and zero_bubble are of a pipeline: set that, too, or leave them out.")
     if pipeline and task == "serve":
         raise OptionError("A pipeline is planned for training. When serving, workers divide the layers without it.")
 
 
-def _each_within(task: Task, apart: list[Place], each: int, _held: object, memory: str | int) -> Plan:
+def _each_within(jobs: list[Task], apart: list[Place], each: int, _held: object, memory: str | int) -> Plan:
     """The first worker's, of `apart` ones of whom so many are on `each` node: within the memory that this has for them. Of a
-    pipeline, that of who needs most."""
+    pipeline, the fastest of `jobs`, that of who needs most."""
     budget = parse_size(memory)
     workers = [Worker(min(budget, place.machine.capacity("host") // each), place) for place in apart]
-    return fullest(plan_line(task, workers)) if task.request.legs else plan_workers(task, workers)[0]
+    return fullest(plan_line(jobs, workers)) if jobs[0].request.legs else plan_workers(jobs[0], workers)[0]
 
 
 def _within(planning: Planning, _held: object, memory: str | int) -> Plan:

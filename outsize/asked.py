@@ -8,6 +8,8 @@ from outsize.divided import HALVES, LOOP, SHAPES, Divided, V
 from outsize.errors import OptionError
 from outsize.plan import INT4, INT8, STORED
 
+LAPS = (1, 2, 4)  # that are tried, of legs in a loop
+
 
 @dataclass(frozen=True)
 class ServeRequest:
@@ -33,6 +35,24 @@ class ServeRequest:
             raise OptionError(
                 f"A step of {self.step_tokens} tokens is too small for {self.seats} sequences; each takes at least one."
             )
+
+
+@dataclass(frozen=True)
+class PipelineRequest:
+    """What a user asks of a pipeline; None leaves a choice to the planner."""
+
+    legs: int | None = None
+    shape: str | None = None
+    zero_bubble: bool | None = None
+
+    def ways(self, workers: int) -> list[tuple[int, str, bool]]:
+        """(how many legs, in which shape, whether without a bubble): all that what is named leaves open, the simplest first.
+        Not all need be possible."""
+        loops = [(workers * laps, LOOP, False) for laps in LAPS]
+        every = [*loops, (2 * workers, V, False), (2 * workers, V, True)]
+        named = (self.legs, self.shape, self.zero_bubble)
+        fitting = [way for way in every if all(said in (None, one) for said, one in zip(named, way, strict=True))]
+        return fitting or [(self.legs or workers, self.shape or LOOP, bool(self.zero_bubble))]
 
 
 @dataclass(frozen=True)

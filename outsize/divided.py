@@ -23,11 +23,6 @@ def _returns(lap: int, shape: str) -> bool:
     return shape == V and lap % 2 == 1
 
 
-def legs_for(workers: int, shape: str) -> int:
-    """How many legs so many workers have if nobody says another number."""
-    return 2 * workers if shape == V else workers
-
-
 class Divided:
     """What one of several workers does, worker `rank`. With `legs`, equally many of them have each leg; or, if there are more
     legs than workers, each has equally many, and the way through all of them has the shape `legs_shape`."""

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from outsize.asked import Request
+from outsize.asked import PipelineRequest, Request
 from outsize.distributed.group import Group
 from outsize.distributed.measure import Crowd, leveled, measure_crowd, measure_speeds, measure_wire
 from outsize.distributed.shares import in_proportion
 from outsize.distributed.wire import NO_WIRE
 from outsize.distributed.workers import find_group
-from outsize.divided import LOOP, legs_for
+from outsize.divided import LOOP
 from outsize.errors import DamageError, OptionError, OutsizeError, PlanAgain, RunError
 from outsize.machine.allocator import give_back, recycle_up_to
 from outsize.machine.describe import describe, process_memory
@@ -32,7 +32,7 @@ from outsize.model.units import Unit, find_units
 from outsize.plan import Plan
 from outsize.planner.check import check_plan, read_plan
 from outsize.planner.from_settings import request_of
-from outsize.planner.pipeline import even_legs, leave_legs, plan_line
+from outsize.planner.pipeline import leave_legs, lines_of, plan_line
 from outsize.planner.remembered import circumstances, recall, recall_slowness, remember, remember_slowness
 from outsize.planner.training import Place, Task, check_disk, plan_training
 from outsize.planner.workers import Worker, alike_disks, plan_workers
@@ -219,14 +219,13 @@ class _Training:
             *(self.source.stored_dtype, settings.block_class),
         )
         if settings.pipeline and group.size > 1:
-            wanted = settings.legs or legs_for(group.size, settings.legs_shape)
-            legs = group.first(lambda: tuple(begun.get("legs", ())) or even_legs(task, wanted))
-            request = task.request.in_line(legs, group.size, group.nodes)
+            requests = group.first(lambda: self._lines(task, begun))
         else:
             sequences = group.first(lambda: tuple(begun.get("sequences", ())) or self._sequences())
-            request = task.request.divided(sequences, group.nodes)
-        sample = data.batch(list(range(min(data.count, request.batch_size))))
-        plan = self._made(replace(task, request=request, micro_batches=[sample] * request.accumulate))
+            requests = [task.request.divided(sequences, group.nodes)]
+        sample = data.batch(list(range(min(data.count, requests[0].batch_size))))
+        task = replace(task, micro_batches=[sample] * requests[0].accumulate)
+        plan = self._made([replace(task, request=request) for request in requests])
         if self.speaks and not settings.json:
             _show(plan)
         return plan
@@ -234,16 +233,26 @@ class _Training:
     def _asked(self, begun: dict[str, Any], committed: bool) -> Request:
         """Of all workers together; `begun` is what the last committed step says."""
         settings, group = self.settings, self.group
-        shape = settings.legs_shape
-        now = (settings.legs or legs_for(group.size, shape), shape) if settings.pipeline else (0, LOOP)
-        before = (len(begun.get("legs", ())), begun.get("legs_shape", LOOP))
-        if committed and group.size > 1 and before != now:
+        count, shape = len(begun.get("legs", ())), begun.get("legs_shape", LOOP)
+        same = settings.legs in (None, count) and settings.legs_shape in (None, shape)
+        if committed and group.size > 1 and (bool(count), True) != (settings.pipeline, same):
             raise RunError(
-                f"The {group.size} workers of {settings.out} {_say_legs(*before, group.size)}, or another number of workers."
+                f"The {group.size} workers of {settings.out} {_say_legs(count, shape)}, or another number of workers."
             )
         copies = begun.get("weight_copies", 1) if committed else None
         shares = group.first(lambda: tuple(begun.get("shares", ())) if committed else self._told("shares"))
         return request_of(settings, self.memory, group, copies, shares)
+
+    def _lines(self, task: Task, begun: dict[str, Any]) -> list[Request]:
+        """Of each pipeline that the workers can be; of one that was begun, only its schedule may change."""
+        legs, asked = tuple(begun.get("legs", ())), self._line
+        if legs:
+            asked = replace(asked, legs=len(legs), shape=begun.get("legs_shape", LOOP))
+        return [line.request for line in lines_of(task, self.group.size, self.group.nodes, asked, legs)]
+
+    @property
+    def _line(self) -> PipelineRequest:
+        return PipelineRequest(self.settings.legs, self.settings.legs_shape, self.settings.zero_bubble)
 
     def _told(self, what: str) -> Any:
         """What a plan that was given says; None if there is none."""
@@ -260,11 +269,11 @@ class _Training:
             )
         return told or in_proportion(count, self.speeds if settings.plan is None else [1.0] * self.group.size)
 
-    def _made(self, task: Task) -> Plan:
-        """This worker's plan: one that was given, that of the last start, or a new one."""
-        settings, group, path = self.settings, self.group, self._remembered
+    def _made(self, tasks: list[Task]) -> Plan:
+        """This worker's plan: one that was given, that of the last start, or a new one, for the best of `tasks`."""
+        settings, group, path, task = self.settings, self.group, self._remembered, tasks[0]
         baseline, disks = self._found()
-        now = circumstances(replace(task.request, rank=group.rank), settings.out)
+        now = circumstances(replace(task.request, rank=group.rank), self._line, settings.out)
         known = recall(path, now, baseline) if self.continuing and settings.plan is None else None
         if known is not None and task.request.shares not in (None, known.shares):
             known = None  # since then it was begun anew by a plan that was given
@@ -275,12 +284,12 @@ class _Training:
         slowness = recall_slowness(path) if self.continuing else None
         machine = this_machine(settings.out).slowed("disk", slowness or 1.0) if group.leads else None
         machines = group.tell(machine)
-        plan = group.first(lambda: self._plans(task, machines, baseline, disks))[group.rank]
+        plan = group.first(lambda: self._plans(tasks, machines, baseline, disks))[group.rank]
         if settings.plan is None:
             remember(path, plan, now, baseline, slowness)
         return plan
 
-    def _plans(self, task: Task, machines: list[Machine | None], baseline: int, disks: list[int]) -> list[Plan]:
+    def _plans(self, tasks: list[Task], machines: list[Machine | None], baseline: int, disks: list[int]) -> list[Plan]:
         """One for each worker; `machines` is of the first on each node."""
         settings = self.settings
         crowd = self.crowd.times(self.speeds[0] / max(self.speeds))  # this one's prices, and the fastest one's work
@@ -288,10 +297,10 @@ class _Training:
         place = Place(found[0], baseline, disks[0], self.wire, crowd)
         places = [place.beside(machine, disk) for machine, disk in zip(found, disks, strict=True)]
         workers = [Worker(memory, place) for memory, place in zip(self.memories, places, strict=True)]
-        if task.request.legs:
-            return plan_line(task, workers, settled=self.state.read() is not None)
+        if tasks[0].request.legs:
+            return plan_line(tasks, workers, settled=self.state.read() is not None)
         make = plan_training if settings.plan is None else partial(check_plan, read_plan(settings.plan))
-        return plan_workers(task, workers, make)
+        return plan_workers(tasks[0], workers, make)
 
     def _found(self) -> tuple[int, list[int]]:
         """Bytes in the process that holds most already, and free on the disk of each."""
@@ -378,13 +387,11 @@ def _memories(settings: TrainSettings, group: Group) -> list[int]:
     return [int(said or there) for said, there in zip(told, leveled(found), strict=True)]
 
 
-def _say_legs(count: int, shape: str, workers: int) -> str:
+def _say_legs(count: int, shape: str) -> str:
     """What workers were who had so many legs, and what to give them again."""
     if not count:
         return "divided state. Leave out --pipeline"
-    if shape != LOOP:
-        return f"were a pipeline. Give --pipeline --legs-shape {shape}"
-    return f"were a pipeline. Give --pipeline {'without --legs' if count == workers else f'--legs {count}'}"
+    return f"were a pipeline of {count} legs ({shape}). Give --pipeline without --legs and --legs-shape"
 
 
 def _show(plan: Plan) -> None:

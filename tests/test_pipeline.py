@@ -20,6 +20,7 @@ from outsize.errors import OptionError
 from outsize.machine.find import find_machine
 from outsize.model.units import find_units
 from outsize.planner.cluster import wire_of
+from outsize.planner.legs import find_route
 from outsize.planner.pipeline import even_legs, plan_line
 from outsize.planner.training import Place, Task
 from outsize.planner.workers import Worker
@@ -155,10 +156,11 @@ def test_the_slowest_worker_gives_layers_away() -> None:
     place = Place(machine, 200 << 20, 1 << 40, wire_of(machine, 1))
     request = Request(8 << 30, sequence_length=32, accumulate=4, activations="keep")
     task = Task(model, find_units(model), rule_of("adamw", {}), request, source_dtype=torch.float32)
-    assert even_legs(task, 2) == (3, 3) and even_legs(task, 6) == (1,) * 6
+    route = find_route(model)
+    assert even_legs(task, route, 2) == (3, 3) and even_legs(task, route, 6) == (1,) * 6
     with pytest.raises(OptionError, match="6 layers cannot be divided into 7 legs"):
-        even_legs(task, 7)
-    plans = plan_line(replace(task, request=request.in_line((5, 1), 2, 1)), [Worker(8 << 30, place)] * 2)
+        even_legs(task, route, 7)
+    plans = plan_line([replace(task, request=request.in_line((5, 1), 2, 1))], [Worker(8 << 30, place)] * 2)
     assert [plan.legs for plan in plans] == [(3, 3)] * 2 and [plan.rank for plan in plans] == [0, 1]
     assert len({plan.predicted.seconds_per_step for plan in plans if plan.predicted is not None}) == 1
 

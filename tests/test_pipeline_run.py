@@ -106,8 +106,8 @@ def test_legs_that_workers_share_go_on_without_legs(gang: Crew, settings: dict[s
     legs = settings | {"out": str(tmp_path / "run"), "pipeline": True, "legs": 2}
     kill = {"rank": 3, "line": 2, "signal": "SIGKILL"}
     assert gang.attempt("run", 4, tmp_path, {"settings": legs, "kill": kill})[3] == -signal.SIGKILL
-    assert gang.attempt("run", 4, tmp_path, {"settings": legs | {"legs": None}}) == [1] * 4
-    assert all("were a pipeline. Give --pipeline --legs 2, or another number" in log for log in said(tmp_path, 4))
+    assert gang.attempt("run", 4, tmp_path, {"settings": legs | {"legs": 4}}) == [1] * 4
+    assert all("were a pipeline of 2 legs (loop). Give --pipeline without" in log for log in said(tmp_path, 4))
     gang.call("run", 2, tmp_path, {"settings": settings | {"out": str(tmp_path / "run")}})
     assert_same(tmp_path / "run", pair / "run")
 
@@ -124,10 +124,10 @@ def numbers(run: Path) -> list[float]:
         ({"sample_prompt": "w1"}, "--sample-prompt is for a whole model on each worker"),
         ({"model": "tied", "loss": "module"}, "have one weight"),
         ({"pipeline": False, "legs": 2}, "--legs says how --pipeline divides the model"),
-        ({"pipeline": False, "legs_shape": "v"}, "--legs-shape says how --pipeline divides the model"),
+        ({"pipeline": False, "zero_bubble": True}, "--zero-bubble says how --pipeline divides the model"),
         ({"legs_shape": "v", "legs": 2}, "each of 2 workers has two, and these are 2. Leave --legs out, or give 4."),
         (
-            {"zero_bubble": True},
+            {"zero_bubble": True, "legs_shape": "loop"},
             "Give --legs-shape v, and no other --activations than keep; or leave out --zero-bubble.",
         ),
         ({"legs_shape": "w"}, "legs_shape 'w' is unknown; there are loop and v"),
@@ -156,16 +156,14 @@ def test_another_number_of_workers_has_other_legs() -> None:
     """What a run was told holds as long as nobody says otherwise; one worker has all layers."""
     known = TrainSettings("model", Path("data"), Path("run"), workers=2, pipeline=True, legs=4, legs_shape="v")
     assert continued(known, {}) == continued(known, {"workers": 2}) == known
-    assert continued(known, {"workers": 1}) == replace(known, workers=1, pipeline=False, legs=None, legs_shape="loop")
-    assert continued(known, {"workers": 3}) == replace(known, workers=3, legs=None, legs_shape="loop")
-    assert continued(known, {"workers": 4, "legs": 8}) == replace(known, workers=4, legs=8, legs_shape="loop")
-    assert continued(known, {"pipeline": False}) == replace(known, pipeline=False, legs=None, legs_shape="loop")
+    assert continued(known, {"workers": 1}) == replace(known, workers=1, pipeline=False, legs=None, legs_shape=None)
+    assert continued(known, {"workers": 3}) == replace(known, workers=3, legs=None, legs_shape=None)
+    assert continued(known, {"workers": 4, "legs": 8}) == replace(known, workers=4, legs=8, legs_shape=None)
+    assert continued(known, {"pipeline": False}) == replace(known, pipeline=False, legs=None, legs_shape=None)
 
 
 def test_a_pipeline_stays_one(gang: Crew, settings: dict[str, Any], line: Path, tmp_path: Path) -> None:
     """As many workers that divide state instead of layers would find other blocks."""
-    for other in ({}, {"pipeline": True, "legs": 4}, {"pipeline": True, "legs_shape": "v"}):
+    for other in ({}, {"pipeline": True, "legs": 8}):
         assert gang.attempt("run", 2, tmp_path, {"settings": settings | {"out": str(line)} | other}) == [1, 1]
-        assert all(
-            "were a pipeline. Give --pipeline without --legs, or another number" in log for log in said(tmp_path, 2)
-        )
+        assert all("legs-shape, or another number" in log for log in said(tmp_path, 2))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from models import tiny_model
 from transformers import AutoModelForCausalLM
 
 import outsize
-from outsize.asked import Request
+from outsize.asked import PipelineRequest, Request
 from outsize.distributed.arrangement import Arrangement
 from outsize.errors import BudgetError, OptionError
 from outsize.machine.file import read_machine, write_machine
@@ -19,7 +21,7 @@ from outsize.machine.machine import Link, Machine, Nodes, Unlike, steady
 from outsize.model.units import find_units
 from outsize.plan import Plan
 from outsize.planner.cluster import wire_of
-from outsize.planner.pipeline import _Line, fullest, plan_line
+from outsize.planner.pipeline import _Line, fullest, lines_of, plan_line
 from outsize.planner.training import Place, Task
 from outsize.planner.workers import Worker, plan_workers
 from outsize.train.recipe import rule_of
@@ -153,7 +155,7 @@ def test_unlike_nodes_of_a_described_cluster_have_shares_of_their_own(model: str
 def test_a_pipeline_is_planned_for_workers_who_are_not_there(model: str) -> None:
     """What each has, holds and takes; and what goes over the wire: hidden states, and the gradient of a tied table."""
     asked = {"machine": cluster(1e9), "workers": 2, "sequence_length": 32, "accumulate": 4}
-    plan = outsize.plan(model, memory="8GiB", pipeline=True, **asked)
+    plan = outsize.plan(model, memory="8GiB", pipeline=True, legs=2, **asked)
     assert len(plan.legs) == plan.workers == plan.nodes == 2 and sum(plan.legs) == 8 and plan.predicted is not None
     table = AutoModelForCausalLM.from_pretrained(model).get_input_embeddings().weight
     moved = {(source, kind): count for source, _, kind, count in plan.predicted.moved}
@@ -164,13 +166,13 @@ def test_a_pipeline_is_planned_for_workers_who_are_not_there(model: str) -> None
     assert f"worker 0 model.embed_tokens, model.layers.0 to model.layers.{first - 1}, lm_head; peaks at" in said
     assert f"worker 1 model.embed_tokens, model.layers.{first} to model.layers.7, model.norm, lm_head; peaks at" in said
     assert 20 <= bubble_of(plan) < 40  # of equal legs a fifth: each passes a micro-batch four times and waits for one
-    laps = outsize.plan(model, memory="8GiB", pipeline=True, legs=4, **asked)
+    laps = outsize.plan(model, memory="8GiB", pipeline=True, legs=4, legs_shape="loop", **asked)
     assert len(laps.legs) == 4 and sum(laps.legs) == 8 and laps.schedule == "interleaved" and laps.predicted is not None
     moved = {(source, kind): count for source, _, kind, count in laps.predicted.moved}
     assert moved["remote", "activation"] == 3 * 4 * 32 * 512 * 2
     assert 11 <= bubble_of(laps) < bubble_of(plan)  # of equal legs a ninth
     assert "and model.layers." in " ".join(str(laps).split())
-    vee = outsize.plan(model, memory="8GiB", pipeline=True, legs_shape="v", **asked)
+    vee = outsize.plan(model, memory="8GiB", pipeline=True, legs_shape="v", zero_bubble=False, **asked)
     assert len(vee.legs) == 4 and sum(vee.legs) == 8 and vee.schedule == "v" and vee.predicted is not None
     moved = {(source, kind): count for source, _, kind, count in vee.predicted.moved}
     assert moved["remote", "activation"] == 2 * 4 * 32 * 512 * 2 and ("remote", "gradient") not in moved
@@ -215,10 +217,37 @@ def test_layers_go_to_workers_who_have_room_for_them(model: str) -> None:
     request = Request(0, sequence_length=1024, accumulate=2, activations="keep").in_line((4, 4), 2, 2)
     task = Task(module, find_units(module), rule_of("adamw", {}), request)
     with pytest.raises(BudgetError, match="Worker 0: A budget of 100.00 MiB is too small") as refused:
-        plan_line(task, [Worker(100 << 20, place), Worker(8 << 30, place)], settled=True)
+        plan_line([task], [Worker(100 << 20, place), Worker(8 << 30, place)], settled=True)
     assert refused.value.least is not None
     tight = refused.value.least - (24 << 20)  # a layer keeps more than that
-    plans = plan_line(task, [Worker(tight, place), Worker(8 << 30, place)])
+    plans = plan_line([task], [Worker(tight, place), Worker(8 << 30, place)])
     assert plans[0].legs[0] < 4 and sum(plans[0].legs) == 8 and len({plan.alike for plan in plans}) == 1
     assert [plan.memory_bytes for plan in plans] == [tight, 8 << 30] and fullest(plans).rank == 0
     assert all(plan.predicted is not None and plan.predicted.host_peak_bytes <= plan.memory_bytes for plan in plans)
+
+
+@pytest.mark.parametrize(("link", "tight"), [(1e9, False), (1e7, False), (1e9, True)])
+def test_the_fastest_pipeline_is_chosen_for_which_there_is_room(link: float, tight: bool) -> None:
+    """As planning for each of them alone finds."""
+    machine, module = cluster(link), tiny_model("llama", tied=True, layers=4, hidden=256)
+    place = Place(machine, 200 << 20, 1 << 40, wire_of(machine, 1))
+    request = Request(0, sequence_length=128, accumulate=4)
+    task = Task(module, find_units(module), rule_of("adamw", {}), request, source_dtype=torch.float32)
+    lines, budget = lines_of(task, 2, 2, PipelineRequest()), 8 << 30
+    assert [line.request.schedule for line in lines] == ["1f1b", "interleaved", "v", "zero-bubble"]
+    if tight:
+        with pytest.raises(BudgetError, match="Worker 0: A budget of 100.00 MiB is too small") as refused:
+            plan_line(lines[-1:], [Worker(100 << 20, place)] * 2, settled=True)
+        assert refused.value.least is not None
+        budget = refused.value.least - (12 << 20)
+    workers = [Worker(budget, place)] * 2
+    alone = {}
+    for line in lines:
+        with suppress(BudgetError):
+            plan = plan_line([line], workers, settled=True)[0]
+            assert plan.predicted is not None
+            alone[plan.legs, plan.schedule] = plan.predicted.seconds_per_step or 0.0
+    found = plan_line(lines, workers, settled=True)[0]
+    assert alone[found.legs, found.schedule] == min(alone.values())
+    said = next(reason for reason in found.reasons if reason.startswith(f"schedule: {found.schedule}"))
+    assert ("zero-bubble lacks" in said) == (len(alone) < 4) == tight

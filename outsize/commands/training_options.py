@@ -78,22 +78,23 @@ Legs = Annotated[
     int | None,
     typer.Option(
         min=2,
-        help="Of a pipeline: so many runs of layers, otherwise one for each worker. Fewer: each is divided among several, as "
-        "--zero says. More: each worker has several, and waits less.",
+        help="Of a pipeline: so many runs of layers, otherwise as many as are fastest. Fewer than workers: each is divided "
+        "among several, as --zero says. More: each worker has several, and waits less.",
     ),
 ]
 LegsShape = Annotated[
-    str,
+    str | None,
     typer.Option(
         help="Of a pipeline with several legs for each worker: loop, from the last worker to the first again; or v, back as "
-        "it came, two legs for each: the first has embedding and head, and all hold equally many micro-batches."
+        "it came, two legs for each: the first has embedding and head, and all hold equally many micro-batches. Otherwise "
+        "as is faster."
     ),
 ]
 ZeroBubble = Annotated[
-    bool,
+    bool | None,
     typer.Option(
         help="Of a pipeline whose legs lie as a v: gradients of weights are found while others would be waited for. "
-        "Activations are kept."
+        "Activations are kept. Otherwise where that is faster."
     ),
 ]
 Zero = Annotated[

@@ -5,7 +5,6 @@ from __future__ import annotations
 from outsize.asked import Request
 from outsize.distributed.group import Group
 from outsize.distributed.launch import is_worker
-from outsize.divided import LOOP
 from outsize.errors import OptionError
 from outsize.train.settings import TrainSettings
 
@@ -32,8 +31,6 @@ def request_of(
         commit_every=settings.commit_every,
         keeper=settings.keeper,
         zero=settings.zero,
-        legs_shape=settings.legs_shape,
-        zero_bubble=settings.zero_bubble,
         weight_copies=copies,
         shares=shares,
     )
@@ -41,8 +38,9 @@ def request_of(
 
 def _check_pipeline(settings: TrainSettings, group: Group) -> None:
     """Raises OptionError for what a pipeline cannot do, and what nothing else can."""
-    for option, given in (("--legs", settings.legs), ("--legs-shape", settings.legs_shape != LOOP)):
-        if given and not settings.pipeline:
+    for name in ("legs", "legs_shape", "zero_bubble"):
+        if getattr(settings, name) and not settings.pipeline:
+            option = f"--{name.replace('_', '-')}"
             raise OptionError(f"{option} says how --pipeline divides the model. Give both, or leave it out.")
     if settings.pipeline and group.size == 1 and not is_worker():  # whom torchrun leaves alone has all layers
         raise OptionError(

@@ -10,6 +10,7 @@ from itertools import accumulate, pairwise
 
 from torch import nn
 
+from outsize.asked import PipelineRequest
 from outsize.distributed.pipeline import BACKWARD, order_of
 from outsize.distributed.shares import in_proportion
 from outsize.divided import HALVES, LOOP, V, leg_of, worker_of
@@ -20,7 +21,7 @@ from outsize.plan import RECOMPUTE, Plan, Predicted
 from outsize.planner.legs import find_route
 from outsize.planner.rehearsal import bare_copy
 from outsize.planner.training import Task, plan_training
-from outsize.planner.turns import play_turns
+from outsize.planner.turns import play_turns, stretch_of
 from outsize.planner.workers import Worker, as_slow
 from outsize.sizes import format_size
 from outsize.train.precision import find_precision
@@ -28,15 +29,32 @@ from outsize.train.precision import find_precision
 TRIES = 3  # to divide the units better, when each worker has room for what it has
 SEARCHED = 6  # and when one has not
 
-Known = dict[tuple[int, tuple[Leg, ...], int | None], Plan | BudgetError]
-"""What was found for a worker and its legs, where all are to commit every so many steps."""
+Known = dict[tuple[int, tuple[Leg, ...], str, int | None], Plan | BudgetError]
+"""What was found for a worker and its legs under a schedule, where all are to commit every so many steps."""
 
 
-def even_legs(task: Task, legs: int) -> tuple[int, ...]:
+def lines_of(task: Task, workers: int, nodes: int, asked: PipelineRequest, begun: tuple[int, ...] = ()) -> list[Task]:
+    """The job as each pipeline that so many workers can be and that has what was `asked`, the simplest first, each with even
+    legs or those it has `begun` with.
+
+    Raises OptionError when there is none, ModelError where the model cannot be divided."""
+    route, found, refused = _route(task), [], []
+    for legs, shape, zero_bubble in asked.ways(workers):
+        try:
+            request = replace(task.request, legs_shape=shape, zero_bubble=zero_bubble)
+            own = begun or even_legs(replace(task, request=request), route, legs)
+            found.append(replace(task, request=request.in_line(own, workers, nodes)))
+        except OptionError as problem:
+            refused.append(problem)
+    if not found:
+        raise refused[0]
+    return found
+
+
+def even_legs(task: Task, route: Route, legs: int) -> tuple[int, ...]:
     """How many of the repeated units each of so many legs has, so that all multiply about as many weights; one at least.
 
-    Raises OptionError when there are too few, ModelError where the model cannot be divided."""
-    route = _route(task)
+    Raises OptionError when there are too few."""
     count = len(route.repeated)
     if count < legs:
         returns = task.request.legs_shape == V
@@ -51,21 +69,21 @@ def even_legs(task: Task, legs: int) -> tuple[int, ...]:
     return tuple(stop - start for start, stop in pairwise([*cuts, count]))
 
 
-def plan_line(task: Task, workers: Sequence[Worker], settled: bool = False) -> list[Plan]:
-    """A plan for each worker, in legs of so many of the repeated units as `task` says; those of one leg have the plan of who
-    has least memory. Unless legs are `settled`, units go from one to another until all have room for what they have, and
-    then as long as steps become shorter.
+def plan_line(tasks: Sequence[Task], workers: Sequence[Worker], settled: bool = False) -> list[Plan]:
+    """A plan for each worker, as the fastest for whom there is room of the pipelines that `tasks` are, in legs of so many of
+    the repeated units as that says; those of one leg have the plan of who has least memory. Unless legs are `settled`, units
+    go from one to another until all have room for what they have, and then as long as steps become shorter.
 
     Raises BudgetError naming a worker who has too little, and as `plan_training`."""
-    route, known = _route(task), {}
-    found, tries = _line(task, route, workers, known), 0
+    route, known, tries = _route(tasks[0]), {}, 0
+    task, found, said = _best(tasks, route, workers, known)
     while not settled and tries < (SEARCHED if found.lacking else TRIES):
         moved = (_line(_with(task, legs), route, workers, known) for legs in found.eased())
         better = next((line for line in moved if line.cost < found.cost), None)
         if better is None:
             break
         found, tries = better, tries + 1
-    return found.told()
+    return found.told(*said)
 
 
 def fullest(plans: Sequence[Plan]) -> Plan:
@@ -125,6 +143,16 @@ class _Line:
         """Seconds that each worker for whom there is room would take for a step alone."""
         return [_seconds(plan) for plan in self.found if isinstance(plan, Plan)]
 
+    @property
+    def work(self) -> float:
+        """Seconds that each worker would compute and update, on average, if nothing were computed again; 0 where some have no
+        room."""
+        plans = [plan for plan in self.found if isinstance(plan, Plan)]
+        if len(plans) < len(self.found):
+            return 0.0
+        done = [(_predicted(plan), _again(plan, n)) for plan, n in zip(plans, self._units, strict=True)]
+        return sum((p.compute_seconds or 0.0) * 3 / (3 + a) + (p.update_seconds or 0.0) for p, a in done) / len(done)
+
     @cached_property
     def seconds(self) -> float:
         """Of a step in which each worker does what it would do alone, in the order of the schedule. Where some have no room
@@ -138,7 +166,7 @@ class _Line:
         def turn(worker: int, what: int, lap: int) -> float:
             """Backward multiplies twice as many matrices as forward, half of them for weights, and those of forward again
             where it recomputes."""
-            again = sum(saved == RECOMPUTE for _, saved in plans[worker].activations) / self._units[worker]
+            again = _again(plans[worker], self._units[worker])
             parts = 1 + again if what == BACKWARD else 1
             if what == BACKWARD and plans[worker].schedule != HALVES:
                 parts += 1
@@ -190,8 +218,8 @@ class _Line:
             for one, budget in zip(self.found, self.budgets, strict=True)
         ]
 
-    def told(self) -> list[Plan]:
-        """The plans of all workers. Raises BudgetError."""
+    def told(self, *reasons: str) -> list[Plan]:
+        """The plans of all workers, with `reasons` for what they have in common. Raises BudgetError."""
         for leg, one in enumerate(self.found):
             if isinstance(one, BudgetError):
                 raise BudgetError(f"Worker {leg * self.sharers}: {one}", one.least) from one
@@ -206,7 +234,7 @@ class _Line:
                 "; in a leg where a module uses a weight twice, backward is in one piece, and they wait for longer"
             )
         said = [self._say(leg, plan) for leg, plan in enumerate(plans)]
-        slowed = [as_slow(plan, self.seconds, *said, bubble) for plan in plans]
+        slowed = [as_slow(plan, self.seconds, *reasons, *said, bubble) for plan in plans]
         each = [replace(plan, rank=plan.rank + other) for plan in slowed for other in range(self.sharers)]
         assert [plan.rank for plan in each] == list(range(len(each))), "a worker has another's plan"
         return each
@@ -222,9 +250,43 @@ class _Line:
         )
 
 
+def _best(
+    tasks: Sequence[Task], route: Route, workers: Sequence[Worker], known: Known
+) -> tuple[Task, _Line, list[str]]:
+    """The line with the shortest step of all that have room, and why. The last of `tasks` comes first: those after it wait
+    longer, and have no less to do. Which would take longer though legs were equal and nobody waited for a disk or the wire
+    is not planned."""
+    tried: list[tuple[Task, _Line]] = []
+    said: list[str] = []
+    for task in reversed(tasks):
+        line = min((line for _, line in tried), key=lambda line: line.cost, default=None)
+        least = tried[0][1].work * stretch_of(task.request) if tried else 0.0
+        if line is not None and not line.lacking and least >= line.seconds:
+            said.append(f"{_named(task)} {least:.2f} s at least")
+            continue
+        tried.append((task, _line(task, route, workers, known)))
+        found = tried[-1][1]
+        said.append(
+            f"{_named(task)} " + (f"lacks {format_size(found.lacking)}" if found.lacking else f"{found.seconds:.2f} s")
+        )
+    best = min(reversed(tried), key=lambda pair: pair[1].cost)
+    why = f"schedule: {_named(best[0])}; a step with legs as even as can be: {', '.join(reversed(said))}"
+    return *best, [why] if len(tasks) > 1 else []
+
+
+def _named(task: Task) -> str:
+    request = task.request
+    return request.schedule + (f" of {request.laps} laps" if request.laps > 1 and request.legs_shape == LOOP else "")
+
+
 def _predicted(plan: Plan) -> Predicted:
     assert plan.predicted is not None
     return plan.predicted
+
+
+def _again(plan: Plan, units: int) -> float:
+    """Which part of forward is computed again."""
+    return sum(saved == RECOMPUTE for _, saved in plan.activations) / units
 
 
 def _seconds(plan: Plan) -> float:
@@ -244,7 +306,7 @@ def _line(task: Task, route: Route, workers: Sequence[Worker], known: Known) -> 
         worker = _least_of(workers[first : first + sharers])
         task = replace(task, request=replace(task.request, memory_bytes=worker.memory_bytes, rank=first))
         own = route.legs_to_train(legs, task.request.own_legs, shared)
-        key = (first, own, task.request.commit_every)
+        key = (first, own, task.request.schedule, task.request.commit_every)
         if key not in known:
             known[key] = _planned(_part(task, own), worker)
         one = known[key]

@@ -11,29 +11,27 @@ from typing import Any
 
 import torch
 
-from outsize.asked import Request
+from outsize.asked import PipelineRequest, Request
 from outsize.errors import OptionError
 from outsize.machine.describe import describe
 from outsize.machine.find import machine_file
 from outsize.plan import Plan
 from outsize.train.state import replace_file
 
+CHOSEN = ("weight_copies", "gather_ahead_bytes", "shares", "legs", "legs_shape", "zero_bubble")
+"""Of a request, by a plan itself; what continues is told."""
 
-def circumstances(request: Request, directory: Path) -> dict[str, Any]:
+
+def circumstances(request: Request, line: PipelineRequest, directory: Path) -> dict[str, Any]:
     """All that a run's plan depends on and that may be otherwise when it continues, in plain JSON; but for what the process
     holds when it plans, and what the disk of `directory` has free."""
     here, probed = describe(directory), machine_file()
     asked = asdict(request)
-    for chosen in (
-        "weight_copies",
-        "gather_ahead_bytes",
-        "shares",
-        "legs",
-    ):  # by a plan itself, and what continues is told
+    for chosen in CHOSEN:
         del asked[chosen]
     said = {
         "versions": [version("outsize"), torch.__version__],
-        "request": asked,
+        "request": asked | asdict(line),
         "machine": [here.memory_bytes, here.cores, torch.get_num_threads(), here.device and asdict(here.device)],
         "probed": sha256(probed.read_bytes()).hexdigest() if probed.exists() else None,
     }

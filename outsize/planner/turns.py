@@ -4,11 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from outsize.distributed.pipeline import FORWARD, WEIGHTS, Turn
-from outsize.divided import leg_of, worker_of
+from outsize.asked import Request
+from outsize.distributed.pipeline import BACKWARD, FORWARD, WEIGHTS, Turn, order_of
+from outsize.divided import HALVES, leg_of, worker_of
 
 Seconds = Callable[[int, int, int], float]
 """(worker, what, lap) -> what a turn takes."""
+
+
+def stretch_of(request: Request) -> float:
+    """How many times as long a step is as what each worker does in it, if all legs of the pipeline take equally long."""
+    count, schedule = request.workers // request.sharers, request.schedule
+    orders = [order_of(schedule, count, n, request.accumulate, request.laps) for n in range(count)]
+
+    def turn(worker: int, what: int, lap: int) -> float:
+        return 2.0 if what == BACKWARD and schedule != HALVES else 1.0
+
+    own = sum(turn(0, what, lap) for what, lap, _ in orders[0])
+    return play_turns(orders, turn, request.legs_shape) / own
 
 
 def play_turns(orders: Sequence[Sequence[Turn]], seconds: Seconds, shape: str) -> float:

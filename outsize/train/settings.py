@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from outsize.divided import LOOP
 from outsize.errors import RunError, StorageError
 from outsize.model.new_folder import made_for
 from outsize.train.state import REMEMBERED, replace_file
@@ -64,8 +63,8 @@ class TrainSettings:
     workers: int = 1
     pipeline: bool = False
     legs: int | None = None
-    legs_shape: str = LOOP
-    zero_bubble: bool = False
+    legs_shape: str | None = None
+    zero_bubble: bool | None = None
     zero: int = 3
     worker_timeout: float = 30.0
     json: bool = False
@@ -121,10 +120,10 @@ def continued(known: TrainSettings, told: dict[str, Any]) -> TrainSettings:
     """`known`, but for what is told now. Another number of workers has legs of its own, and one worker has all layers."""
     workers = told.get("workers", known.workers)
     without: dict[str, Any] = {}
+    if workers != known.workers or told.get("pipeline") is False:
+        without = {"legs": None, "legs_shape": None, "zero_bubble": None}
     if workers == 1 and known.workers > 1:
-        without = {"pipeline": False, "legs": None, "legs_shape": LOOP, "zero_bubble": False}
-    elif workers != known.workers or told.get("pipeline") is False:
-        without = {"legs": None, "legs_shape": LOOP, "zero_bubble": False}
+        without["pipeline"] = False
     return replace(known, **(without | told))
 
 
