@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -226,28 +225,16 @@ def test_layers_go_to_workers_who_have_room_for_them(model: str) -> None:
     assert all(plan.predicted is not None and plan.predicted.host_peak_bytes <= plan.memory_bytes for plan in plans)
 
 
-@pytest.mark.parametrize(("link", "tight"), [(1e9, False), (1e7, False), (1e9, True)])
-def test_the_fastest_pipeline_is_chosen_for_which_there_is_room(link: float, tight: bool) -> None:
+@pytest.mark.parametrize("link", [1e9, 1e7])
+def test_the_fastest_pipeline_is_chosen(link: float) -> None:
     """As planning for each of them alone finds."""
     machine, module = cluster(link), tiny_model("llama", tied=True, layers=4, hidden=256)
     place = Place(machine, 200 << 20, 1 << 40, wire_of(machine, 1))
-    request = Request(0, sequence_length=128, accumulate=4)
+    request = Request(0, sequence_length=64, accumulate=2, activations="keep")
     task = Task(module, find_units(module), rule_of("adamw", {}), request, source_dtype=torch.float32)
-    lines, budget = lines_of(task, 2, 2, PipelineRequest()), 8 << 30
+    lines, workers = lines_of(task, 2, 2, PipelineRequest()), [Worker(8 << 30, place)] * 2
     assert [line.request.schedule for line in lines] == ["1f1b", "interleaved", "v", "zero-bubble"]
-    if tight:
-        with pytest.raises(BudgetError, match="Worker 0: A budget of 100.00 MiB is too small") as refused:
-            plan_line(lines[-1:], [Worker(100 << 20, place)] * 2, settled=True)
-        assert refused.value.least is not None
-        budget = refused.value.least - (12 << 20)
-    workers = [Worker(budget, place)] * 2
-    alone = {}
-    for line in lines:
-        with suppress(BudgetError):
-            plan = plan_line([line], workers, settled=True)[0]
-            assert plan.predicted is not None
-            alone[plan.legs, plan.schedule] = plan.predicted.seconds_per_step or 0.0
-    found = plan_line(lines, workers, settled=True)[0]
-    assert alone[found.legs, found.schedule] == min(alone.values())
-    said = next(reason for reason in found.reasons if reason.startswith(f"schedule: {found.schedule}"))
-    assert ("zero-bubble lacks" in said) == (len(alone) < 4) == tight
+    found, *alone = (plan_line(tried, workers, settled=True)[0] for tried in (lines, *([line] for line in lines)))
+    seconds = {plan.schedule: plan.predicted.seconds_per_step for plan in alone if plan.predicted is not None}
+    assert seconds[found.schedule] == min(seconds.values())
+    assert any(reason.startswith(f"schedule: {found.schedule};") for reason in found.reasons)
