@@ -219,7 +219,7 @@ class _Training:
             *(self.source.stored_dtype, settings.block_class),
         )
         if settings.pipeline and group.size > 1:
-            requests = group.first(lambda: self._lines(task, begun))
+            requests = [replace(r, memory_bytes=self.memory) for r in group.first(lambda: self._lines(task, begun))]
         else:
             sequences = group.first(lambda: tuple(begun.get("sequences", ())) or self._sequences())
             requests = [task.request.divided(sequences, group.nodes)]

@@ -90,13 +90,22 @@ def test_a_machines_links_are_its_ways() -> None:
     )
 
 
-def test_small_transfers_take_of_a_core_what_they_take_however_small() -> None:
-    """A tenth of a second each: ten that are under way while a second is computed add one to it."""
-    now = SimulatedClock({"disk": Rates(10.0, 10.0, 20.0, 0.2, handling=0.1)})
+@pytest.mark.parametrize(("latency", "seconds"), [(0.0, 3.0), (0.2, 3.0), (0.5, 2.4)])
+def test_small_transfers_take_of_a_core_what_they_take_however_small(latency: float, seconds: float) -> None:
+    """A tenth of a second each: ten that are through while two seconds are computed add one to them."""
+    now = SimulatedClock({"disk": Rates(10.0, 10.0, 20.0, latency, handling=0.1)})
     for _ in range(10):
         now.submit("disk", "write", 1, lambda: None)
     now.spend("compute", 2.0)
-    assert now.time == pytest.approx(3.0)
+    assert now.time == pytest.approx(seconds)
+
+
+def test_what_others_do_meanwhile_makes_no_transfer_take_more_of_a_core() -> None:
+    now = SimulatedClock({"disk": Rates(10.0, 10.0, 20.0, 0.2, handling=0.1)}, readers=1)
+    for direction in ("read", "write", "write", "write", "write", "write"):
+        now.submit("disk", direction, 1, lambda: None)
+    now.spend("compute", 2.0)
+    assert now.time == pytest.approx(2.6)
 
 
 BUSY = Rates(GB, GB, 2 * GB, 0.0, reading=0.1 / GB, writing=0.3 / GB)

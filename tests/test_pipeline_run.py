@@ -16,7 +16,7 @@ from workers import Crew
 
 from outsize.api import export_run
 from outsize.train.optimizer_file import STEM
-from outsize.train.settings import TrainSettings, continued
+from outsize.train.settings import TrainSettings, continued, continues, read_settings, record
 from outsize.train.state import StateFolder
 
 STEPS = 5
@@ -162,8 +162,19 @@ def test_another_number_of_workers_has_other_legs() -> None:
     assert continued(known, {"pipeline": False}) == replace(known, pipeline=False, legs=None, legs_shape=None)
 
 
+def test_a_run_without_a_pipeline_may_know_another_default_of_it(tmp_path: Path) -> None:
+    """Until the planner chose a pipeline's shape, every run wrote down that it is a loop."""
+    settings = TrainSettings("model", Path("data"), tmp_path)
+    record(settings)
+    file = tmp_path / "run.json"
+    said = json.loads(file.read_text())
+    said["settings"] |= {"legs_shape": "loop", "zero_bubble": False}
+    file.write_text(json.dumps(said))
+    assert read_settings(tmp_path) == settings and continues(settings)
+
+
 def test_a_pipeline_stays_one(gang: Crew, settings: dict[str, Any], line: Path, tmp_path: Path) -> None:
     """As many workers that divide state instead of layers would find other blocks."""
-    for other in ({}, {"pipeline": True, "legs": 8}):
+    for other in ({}, {"pipeline": True, "legs": 8}, {"pipeline": True, "legs_shape": "v"}):
         assert gang.attempt("run", 2, tmp_path, {"settings": settings | {"out": str(line)} | other}) == [1, 1]
         assert all("legs-shape, or another number" in log for log in said(tmp_path, 2))

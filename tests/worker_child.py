@@ -324,7 +324,7 @@ def _crowd(folder: Path, told: dict[str, Any]) -> None:
     group = find_group()
     assert group.here == 1 and group.nodes == 2
     found = measure_crowd(group)
-    assert found.workers == 2 and min(found.products, found.memory) >= 1.0
+    assert found.workers == 2
     group.close()
 
 

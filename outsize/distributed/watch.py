@@ -162,7 +162,7 @@ def _process(rank: int) -> str:
 def _machine() -> str:
     """Where a process is known by its number; empty where the system does not say."""
     try:
-        return which_boot() + os.readlink("/proc/self/ns/pid")
+        return (boot := which_boot()) and boot + os.readlink("/proc/self/ns/pid")
     except OSError:
         return ""
 

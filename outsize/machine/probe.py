@@ -39,7 +39,7 @@ def probe(directory: Path, quick: bool = False, report: Report = lambda _: None)
 
 
 def estimate(resources: Resources, directory: Path) -> Machine:
-    """Measure what takes two seconds, some 150 MiB of memory, and for that long 256 MiB of the disk of `directory`; a disk
+    """Measure what takes two seconds, some 250 MiB of memory, and for that long 256 MiB of the disk of `directory`; a disk
     that cannot be written is assumed."""
     origin = f"estimated in two seconds{{}}, {datetime.now():%Y-%m-%d %H:%M}; `outsize probe` measures it"
     compute = _Compute(resources, QUICK_SECONDS, 1, lambda _: None, ESTIMATE_ROOM, FEW_ROWS)

@@ -30,9 +30,8 @@ READERS, WRITERS = 2, 1  # threads, as in memory/transfer.py
 SUMMED = 1 << 20  # bytes under one checksum, as in memory/checksum.py
 SMALL_TRANSFERS = 200
 F_NOCACHE = 48  # fcntl.h of macOS
-WRITTEN = (
-    8  # buffers that are written from in turn: what a step writes no cache holds any more when its checksum is taken
-)
+# Buffers that are written from in turn: what a step writes no cache holds any more when its checksum is taken.
+WRITTEN = 8
 
 
 @dataclass(frozen=True)
@@ -116,12 +115,13 @@ class _Disk:
         self.by_core: dict[str, list[float]] = {"read": [], "write": []}
         self.lock = threading.Lock()
         self.noise = os.urandom(piece)  # a disk that compresses must find nothing to compress
+        self.written = [self._buffer() for _ in range(WRITTEN)]
 
     def fill(self, seconds: float) -> None:
         """Write all of the file, or as much as can be in so many seconds: what was never written reads too fast."""
-        buffer, started = self._buffer(), perf_counter()
+        started = perf_counter()
         for position in range(0, self.size, self.piece):
-            self._transfer("write", buffer, position)
+            self._transfer("write", self.written[0], position)
             if perf_counter() - started > seconds and position >= 3 * self.piece:
                 self.size = position + self.piece
                 break
@@ -135,7 +135,7 @@ class _Disk:
 
         def work(direction: str) -> None:
             try:
-                buffers = [self._buffer() for _ in range(WRITTEN if direction == "write" else 1)]
+                buffers = self.written if direction == "write" else [self._buffer()]
                 pieces, spent = 0, thread_time()
                 while True:  # once at least, however long a busy machine took to begin
                     buffer = buffers[pieces % len(buffers)]

@@ -68,28 +68,37 @@ def ways_of(machine: Machine, workers: int = 1) -> Ways:
 
 @dataclass(eq=False, slots=True)
 class Transfer:
-    """A piece on its way: seconds of latency, then bytes, that were still to go when the clock was last settled. Each byte
-    takes a core so many seconds (`busy`)."""
+    """A piece on its way: seconds of latency, bytes, and seconds of a `core` that it takes, all as they were still to go when
+    the clock was last settled."""
 
     tier: str
     direction: str
     left: float
     latency: float
     finish: Callable[[], None]
-    busy: float = 0.0
+    core: float = 0.0
     rate: float = 0.0
+    slower: float = 1.0
+    """Than it would be, as it wants more of a core than it gets."""
     end: float = 0.0
     """When it will be there, if nothing else comes or goes."""
 
     @property
     def seconds(self) -> float:
-        """That it takes yet."""
-        return self.latency + self.left / self.rate
+        """That it would take yet: no less than of a core."""
+        return max(self.latency + self.left / self.rate, self.core)
 
     @property
     def wanted(self) -> float:
         """Of a core, meanwhile."""
-        return self.busy * self.left / self.seconds if self.left else 0.0
+        return self.core / self.seconds if self.core > 0 else 0.0
+
+    def go_on(self, seconds: float) -> None:
+        """For so long."""
+        self.core = max(self.core - self.wanted * seconds / self.slower, 0.0)
+        late = min(self.latency, seconds / self.slower)
+        self.latency -= late
+        self.left = max(self.left - (seconds / self.slower - late) * self.rate, 0.0)
 
 
 class SimulatedClock(Clock):
@@ -150,7 +159,7 @@ class SimulatedClock(Clock):
     def exchange(self, seconds: float, ahead: bool, busy: float = 0.0) -> SimulatedTicket:
         """With other workers, of so many seconds if nothing else is on the wire, in which so much of a core is `busy`."""
         ticket = SimulatedTicket(self, None, 1)
-        self._submit(Transfer(WIRE, AHEAD if ahead else WIRE, seconds, 0.0, ticket.piece_done, busy))
+        self._submit(Transfer(WIRE, AHEAD if ahead else WIRE, seconds, 0.0, ticket.piece_done, busy * seconds))
         return ticket
 
     def finish(self, ticket: SimulatedTicket) -> None:
@@ -164,10 +173,9 @@ class SimulatedClock(Clock):
         self, tier: str, direction: str, nbytes: int, finish: Callable[[], None], latency: float | None = None
     ) -> None:
         way = self.ways[tier]
-        busy = way.reading if direction == "read" else way.writing
-        busy += way.handling / max(nbytes, 1)
+        core = way.handling + nbytes * (way.reading if direction == "read" else way.writing)
         latency = way.latency if latency is None else latency
-        self._submit(Transfer(tier, direction, float(nbytes), latency, finish, busy))
+        self._submit(Transfer(tier, direction, float(nbytes), latency, finish, core))
 
     def _submit(self, transfer: Transfer) -> None:
         self._queues[transfer.direction].append(transfer)
@@ -182,9 +190,7 @@ class SimulatedClock(Clock):
         if seconds <= 0.0:
             return
         for transfer in self._moving:
-            late = min(transfer.latency, seconds)
-            transfer.latency -= late
-            transfer.left = max(transfer.left - (seconds - late) * transfer.rate, 0.0)
+            transfer.go_on(seconds)
         for direction in {transfer.direction for transfer in self._moving} - {WIRE}:
             self._append((direction, self.time - seconds, self.time))
 
@@ -206,10 +212,10 @@ class SimulatedClock(Clock):
             scale = min(1.0, way.both / (way.read + way.write)) if len(beside) > share else 1.0
             transfer.rate = (way.read if transfer.direction == "read" else way.write) * scale / share
         self._wanted = sum(transfer.wanted for transfer in self._moving)
-        slower = HALF / self._wanted if self._computing and self._wanted > HALF else 1.0
+        slower = max(self._wanted / HALF, 1.0) if self._computing else 1.0
         for transfer in self._moving:
-            transfer.rate *= slower if transfer.busy else 1.0
-            transfer.end = self.time + transfer.seconds
+            transfer.slower = slower if transfer.core else 1.0
+            transfer.end = self.time + transfer.seconds * transfer.slower
 
     def _end_first(self) -> None:
         first = min(self._moving, key=_end)

@@ -254,15 +254,15 @@ def _best(
     tasks: Sequence[Task], route: Route, workers: Sequence[Worker], known: Known
 ) -> tuple[Task, _Line, list[str]]:
     """The line with the shortest step of all that have room, and why. The last of `tasks` comes first: those after it wait
-    longer, and have no less to do. Which would take longer though legs were equal and nobody waited for a disk or the wire
-    is not planned."""
+    longer, and have no less to do. Which is estimated to take longer (if legs were equal, and nobody waited for a disk or
+    the wire) is not planned."""
     tried: list[tuple[Task, _Line]] = []
     said: list[str] = []
     for task in reversed(tasks):
         line = min((line for _, line in tried), key=lambda line: line.cost, default=None)
         least = tried[0][1].work * stretch_of(task.request) if tried else 0.0
         if line is not None and not line.lacking and least >= line.seconds:
-            said.append(f"{_named(task)} {least:.2f} s at least")
+            said.append(f"{_named(task)} some {least:.2f} s at least")
             continue
         tried.append((task, _line(task, route, workers, known)))
         found = tried[-1][1]

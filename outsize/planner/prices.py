@@ -25,7 +25,7 @@ from outsize.memory.host import allocate_slab
 from outsize.planner.known_prices import KnownPrices
 
 LARGEST_DONE = 256 << 20  # bytes that an operation may touch to be done for its price
-SAMPLES, ATTEMPTS = 5, 10  # of an operation: samples that count, and those that may be taken for them
+SAMPLES, ATTEMPTS = 3, 8  # of an operation: samples that count, and those that may be taken for them
 COLD = 128 << 20  # bytes, after which even 480 MiB of cache for many cores gives nothing back (docs/log.md)
 UPDATED = 28  # bytes of an element: its weight, low bits and two moments, each read and written, and its gradient
 LEAST = 1 << 15  # elements of a cold operand, of which fewer are soon in a cache; chosen

@@ -24,6 +24,8 @@ PATHS = ("data", "eval_data", "optimizer_state", "out", "plan")
 # What a run that never reached its first commit may leave, whole or killed while it was written.
 BEGUN = {"train.npy", "eval.npy", "state", "companions", "run.json", REMEMBERED}
 
+NO_PIPELINE = {"legs": None, "legs_shape": None, "zero_bubble": None}
+
 
 @dataclass(frozen=True)
 class TrainSettings:
@@ -121,7 +123,7 @@ def continued(known: TrainSettings, told: dict[str, Any]) -> TrainSettings:
     workers = told.get("workers", known.workers)
     without: dict[str, Any] = {}
     if workers != known.workers or told.get("pipeline") is False:
-        without = {"legs": None, "legs_shape": None, "zero_bubble": None}
+        without = dict(NO_PIPELINE)
     if workers == 1 and known.workers > 1:
         without["pipeline"] = False
     return replace(known, **(without | told))
@@ -165,4 +167,6 @@ def read_settings(run: Path) -> TrainSettings:
         raise RunError(f"{path} has settings that this Outsize does not know: {', '.join(sorted(unknown))}.")
     for name in PATHS:
         settings[name] = None if settings[name] is None else Path(settings[name])
+    if not settings["pipeline"]:
+        settings |= NO_PIPELINE  # runs of before have its defaults written down
     return TrainSettings(**settings | {"out": run})
