@@ -164,7 +164,7 @@ def test_another_number_of_workers_has_other_legs() -> None:
 
 def test_a_run_without_a_pipeline_may_know_another_default_of_it(tmp_path: Path) -> None:
     """Until the planner chose a pipeline's shape, every run wrote down that it is a loop."""
-    settings = TrainSettings("model", Path("data"), tmp_path)
+    settings = TrainSettings("model", tmp_path / "data", tmp_path)
     record(settings)
     file = tmp_path / "run.json"
     said = json.loads(file.read_text())
@@ -175,6 +175,16 @@ def test_a_run_without_a_pipeline_may_know_another_default_of_it(tmp_path: Path)
 
 def test_a_pipeline_stays_one(gang: Crew, settings: dict[str, Any], line: Path, tmp_path: Path) -> None:
     """As many workers that divide state instead of layers would find other blocks."""
-    for other in ({}, {"pipeline": True, "legs": 8}, {"pipeline": True, "legs_shape": "v"}):
+    for other in ({}, {"pipeline": True, "legs": 8}):
         assert gang.attempt("run", 2, tmp_path, {"settings": settings | {"out": str(line)} | other}) == [1, 1]
         assert all("legs-shape, or another number" in log for log in said(tmp_path, 2))
+
+
+def test_a_pipeline_keeps_its_shape(gang: Crew, settings: dict[str, Any], line: Path, tmp_path: Path) -> None:
+    """It was the planner's choice: one of them may be named."""
+
+    def named(shape: str) -> list[int]:
+        more = {"out": str(line), "pipeline": True, "legs_shape": shape}
+        return gang.attempt("run", 2, tmp_path, {"settings": settings | more})
+
+    assert sorted(map(named, ("loop", "v"))) == [[0, 0], [1, 1]]
