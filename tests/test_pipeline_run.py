@@ -171,6 +171,10 @@ def test_a_run_without_a_pipeline_may_know_another_default_of_it(tmp_path: Path)
     said["settings"] |= {"legs_shape": "loop", "zero_bubble": False}
     file.write_text(json.dumps(said))
     assert read_settings(tmp_path) == settings and continues(settings)
+    for name in ("pipeline", "legs", "legs_shape", "zero_bubble"):  # and before that there was none
+        del said["settings"][name]
+    file.write_text(json.dumps(said))
+    assert read_settings(tmp_path) == settings
 
 
 def test_a_pipeline_stays_one(gang: Crew, settings: dict[str, Any], line: Path, tmp_path: Path) -> None:

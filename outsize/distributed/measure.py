@@ -17,7 +17,7 @@ from outsize.machine.describe import count_cores, which_boot
 SIZES = (1 << 12, 1 << 20, 1 << 23)  # bytes that each worker sends in an exchange: that shows latency, and bandwidth
 LONG = 0.1  # seconds; a larger exchange would show no more
 TIMES, MOST_TIMES = 3, 15
-COOLED = 32 << 20  # bytes
+COOLED = 32 << 20  # bytes that are written between two tries
 MATRICES, ROWS, COLUMNS = 32, 256, 1024  # of matrices whose product shows how fast a worker computes
 ALIKE = 1.5  # times as much, and yet taken for as much
 
@@ -43,9 +43,9 @@ def _seconds(group: Group, level: int, nbytes: int) -> tuple[float, float]:
     others = group.arrangement.others(level)
     part = nbytes // len(others)
     outgoing, incoming = torch.zeros(part, dtype=torch.uint8), torch.empty(len(others), part, dtype=torch.uint8)
-    between, seconds, busy = torch.empty(COOLED, dtype=torch.uint8), [], []
+    cooling, seconds, busy = torch.empty(COOLED, dtype=torch.uint8), [], []
     while len(seconds) < TIMES or (sum(seconds) < LONG and len(seconds) < MOST_TIMES):  # on all workers as often
-        between.fill_(1)  # bytes come from memory, as in a step, and not from a processor's own cache
+        cooling.fill_(1)  # bytes come from memory, as in a step, and not from a processor's own cache
         group.each(0)  # begin together
         started, used = perf_counter(), process_time()
         group.send(dict.fromkeys(others, outgoing), dict(zip(others, incoming, strict=True)))

@@ -262,7 +262,7 @@ def _best(
         line = min((line for _, line in tried), key=lambda line: line.cost, default=None)
         least = tried[0][1].work * stretch_of(task.request) if tried else 0.0
         if line is not None and not line.lacking and least >= line.seconds:
-            said.append(f"{_named(task)} some {least:.2f} s at least")
+            said.append(f"{_named(task)} {least:.2f} s by estimate")
             continue
         tried.append((task, _line(task, route, workers, known)))
         found = tried[-1][1]

@@ -167,6 +167,6 @@ def read_settings(run: Path) -> TrainSettings:
         raise RunError(f"{path} has settings that this Outsize does not know: {', '.join(sorted(unknown))}.")
     for name in PATHS:
         settings[name] = None if settings[name] is None else Path(settings[name])
-    if not settings["pipeline"]:
+    if not settings.get("pipeline"):
         settings |= NO_PIPELINE  # runs of before have its defaults written down
     return TrainSettings(**settings | {"out": run})
