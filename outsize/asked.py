@@ -64,7 +64,8 @@ class Request(Divided):
     `keeper`: memory that outlives the process is to hold the last step. `weight_copies`: how many there are already, as a
     plan has it, and `gather_ahead_bytes`, `sequences` and `shares`, too. `rank`: the worker that is planned for. `legs`:
     how many of the repeated units each leg has, in a pipeline, `legs_shape` the way through them; with `zero_bubble` their
-    backward is in halves."""
+    backward is in halves. With `device_bytes` each computes on a device, and uses up to so many of its memory; with 0 the
+    host does."""
 
     memory_bytes: int
     sequence_length: int = 512
@@ -89,6 +90,7 @@ class Request(Divided):
     legs: tuple[int, ...] = ()
     legs_shape: str = LOOP
     zero_bubble: bool = False
+    device_bytes: int = 0
 
     def __post_init__(self) -> None:
         if self.legs_shape not in SHAPES:

@@ -128,9 +128,11 @@ class Served:
 class Plan(Divided):
     """Where every kind of byte lives, and how each unit runs.
 
-    `near_weights` and `near_states` name the weights whose bytes, or whose optimizer state, stay near compute; all
-    others live on disk. `arena_bytes` is the near memory through which those stream. `activations` says what is done
-    with those of each unit it names, the others keep theirs; of what moves, tensors smaller than `moved_tensor_bytes`
+    With `device_bytes` a device computes, and uses up to so many of its memory; with 0 the host does.
+    `near_weights` and `near_states` name the weights whose bytes, or whose optimizer state, stay near compute; those of
+    `host_weights` and `host_states` live in the memory of a device's host, all others on disk. `arena_bytes` is the near
+    memory through which those stream. `activations` says what is done with those of each unit it names, the others
+    keep theirs; of what moves, tensors smaller than `moved_tensor_bytes`
     stay. `table_rows` says how many rows of a vocabulary's table make a block; a weight that is not in it is one
     block. `hold`: gradients wait in `gradient_home` until the step's end, and the update is a second pass that
     overlaps the next forward. `recycle_bytes`: the C library keeps freed memory of tensors up to this size, until the
@@ -151,6 +153,8 @@ class Plan(Divided):
     arena_bytes: int
     near_weights: frozenset[str] = frozenset()
     near_states: frozenset[str] = frozenset()
+    host_weights: frozenset[str] = frozenset()
+    host_states: frozenset[str] = frozenset()
     gradient_home: str = "disk"
     activations: tuple[tuple[str, Activations], ...] = ()
     moved_tensor_bytes: int = 256 << 10
@@ -178,14 +182,17 @@ class Plan(Divided):
     schedule: str = "1f1b"
     packed: tuple[tuple[str, ...], ...] = ()
     memory_bytes: int | None = None
+    device_bytes: int = 0
     predicted: Predicted | None = None
     serving: Serving | None = None
     served: Served | None = None
     reasons: tuple[str, ...] = field(default=())
 
     def __post_init__(self) -> None:
-        if self.gradient_home not in ("host", "disk"):
-            raise OptionError(f"A plan's gradient_home cannot be {self.gradient_home!r}; it is host or disk.")
+        if self.gradient_home not in (self.near, "host", "disk"):
+            raise OptionError(
+                f"A plan's gradient_home cannot be {self.gradient_home!r}; it is {self.near}, host or disk."
+            )
         for name, count in (("commit_every", self.commit_every), ("accumulate", self.accumulate), *self.table_rows):
             if count < 1:
                 raise OptionError(f"A plan's {name} cannot be {count}; it is at least 1.")
@@ -199,6 +206,22 @@ class Plan(Divided):
                 "A plan's gather_ahead_bytes is for workers who take equally many sequences, and they take "
                 f"{list(self.sequences)}. Make it 0."
             )
+
+    @property
+    def near(self) -> str:
+        """The tier that computes."""
+        return "device" if self.device_bytes else "host"
+
+    def home_of(self, weight: str) -> str:
+        """The tier that a weight's bytes live in."""
+        return self._home(weight, self.near_weights, self.host_weights)
+
+    def home_of_state(self, weight: str) -> str:
+        """The tier that its optimizer state lives in."""
+        return self._home(weight, self.near_states, self.host_states)
+
+    def _home(self, weight: str, near: frozenset[str], host: frozenset[str]) -> str:
+        return self.near if weight in near else "host" if weight in host else "disk"
 
     @property
     def ceiling_bytes(self) -> int:

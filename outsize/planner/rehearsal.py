@@ -376,7 +376,6 @@ def without(plan: Plan, units: Sequence[str]) -> Plan:
 
 def homes(plan: Plan, always: set[str]) -> HomeOf:
     """Where the plan lets each block live, as `bind` and `Gradients` decide it; `always`: weights never let go."""
-    near_weights = plan.near_weights | always
 
     def home_of(name: str) -> str:
         kind, _, rest = name.partition(":")
@@ -384,8 +383,11 @@ def homes(plan: Plan, always: set[str]) -> HomeOf:
             return plan.gradient_home
         if kind == "weight" and rest in plan.split_weights:
             return "disk"  # of other workers: it comes into the arena, and is forgotten
-        near = near_weights if kind == "weight" else plan.near_states
         weight = rest.split("@")[0]
-        return "host" if weight in near or weight.rpartition(":")[0] in near else "disk"
+        names = (weight, weight.rpartition(":")[0])  # of one block, or one of several of a table
+        if kind == "weight" and not always.isdisjoint(names):
+            return plan.near
+        found = {(plan.home_of if kind == "weight" else plan.home_of_state)(name) for name in names}
+        return next(home for home in (plan.near, "host", "disk") if home in found)
 
     return home_of

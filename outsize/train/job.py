@@ -341,18 +341,16 @@ def bind(
     updater = make_updater(store, precision, rule, moments, group=group.row(plan.sharers))
     weights: dict[str, Weight] = {}
     rows = dict(plan.table_rows)
-    near = plan.near_weights | always_near(
-        units
-    )  # what is never let go must be at home near: only there is it committed
+    always = always_near(units)  # what is never let go must be at home near: only there is it committed
     for name, parameter in model.named_parameters():
-        home = "host" if name in near else "disk"
+        home = plan.near if name in always else plan.home_of(name)
         dtype = precision.compute if parameter.requires_grad else parameter.dtype
         shares = shares_for(rule, name, parameter, updater.group, plan.shares)
         stage = stage_at_home(plan, name, updater.group)
         weight = weights[name] = make_weight(name, parameter, dtype, home, rows.get(name), shares, stage)
         create_blocks(store, weight)
         if weight.trainable:
-            updater.add(weight, "host" if name in plan.near_states else "disk")
+            updater.add(weight, plan.home_of_state(name))
         if not store.has_bytes(weight.blocks[0].home):  # else a committed step has brought them
             fill_blocks(store, weight, lambda start, stop, name=name: read(name, start, stop), updater.put)
         if progress is not None:
