@@ -17,6 +17,7 @@ from outsize.distributed.shares import in_proportion
 from outsize.errors import OptionError, OutsizeError
 from outsize.machine.allocator import recycle_up_to
 from outsize.machine.describe import describe, process_memory
+from outsize.machine.devices import find_device
 from outsize.machine.find import find_machine, this_machine
 from outsize.machine.machine import Machine
 from outsize.model.companions import COMPANIONS
@@ -36,8 +37,6 @@ from outsize.train.recipe import groups_at, rule_of
 from outsize.train.settings import read_settings
 from outsize.train.state import StateFolder, open_store
 from outsize.train.together import open_step
-
-CPU = torch.device("cpu")
 
 
 def attach(
@@ -88,7 +87,8 @@ def attach(
         folder.close()  # with another budget it may be tried again
         raise
     recycle_up_to(0)  # of weights that come in, none leaves a hole for others to spread over
-    store = open_store(plan, folder)
+    device = find_device(plan.device_bytes)
+    store = open_store(plan, folder, device=device)
 
     def read(name: str, start: int, stop: int) -> torch.Tensor:
         tensor = sources[name]
@@ -97,7 +97,7 @@ def attach(
     def forget(name: str) -> None:
         del sources[name]  # so that the module's own copy goes as soon as the store has it
 
-    job = bind(model, units, plan, rule, store, read, CPU, progress=forget)
+    job = bind(model, units, plan, rule, store, read, device, progress=forget)
     recycle_up_to(plan.recycle_bytes)
     return job
 

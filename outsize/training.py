@@ -21,6 +21,7 @@ from outsize.divided import LOOP
 from outsize.errors import DamageError, OptionError, OutsizeError, PlanAgain, RunError
 from outsize.machine.allocator import give_back, recycle_up_to
 from outsize.machine.describe import describe, process_memory
+from outsize.machine.devices import find_device
 from outsize.machine.find import this_machine
 from outsize.machine.garbage import lasting
 from outsize.machine.machine import Machine
@@ -51,8 +52,6 @@ from outsize.train.run import Run, Schedule, check_loss, export
 from outsize.train.settings import TrainSettings, continues, forget_beginning, read_settings, record
 from outsize.train.state import REMEMBERED, StateFolder, open_store
 from outsize.train.together import bring_back, retire, settle
-
-CPU = torch.device("cpu")
 
 
 def train(settings: TrainSettings) -> dict[str, Any]:
@@ -194,9 +193,10 @@ class _Training:
 
     def _placed(self, model: nn.Module, units: list[Unit], plan: Plan, begin: OptimizerState | None) -> Job:
         """The job, with all weights and states in the store."""
-        store = open_store(plan, self.state, group=self.group)
+        device = find_device(plan.device_bytes)
+        store = open_store(plan, self.state, group=self.group, device=device)
         self.progress.message("bringing the weights into the store")
-        bound = partial(bind, model, units, plan, self.rule, store, device=CPU, group=self.group)
+        bound = partial(bind, model, units, plan, self.rule, store, device=device, group=self.group)
         job = bound(self.source.read) if self.moved is None else bring_back(self._states, self.moved, bound)
         if begin is not None:
             bring_optimizer(job.updater, job.weights, begin)

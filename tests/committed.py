@@ -19,9 +19,10 @@ from outsize.train.retention import Retention
 from outsize.train.state import StateFolder, kept_step, open_store
 from outsize.train.verify import Verifier
 
-PLAN = Plan("fp32", 12 * PAGE)
+PLAN = Plan("fp32", 12 * PAGE, device_bytes=100 * PAGE)
 BLOCKS = {"frozen": 1, "near": 1, "a": 1, "b": 2, "c": 3, "d": 1, "more": 2}  # pages; the first changes in step 0 only
-NEAR = ("near", "more")  # what stays in memory, and is written while the next step begins
+HOMES = {"near": "device", "more": "device", "b": "host", "d": "host"}  # others live on disk; what does not is written while
+# the next step begins: from where it stays, or from the host's memory
 
 
 def value_at(name: str, step: int) -> int:
@@ -42,7 +43,7 @@ class Tiny:
             half = PAGE // 2
             parts = [("first", "weight", torch.uint8, (half,)), ("rest", "moment", torch.uint8, (pages * PAGE - half,))]
             block = make_block(name, parts)
-            self.store.create(block, "host" if name in NEAR else "disk")
+            self.store.create(block, HOMES.get(name, "disk"))
         self.store.create(make_block("scratch", [("data", "gradient", torch.uint8, (PAGE,))]), "disk", durable=False)
         if manifest is None:
             self.folder.write_layout(self.store)

@@ -22,9 +22,10 @@ from torch.nn import functional
 from outsize.distributed.group import Group
 from outsize.distributed.shard import ShardedStore
 from outsize.memory.codec import split_master
+from outsize.memory.device import DeviceTier
 from outsize.memory.disk import DiskTier
 from outsize.memory.host import HostTier, allocate_slab
-from outsize.memory.tier import pages
+from outsize.memory.tier import Tier, pages
 from outsize.memory.transfer import Transfers
 from outsize.model.units import find_units
 from outsize.plan import KEEP, MOVE, RECOMPUTE, Activations, Plan
@@ -33,14 +34,17 @@ from outsize.train.optimizers import OptimizerRule
 
 VOCABULARY = 256
 ACTIVATIONS = 256 << 10  # bytes near for those of a unit that are on their way; less than a step's
+DEVICE = 1 << 30  # bytes of what stands for a device
+MOVE_TO_HOST = Activations("all", "host")  # where a device computes; else they stay where they are
 ACTIVATIONS_OF = {
     "keep": KEEP,
     "recompute": RECOMPUTE,
     "move": MOVE,
+    "move to host": MOVE_TO_HOST,
     "mixed": (
         Activations("products", "disk"),
         Activations("input", "disk"),
-        MOVE,
+        MOVE_TO_HOST,
         Activations("products"),
         KEEP,
         RECOMPUTE,
@@ -216,7 +220,7 @@ class PlainLoop:
 
 @dataclass(frozen=True)
 class Setting:
-    """How a job is placed and run; `placement` is near, disk or mixed."""
+    """How a job is placed and run; `placement` is near, disk, mixed, or of a device: near, in its host's memory and on disk."""
 
     precision: str = "fp32"
     placement: str = "disk"
@@ -237,13 +241,18 @@ def make_plan(model: nn.Module, setting: Setting) -> Plan:
         "near": (names, names),
         "disk": ([], []),
         "mixed": (names[::3], names[1::3]),
+        "device": (names[::3], names[1::3]),
     }[setting.placement]
+    on_device = setting.placement == "device"
     tables = table_names(model) if setting.table_rows else []
     return Plan(
         precision=setting.precision,
         arena_bytes=setting.arena or small_arena(model, weights, states, setting),
         near_weights=frozenset(weights),
         near_states=frozenset(states),
+        host_weights=frozenset(names[1::3] if on_device else []),
+        host_states=frozenset(names[::3] if on_device else []),
+        device_bytes=DEVICE * on_device,
         gradient_home=setting.gradient_home,
         activations=choose(model, setting.activations),
         moved_tensor_bytes=1,
@@ -288,8 +297,8 @@ def small_arena(model: nn.Module, near_weights: list[str], near_states: list[str
 
 
 def moves(setting: Setting) -> bool:
-    """Activations of some unit wait on disk."""
-    return any(activations.home == "disk" for activations in in_turn(setting.activations))
+    """Activations of some unit wait on disk, or in a device's host's memory."""
+    return any(activations.home in ("disk", "host") for activations in in_turn(setting.activations))
 
 
 def make_job(model: nn.Module, rule: OptimizerRule, setting: Setting, directory: Path) -> Job:
@@ -305,9 +314,11 @@ def bind_job(
     group: Group | None = None,
 ) -> Job:
     sources = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    tiers = {"host": HostTier(1 << 30), "disk": DiskTier(directory / "blocks", 1 << 30)}
+    tiers: dict[str, Tier] = {"host": HostTier(1 << 30), "disk": DiskTier(directory / "blocks", 1 << 30)}
+    if plan.device_bytes:
+        tiers["device"] = DeviceTier(plan.device_bytes, torch.device("cpu"))
     row, ahead = (group or Group()).row(plan.sharers), plan.gather_ahead_bytes
-    store = ShardedStore(row, tiers, plan.arena_bytes, allocate_slab, Transfers(), ahead=ahead)
+    store = ShardedStore(row, tiers, plan.arena_bytes, allocate_slab, Transfers(), plan.near, ahead=ahead)
 
     def read(name: str, start: int, stop: int) -> torch.Tensor:
         return sources[name][start:stop] if sources[name].dim() else sources[name]

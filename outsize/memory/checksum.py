@@ -20,6 +20,7 @@ from outsize.memory.tier import Extent, Tier
 from outsize.sizes import format_size
 
 PIECE = 1 << 20  # bytes under one checksum, and so how exactly damage can be named
+FROM_DEVICE = 4 * PIECE  # that are on the host at once; untested: no GPU was at hand
 
 Sums = np.ndarray
 """uint64, one for each piece; the last piece may be shorter."""
@@ -52,9 +53,14 @@ class CheckedExtents:
 
     def write(self, extent: Extent, offset: int, source: torch.Tensor) -> None:
         assert offset == 0 and source.numel() == extent.nbytes, "a checked extent is written as a whole"
-        self._sums[extent] = checksums(source if not source.is_cuda else source.cpu())
+        step = FROM_DEVICE if source.is_cuda else max(source.numel(), 1)
+        sums = []
+        for start in range(0, source.numel(), step):
+            part = source[start : start + step].cpu()  # itself, if it is there
+            sums.append(checksums(part))
+            self.tier.write(extent, start, part)
+        self._sums[extent] = np.concatenate(sums)
         self._doubted.pop(extent, None)
-        self.tier.write(extent, offset, source)
 
     def read(self, extent: Extent, offset: int, target: torch.Tensor) -> None:
         self.tier.read(extent, offset, target)

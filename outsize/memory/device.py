@@ -5,18 +5,20 @@ from __future__ import annotations
 import torch
 
 from outsize.errors import BudgetError, OptionError
-from outsize.memory.tier import MemoryTier
+from outsize.memory.host import allocate_slab
+from outsize.memory.tier import MemoryTier, pages
 from outsize.sizes import format_size
 
 
 class DeviceTier(MemoryTier):
-    """A tensor on the device for each extent. Copies run beside compute, on a stream of their own.
+    """A tensor on the device for each extent. Copies run beside compute, on a stream of their own. A device "cpu" stands for
+    one where there is none: all but the streams is the same.
 
     Raises OptionError when there is no such device, BudgetError when the device itself has less than
     `capacity`."""
 
     def __init__(self, capacity: int, device: torch.device) -> None:
-        if device.type != "cuda" or not torch.cuda.is_available():
+        if device.type == "cuda" and not torch.cuda.is_available():
             raise OptionError(
                 f"There is no device {device} for {format_size(capacity)} of device memory: torch finds no "
                 "CUDA GPU. Leave the device budget out to compute on the host."
@@ -24,7 +26,13 @@ class DeviceTier(MemoryTier):
         super().__init__("device", capacity)
         self._device = device
 
+    def new(self, nbytes: int) -> torch.Tensor:
+        """Memory beside all extents, as 1-D uint8 of whole pages. Raises BudgetError."""
+        return self._new(pages(nbytes))
+
     def _new(self, nbytes: int) -> torch.Tensor:
+        if self._device.type == "cpu":
+            return allocate_slab(nbytes)
         try:
             return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
         except torch.cuda.OutOfMemoryError as problem:

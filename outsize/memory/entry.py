@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
 
 import torch
 
@@ -28,13 +27,17 @@ class Residency(Enum):
 
 @dataclass
 class Entry:
-    """A block and where it is. A durable block has a second extent, so that a committed copy is never overwritten."""
+    """A block and where it is. A durable block has two extents on disk, so that a committed copy is never overwritten; what
+    lives in memory that is not near has a `slot` there besides."""
 
     block: Block
     home: Tier
     durable: bool
     residency: Residency
-    extent: Extent | None = None  # where its bytes at home are, or will be
+    slot: Extent | None = None  # where its bytes at home are, if that is neither near nor where it is committed
+    extent: Extent | None = (
+        None  # where its bytes at home are, or will be; with a slot, where they are committed from it
+    )
     committed: Extent | None = None  # where the last commit has them; often the same
     spare: Extent | None = None  # where they go next, when `extent` must stay as it is
     written: bool = False  # home holds the block's bytes, of some step, or will when its write is through
@@ -43,4 +46,3 @@ class Entry:
     copies: int = 1  # near; 2 with a twin in shared memory
     pins: int = 0
     ticket: Ticket | None = None
-    fence: Any = None  # a CUDA event: compute queued before it may still use the bytes

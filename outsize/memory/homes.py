@@ -46,11 +46,24 @@ class Homes:
         self._uses: Counter[Extent] = Counter()  # how many kept steps need an extent
 
     def tier(self, entry: Entry) -> Tier:
-        """Where the entry's extents are: its home, or the disk for a durable block that stays near."""
-        return self._tiers["disk"] if entry.home.name == self._near else entry.home
+        """Where the entry's extents are: the disk for a durable block, else its home."""
+        return self._tiers["disk"] if entry.durable or entry.home.name == self._near else entry.home
 
     def moves(self, entry: Entry) -> Moves:
         return self._checked if entry.durable and self._checked is not None else self.tier(entry)
+
+    def source(self, entry: Entry) -> tuple[Tier, Moves, Extent]:
+        """Where the entry's bytes come from, when they are not near: the tier, what reads it, and where there."""
+        if entry.slot is not None:
+            return entry.home, entry.home, entry.slot
+        assert entry.extent is not None
+        return self.tier(entry), self.moves(entry), entry.extent
+
+    def target(self, entry: Entry) -> tuple[Tier, Moves, Extent]:
+        """Where they go. Raises as `place`."""
+        if entry.slot is not None:
+            return entry.home, entry.home, entry.slot
+        return self.tier(entry), self.moves(entry), self.place(entry)
 
     def recover(self, committed: dict[str, Committed], kept: dict[str, Places]) -> None:
         """Take the extents that manifests name, before any other can be handed out. A spare that is pinned, or lies
@@ -85,6 +98,9 @@ class Homes:
             entry.extent = self._allocate(entry)
         if entry.durable and entry.spare is None:
             entry.spare = self._allocate(entry)
+        if entry.home.name not in (self._near, self.tier(entry).name):
+            entry.slot = entry.home.allocate(entry.block.nbytes)
+            self._ledger.hold(entry.home.name, entry.block.bytes_by_kind)
 
     def _take_over(self, entry: Entry, found: Committed) -> None:
         pinned = {places[entry.block.name] for places in self._pinned.values() if entry.block.name in places}
@@ -161,6 +177,9 @@ class Homes:
         """Free the extents of an entry that is removed."""
         for extent in {entry.extent, entry.spare} - {None}:
             self._free(entry, extent)
+        if entry.slot is not None:
+            entry.home.free(entry.slot)
+            self._ledger.hold(entry.home.name, entry.block.bytes_by_kind, -1)
 
     def _allocate(self, entry: Entry) -> Extent:
         extent = self.tier(entry).allocate(entry.block.nbytes)

@@ -10,6 +10,9 @@ from outsize.memory.tier import Extent, Tier
 class NullTier(Tier):
     """Checks and counts like any tier. A read leaves its target as it is; it may be a fake or meta tensor."""
 
+    def view(self, extent: Extent) -> torch.Tensor:
+        return torch.empty(extent.nbytes, dtype=torch.uint8, device="meta")
+
     def close(self) -> None:
         pass
 

@@ -5,7 +5,8 @@
     with store.phase("step"): ...             the order of leases is recorded once, then foreseen
     store.commit(step, facts)                 what is at home now is step N, whatever happens next
 
-Near memory is one arena of fixed size. Blocks whose home *is* the near tier live beside it and never move.
+Near memory is one arena of fixed size. Blocks whose home *is* the near tier live beside it and never move. Where a device
+computes, blocks may live in its host's memory: they come and go as from disk, and a commit writes what has changed there.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from outsize.memory.layout import Policy, evict_oldest
 from outsize.memory.lease import Lease
 from outsize.memory.ledger import Ledger
 from outsize.memory.shared import Shared
-from outsize.memory.tier import Extent, Tier
+from outsize.memory.tier import Extent, Moves, Tier
 from outsize.memory.transfer import Ticket, Transfers
 from outsize.sizes import format_size
 
@@ -56,12 +57,15 @@ class Store:
         self.entries: dict[str, Entry] = {}
         self.homes = Homes(tiers, near, self.entries, self.ledger, checked)
         self.waiting_seconds = {"read": 0.0, "write": 0.0}
-        self._stale: dict[str, Entry] = {}  # durable and at home near: changed since the last commit, in that order
+        self._stale: dict[
+            str, Entry
+        ] = {}  # durable and at home in memory: changed since the last commit, in that order
         self._allocate_near = allocate_near
         self._arena = Arena(allocate_near(near_bytes), near, self.entries, self.ledger, policy, self._fetch)
         self._turn = threading.Condition(threading.RLock())
         self._failure: BaseException | None = None
         self._last_commit: Ticket | None = None
+        self._used: Any = None  # a CUDA event: compute queued before it may still use what was leased
 
     # -- blocks ---------------------------------------------------------------------------------------------------
 
@@ -77,6 +81,8 @@ class Store:
             self.entries[block.name] = entry
         if home == self.near:
             self._settle_near(entry)
+        elif entry.slot is not None and entry.written:
+            self._bring_back(entry, entry.slot)
 
     def _settle_near(self, entry: Entry) -> None:
         """Give a block whose home is near its memory, and begin to read the bytes committed for it, if any."""
@@ -90,6 +96,12 @@ class Store:
         elif entry.written:
             with self._turn:
                 self._fetch(entry)
+
+    def _bring_back(self, entry: Entry, slot: Extent) -> None:
+        """Fill a block's place in memory from where it was committed."""
+        assert entry.extent is not None
+        self.ledger.move(self.homes.tier(entry).name, entry.home.name, entry.block.bytes_by_kind)
+        self.transfers.read(self.homes.moves(entry), entry.extent, 0, entry.home.view(slot)).wait()
 
     def remove(self, name: str) -> None:
         """Forget a block that nobody leases, and free what it occupied."""
@@ -128,8 +140,8 @@ class Store:
             return Lease(self, entry)
 
     def alias(self, lease: Lease) -> torch.Tensor:
-        """A lease's bytes as a storage of their own, so that one can ask whether anybody uses it; not on a device."""
-        return lease.bytes if lease.bytes.is_cuda else torch.from_numpy(lease.bytes.numpy())
+        """A lease's bytes as a storage of their own, so that one can ask whether anybody uses it."""
+        return torch.from_dlpack(lease.bytes)
 
     def _take(self, entry: Entry, touch: Touch) -> None:
         if not self._arena.foresight.expect((touch, entry.block.name)):
@@ -194,7 +206,7 @@ class Store:
     def _give(self, entry: Entry, touch: Touch) -> None:
         with self._turn:
             assert entry.pins > 0, f"{entry.block.name} was released twice"
-            entry.fence = self._fence()
+            self._used = self._fence()
             if entry.residency is Residency.STAYING:
                 entry.pins -= 1
                 entry.written = entry.written and touch is not Touch.DROP
@@ -229,16 +241,15 @@ class Store:
             if entry.storage is not None and entry.residency not in (Residency.COMING, Residency.RESERVED):
                 self._copy_rows(place, entry.storage, rows, out)
                 return
-            extent = entry.extent
-            assert extent is not None
+            tier, moves, extent = self.homes.source(entry)
         row_bytes = place.nbytes // place.shape[0]
         target = out.view(-1).view(torch.uint8)
-        self.ledger.move(self.homes.tier(entry).name, self.near, {place.kind: len(rows) * row_bytes})
-        tickets = []
+        self.ledger.move(tier.name, self.near, {place.kind: len(rows) * row_bytes})
+        tickets, fence = [], self._fence()  # of a device, `out` may be where queued compute still has something
         for first, last in runs(rows):
             span = target[first * row_bytes : last * row_bytes]
             tickets.append(
-                self.transfers.read(self.homes.moves(entry), extent, place.offset + rows[first] * row_bytes, span)
+                self.transfers.read(moves, extent, place.offset + rows[first] * row_bytes, span, fence=fence)
             )
         started = self.clock.now()
         for ticket in tickets:
@@ -246,7 +257,7 @@ class Store:
         self.waiting_seconds["read"] += self.clock.note("waiting", started)
 
     def _copy_rows(self, place: Part, storage: torch.Tensor, rows: list[int], out: torch.Tensor) -> None:
-        torch.index_select(place.view(storage), 0, torch.tensor(rows), out=out)
+        torch.index_select(place.view(storage), 0, torch.tensor(rows, device=storage.device), out=out)
 
     def has_bytes(self, name: str) -> bool:
         """Something was written into the block, near or at home."""
@@ -257,23 +268,36 @@ class Store:
 
     def _fetch(self, entry: Entry) -> None:
         """Begin to fill a block's place near from its home; of one that stays near, from where it was committed."""
-        assert entry.extent is not None and entry.storage is not None
+        tier, moves, extent = self.homes.source(entry)
         entry.residency = Residency.COMING
-        self.ledger.move(self.homes.tier(entry).name, self.near, entry.block.bytes_by_kind)
-        entry.ticket = self._begin(self.transfers.read, entry, entry.extent)
+        self.ledger.move(tier.name, self.near, entry.block.bytes_by_kind)
+        entry.ticket = self._begin(self.transfers.read, entry, moves, extent)
 
-    def _begin(self, move: Callable[..., Ticket], entry: Entry, extent: Extent) -> Ticket:
-        moves, then = self.homes.moves(entry), lambda error: self._arrived(entry, error)
-        return move(moves, extent, 0, entry.storage, then=then, fence=entry.fence)
+    def _begin(self, move: Callable[..., Ticket], entry: Entry, moves: Moves, extent: Extent) -> Ticket:
+        """Not before what is queued on a device is through with the place, whoever had it before."""
+        assert entry.storage is not None
+        return move(moves, extent, 0, entry.storage, then=lambda error: self._arrived(entry, error), fence=self._used)
 
     def _send_home(self, entry: Entry) -> None:
         """Write a changed block to its home, where no commit needs what is there."""
-        extent = self.homes.place(entry)
+        tier, moves, extent = self.homes.target(entry)
         if entry.residency is not Residency.STAYING:
             entry.residency = Residency.LEAVING
         entry.written = True
-        self.ledger.move(self.near, self.homes.tier(entry).name, entry.block.bytes_by_kind)
-        entry.ticket = self._begin(self.transfers.write, entry, extent)
+        if entry.durable and entry.slot is not None:
+            self._stale.setdefault(entry.block.name, entry)
+        self.ledger.move(self.near, tier.name, entry.block.bytes_by_kind)
+        entry.ticket = self._begin(self.transfers.write, entry, moves, extent)
+
+    def _save(self, entry: Entry) -> None:
+        """Write what has changed in memory to disk. Of what has a slot, the writer takes nothing into it before that is
+        there."""
+        if entry.slot is None:
+            self._send_home(entry)
+            return
+        extent = self.homes.place(entry)
+        self.ledger.move(entry.home.name, self.homes.tier(entry).name, entry.block.bytes_by_kind)
+        self.transfers.write(self.homes.moves(entry), extent, 0, entry.home.view(entry.slot))
 
     def _arrived(self, entry: Entry, error: BaseException | None) -> None:
         """A transfer thread reports: the block is the same at home and near."""
@@ -290,7 +314,12 @@ class Store:
             self._turn.notify_all()
 
     def _fence(self) -> Any:
-        return torch.cuda.current_stream().record_event() if self._arena.memory.is_cuda else None
+        """Passed when a device has done what is queued on it now."""
+        if not self._arena.memory.is_cuda:
+            return None
+        event = torch.cuda.Event(blocking=True)
+        event.record(torch.cuda.current_stream(self._arena.memory.device))
+        return event
 
     @contextmanager
     def phase(self, name: str, again: bool = False) -> Iterator[None]:
@@ -330,13 +359,14 @@ class Store:
         also keeps it under a name, and kept states in `drop` are let go: `write_manifest` makes that durable too.
 
         Blocks that stay near are written from where they are, in the order in which they changed and will again: each
-        waits in `Lease.change` for its own. The transfer thread writes the manifest after every write before it is
-        durable; nothing of the next step can overtake it. Waits for the commit before, and raises its failure."""
+        waits in `Lease.change` for its own. Those in a device's host's memory are written from there. The transfer thread
+        writes the manifest after every write before it is durable; nothing of the next step can overtake it. Waits for
+        the commit before, and raises its failure."""
         if self._last_commit is not None:
             self._last_commit.wait()
         with self._turn:
             for entry in self._stale.values():
-                self._send_home(entry)
+                self._save(entry)
             self._stale = {}
             places = self.homes.commit(keep, drop)
 

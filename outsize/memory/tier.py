@@ -161,6 +161,10 @@ class Tier(ABC):
         self._check_span(extent, offset, source)
         self._store(extent, offset, source)
 
+    def view(self, extent: Extent) -> torch.Tensor:
+        """The bytes of an extent, as 1-D uint8, where they are. Raises NotImplementedError where they are not in memory."""
+        raise NotImplementedError(f"tier {self.name} is not memory")
+
     def flush(self) -> None:  # noqa: B027 (most tiers have nothing to do)
         """Make everything written before durable, as far as the tier can."""
 
@@ -214,6 +218,9 @@ class MemoryTier(Tier):
     @abstractmethod
     def _new(self, nbytes: int) -> torch.Tensor:
         """Return 1-D uint8 memory, its content undefined."""
+
+    def view(self, extent: Extent) -> torch.Tensor:
+        return self._memory[extent.start]
 
     def close(self) -> None:
         self._memory.clear()

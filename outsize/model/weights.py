@@ -138,6 +138,14 @@ def leave_meta(model: nn.Module, device: torch.device) -> None:
                 module._parameters[name] = replaced[id(parameter)]
 
 
+def bring_buffers(model: nn.Module, device: torch.device) -> None:
+    """A module computes where its buffers are, too."""
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
+
+
 Put = Callable[[RowBlock, torch.Tensor, torch.Tensor], None]
 
 

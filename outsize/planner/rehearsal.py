@@ -25,6 +25,7 @@ from outsize.distributed.arrangement import Arrangement
 from outsize.distributed.group import Group, Imagined
 from outsize.distributed.shard import ShardedStore
 from outsize.distributed.wire import NO_WIRE, Wire
+from outsize.machine.devices import CPU
 from outsize.memory.null import NullTier
 from outsize.memory.tier import pages
 from outsize.model.route import holder_of
@@ -43,7 +44,6 @@ from outsize.train.optimizers import OptimizerRule
 
 Batch = dict[str, torch.Tensor]
 FEWEST = 6  # units, from which on four stand for all
-CPU = torch.device("cpu")
 
 
 class Fakes(FakeTensorMode):

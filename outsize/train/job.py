@@ -15,12 +15,22 @@ from torch.optim import Optimizer
 from outsize.distributed.group import Group
 from outsize.distributed.pipeline import Line, Pipeline
 from outsize.errors import RunError
+from outsize.machine.devices import CPU
 from outsize.memory.store import Store
 from outsize.model.attach import Attachment
 from outsize.model.laps import laps_of
 from outsize.model.units import Unit
 from outsize.model.vocabulary import Table
-from outsize.model.weights import WEIGHT, RowBlock, Weight, create_blocks, fill_blocks, leave_meta, make_weight
+from outsize.model.weights import (
+    WEIGHT,
+    RowBlock,
+    Weight,
+    bring_buffers,
+    create_blocks,
+    fill_blocks,
+    leave_meta,
+    make_weight,
+)
 from outsize.plan import Plan
 from outsize.train.course import Course, LegByLeg, UnitByUnit
 from outsize.train.ending import Begin, BlockedLoss, Counts, Ending, ModuleLoss
@@ -28,6 +38,7 @@ from outsize.train.gradients import Gradients
 from outsize.train.loss import Head, HeadBlock, Repeat, each_time
 from outsize.train.optimizers import OptimizerRule
 from outsize.train.precision import find_precision
+from outsize.train.randomness import random_state
 from outsize.train.update import Updater, shares_for, stage_at_home
 
 Read = Callable[[str, int, int], torch.Tensor]
@@ -81,6 +92,7 @@ class Job:
     ) -> None:
         """`group`: of all workers; those of the updater's, all or those of a leg, divide state and batch between them."""
         self.model, self.store, self.plan, self.updater, self.weights = model, store, plan, updater, weights
+        self.device = device
         self.group = group or updater.group
         tables = dict(plan.table_rows)
         resident = always_near(units) | {
@@ -99,7 +111,7 @@ class Job:
             table.take_rows = self.gradients.take_rows
         self.optimizer = StreamedOptimizer(self)
         self.step_number = 0
-        self.random_state = torch.get_rng_state()
+        self.random_state = random_state(device)
         self.on_complete: Callable[[int], None] | None = None
         self.repeat: Repeat = each_time
         self.ending: Ending = BlockedLoss(model, self.head) if plan.blocked_loss else ModuleLoss(model)
@@ -127,14 +139,18 @@ class Job:
         with self.store.phase(self._phase(), again):
             self.gradients.begin_step(self.groups())
             with torch.autograd.set_multithreading_enabled(False):
-                loss = self.course.step(micro_batches, counts)
+                loss = self.course.step([self.bring(batch) for batch in micro_batches], counts)
             norm = self.gradients.settle(self.groups(), self.plan.clip) if self.plan.hold else None
         self.step_number += 1
         self.updater.step_number = self.step_number  # of a held update, whether the next step applies it or a flush
-        self.random_state = torch.get_rng_state()
+        self.random_state = random_state(self.device)
         if not self.plan.hold:
             self._completed()
         return StepResult(loss, norm, int(sum(said[1] for said in everyone)))
+
+    def bring(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """A batch to where the model computes."""
+        return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
     def _phase(self) -> str:
         """A held update is applied a step late: a run's first step touches blocks otherwise than all later ones."""
@@ -210,7 +226,7 @@ class Job:
                 coming, learnt = next(batches, None), _learnt(self.model, batch["labels"])
                 # After the last nothing is read ahead: nobody would want it.
                 with self.store.phase("evaluate", again=coming is not None), self.attachment.traversal():
-                    total += self.course.evaluate(batch, self.ending) * learnt
+                    total += self.course.evaluate(self.bring(batch), self.ending) * learnt
                 count += learnt
         return total / max(count, 1)
 
@@ -258,7 +274,8 @@ class Job:
         self.apply_held()
 
     def read(self, name: str, start: int, stop: int, master: bool = False) -> torch.Tensor:
-        """Rows [start, stop) of a weight as it is now: its compute copy, or its fp32 master. Memory: the blocks' rows."""
+        """Rows [start, stop) of a weight as it is now, on the host: its compute copy, or its fp32 master. Memory: the blocks'
+        rows."""
         weight = self.weights[name]
         pieces = [self._read_block(weight, block, start, stop, master) for block in weight.blocks]
         found = [piece for piece in pieces if piece is not None]
@@ -272,10 +289,12 @@ class Job:
             whole = lease.tensors[WEIGHT]
             if master:
                 whole = self.updater.masters(block, whole.view(-1)).view(weight.block_shape(block))
-            return whole[first - block.start : last - block.start].clone() if weight.shape else whole.clone()
+            rows = whole[first - block.start : last - block.start] if weight.shape else whole
+            return rows.to("cpu", copy=True)
 
     def detach(self) -> nn.Module:
-        """The module as an ordinary one, with its weights in memory, in the dtype it computes in; the store is closed."""
+        """The module as an ordinary one, with its weights in the host's memory, in the dtype it computes in; the store is
+        closed."""
         self.flush()
         found = {name: self.read(name, 0, w.shape[0] if w.shape else 1) for name, w in self.weights.items()}
         for table in self.tables:
@@ -283,6 +302,7 @@ class Job:
         self.attachment.detach()
         for name, weight in self.weights.items():
             weight.parameter.data = found[name]
+        bring_buffers(self.model, CPU)
         self.close()
         return self.model
 
@@ -335,6 +355,7 @@ def bind(
     """Bring a model's weights into the store as the plan says, and attach the module to it. `progress` hears of each
     weight that is there. Memory held is one block and its source rows. Of several workers each calls it alike."""
     leave_meta(model, device)
+    bring_buffers(model, device)
     precision = find_precision(plan.precision)
     moments = torch.bfloat16 if plan.moments == "bf16" else None
     group = group or Group()

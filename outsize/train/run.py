@@ -19,6 +19,7 @@ from outsize.distributed.shares import in_proportion
 from outsize.errors import OptionError, RunError
 from outsize.machine.allocator import recycle_up_to
 from outsize.machine.describe import process_memory
+from outsize.machine.devices import peak_bytes
 from outsize.memory.clock import Span
 from outsize.memory.homes import Committed
 from outsize.memory.transfer import Ticket
@@ -31,6 +32,7 @@ from outsize.train.job import Job
 from outsize.train.pace import Pace, Watch
 from outsize.train.progress import Progress
 from outsize.train.published import publish
+from outsize.train.randomness import set_random_state
 from outsize.train.report import Metrics, StepLine
 from outsize.train.retention import Retention
 from outsize.train.settings import TrainSettings
@@ -129,7 +131,7 @@ class Run:
         self.job.updater.restore(facts["optimizer"])
         self.job.step_number = step
         self.job.random_state = torch.frombuffer(bytearray(base64.b64decode(facts["random"])), dtype=torch.uint8)
-        torch.set_rng_state(self.job.random_state)
+        set_random_state(self.job.random_state, self.job.device)
 
     def _facts(self) -> dict[str, Any]:
         """What a step is besides its blocks' bytes, in plain JSON."""
@@ -256,7 +258,7 @@ class Run:
             bytes_read=spent.bytes_read,
             bytes_written=spent.bytes_written,
             host_peak_bytes=process_memory().peak_bytes,
-            device_peak_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
+            device_peak_bytes=peak_bytes(job.device),
             read_wait_seconds=spent.read_wait,
             write_wait_seconds=spent.write_wait,
             update_seconds=spent.update,
@@ -295,7 +297,7 @@ class Run:
         self.progress.evaluation(step, loss)
 
     def _sample(self, schedule: Schedule) -> str:
-        inputs = self.tokenizer(schedule.sample_prompt, return_tensors="pt")
+        inputs = self.job.bring(dict(self.tokenizer(schedule.sample_prompt, return_tensors="pt")))
         traversal = self.job.attachment.call_by_call("sample")
         with self._apart(), self.job.evaluation_mode(), traversal, torch.no_grad():
             generated = self.job.model.generate(  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
@@ -310,7 +312,7 @@ def check_loss(job: Job, data: PackedDataset) -> None:
     batch["labels"] = batch["input_ids"].clone()
     blocked = job.evaluate(iter([batch]))
     with torch.no_grad(), job.evaluation_mode(), job.attachment.traversal():
-        own = job.course.evaluate(batch, ModuleLoss(job.model))
+        own = job.course.evaluate(job.bring(batch), ModuleLoss(job.model))
     tolerance = 2 * torch.finfo(next(iter(job.weights.values())).dtype).eps * max(abs(own), 1.0)
     if abs(own - blocked) > tolerance:
         raise OptionError(
@@ -334,7 +336,7 @@ def export(job: Job, directory: Path) -> None:
 
     def read(name: str, start: int, stop: int) -> torch.Tensor:
         if name in buffers:
-            rows = buffers[name][start:stop]
+            rows = buffers[name][start:stop].cpu()
         elif name in own:
             rows = job.read(name, start, stop)
         else:

@@ -11,10 +11,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from outsize.distributed.group import Group
 from outsize.distributed.shard import ShardedStore
 from outsize.errors import RunError, StorageError
+from outsize.machine.devices import CPU
 from outsize.memory import shared
+from outsize.memory.device import DeviceTier
 from outsize.memory.disk import DiskTier
 from outsize.memory.homes import Committed
 from outsize.memory.host import HostTier, allocate_slab
@@ -308,10 +312,12 @@ def open_store(
     folder: StateFolder,
     wrap_disk: Callable[[Tier], Tier] = lambda tier: tier,
     group: Group | None = None,
+    device: torch.device = CPU,
 ) -> Store:
-    """The store of a training job: an arena and host memory near, the folder's blocks on disk; whatever was committed
-    there is announced. Memory that a keeper holds for the run is used again, if the plan shares any. `wrap_disk` puts a
-    layer before the disk, such as one that throttles it. Of several workers each has a folder and a store of its own."""
+    """The store of a training job: an arena near, host memory, the folder's blocks on disk; whatever was committed there is
+    announced. What is near lies in the host's memory, or in that of the `device` that the plan computes on. Memory that a
+    keeper holds for the run is used again, if the plan shares any. `wrap_disk` puts a layer before the disk, such as one
+    that throttles it. Of several workers each has a folder and a store of its own."""
     manifest = folder.read()
     found = folder.published = find_published(folder.directory, manifest)
     memory = None
@@ -319,9 +325,14 @@ def open_store(
         again = found is not None and found.memory.nbytes == plan.shared_bytes
         memory = found.memory if found and again else Shared(folder.directory, plan.shared_bytes)
     row = (group or Group()).row(plan.sharers)
-    tiers = {"host": HostTier(plan.memory_bytes or 1 << 60), "disk": wrap_disk(DiskTier(folder.blocks))}
+    host = HostTier(plan.memory_bytes or 1 << 60, pinned=device.type == "cuda")
+    tiers: dict[str, Tier] = {"host": host, "disk": wrap_disk(DiskTier(folder.blocks))}
+    allocate = allocate_slab
+    if plan.device_bytes:
+        tiers["device"] = on_device = DeviceTier(plan.device_bytes, device)
+        allocate = on_device.new
     near, transfers, ahead = plan.arena_bytes, Transfers(), plan.gather_ahead_bytes
-    store = ShardedStore(row, tiers, near, allocate_slab, transfers, ahead=ahead, checked=True, shared=memory)
+    store = ShardedStore(*(row, tiers, near, allocate, transfers, plan.near), ahead=ahead, checked=True, shared=memory)
     if manifest is not None:
         kept = {name: folder.read_kept(name).places for name in folder.kept_names()}
         store.homes.recover(

@@ -159,8 +159,8 @@ class Updater:
     # -- bringing weights in ----------------------------------------------------------------------------------------
 
     def put(self, block: RowBlock, source: torch.Tensor, target: torch.Tensor) -> None:
-        """Store source numbers (any float dtype, 1-D) as the compute weight `target` and, if split, their low bits; both
-        are those of `block.home`."""
+        """Store source numbers (any float dtype, 1-D, on the host) as the compute weight `target` and, if split, their low
+        bits; both are those of `block.home`."""
         if self.precision.master != "split" or block.name not in self.chunks:
             target.copy_(source)
             return
@@ -170,9 +170,9 @@ class Updater:
                 start = others.storage_offset() - target.storage_offset()
                 self._put_high(source[start : start + others.numel()], others)
         for chunk in self.chunks[block.name]:
-            low = torch.empty(chunk.stop - chunk.start, dtype=torch.int16)
+            low = torch.empty(chunk.stop - chunk.start, dtype=torch.int16, device=target.device)
             span = slice(chunk.start - first, chunk.stop - first)
-            master = torch.empty(chunk.stop - chunk.start).copy_(source[span])
+            master = torch.empty(chunk.stop - chunk.start, device=target.device).copy_(source[span])
             split_master(master, target[span], low)
             if source.dtype is not torch.bfloat16:
                 with self.store.lease(chunk.state, fresh=True) as lease:
@@ -183,7 +183,7 @@ class Updater:
         """Of another worker's share, only the compute weight."""
         for start in range(0, source.numel(), CHUNK):
             piece = source[start : start + CHUNK]
-            split_master(piece.to(torch.float32, copy=True), target[start : start + CHUNK], None)
+            split_master(piece.to(target.device, torch.float32, copy=True), target[start : start + CHUNK], None)
 
     def masters(self, block: RowBlock, weight: torch.Tensor) -> torch.Tensor:
         """The block's numbers in fp32 (1-D), joined from `weight` (its compute copy, 1-D) and the state's low bits."""

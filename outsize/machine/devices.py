@@ -1,0 +1,46 @@
+"""The GPU that this process computes on, if any. Written for CUDA, untested on a GPU: none was at hand."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from outsize.errors import OptionError
+from outsize.sizes import format_size
+
+CPU = torch.device("cpu")
+CONTEXT = 1 << 30  # bytes of a device that the driver and its libraries take; assumed
+
+
+def find_device(nbytes: int) -> torch.device:
+    """Where to compute with up to `nbytes` of a device's memory, driver included: with 0 on the host. Torch is told to take
+    no more. Of several workers on one machine each has a GPU of its own. Raises OptionError when there is none."""
+    if not nbytes:
+        return CPU
+    number, count = _number(), torch.cuda.device_count()
+    if number >= count:
+        raise OptionError(
+            f"{format_size(nbytes)} of device memory are asked for, and torch finds {count} CUDA GPUs, where this is worker "
+            f"{number} of its machine. Give --device-memory 0 to compute on the host, or fewer workers."
+        )
+    device = torch.device("cuda", number)
+    torch.cuda.set_device(device)
+    total = torch.cuda.mem_get_info(device)[1]
+    torch.cuda.set_per_process_memory_fraction(min(max(nbytes - CONTEXT, 0) / total, 1.0), device)
+    return device
+
+
+def free_bytes() -> int:
+    """What this process may use of its GPU, driver included; 0 where there is no GPU."""
+    number = _number()
+    return CONTEXT + torch.cuda.mem_get_info(number)[0] if number < torch.cuda.device_count() else 0
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most that this process has held of the device, driver included; 0 on the host."""
+    return CONTEXT + torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0
+
+
+def _number() -> int:
+    return int(os.environ.get("LOCAL_RANK", 0))
