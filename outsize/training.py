@@ -38,6 +38,7 @@ from outsize.planner.remembered import circumstances, recall, recall_slowness, r
 from outsize.planner.training import Place, Task, check_disk, plan_training
 from outsize.planner.workers import Worker, alike_disks, plan_workers
 from outsize.reporting import report_run
+from outsize.train.budgets import device_memory, host_memories
 from outsize.train.data import PackedDataset, prepare
 from outsize.train.import_state import bring_optimizer, check_optimizer
 from outsize.train.interrupt import finishing_the_step
@@ -115,8 +116,9 @@ class _Training:
         self.settings, self.rule, self.source, self.state = settings, rule, source, state
         self.group, self.continuing = group, continuing
         self.moved = settle(group, settings.out / "state", state)
-        self.memories = _memories(settings, group)
+        self.memories = host_memories(settings, group)
         self.memory = self.memories[group.rank]
+        self.device_memory = device_memory(settings, group)
         self.speaks = group.rank == 0  # and writes what there is one of
         self.folder = settings.out if self.speaks else state.directory
         self.wire, self.speeds, self.crowd = NO_WIRE, [1.0], Crowd()
@@ -241,7 +243,7 @@ class _Training:
             )
         copies = begun.get("weight_copies", 1) if committed else None
         shares = group.first(lambda: tuple(begun.get("shares", ())) if committed else self._told("shares"))
-        return request_of(settings, self.memory, group, copies, shares)
+        return request_of(settings, self.memory, self.device_memory, group, copies, shares)
 
     def _lines(self, task: Task, begun: dict[str, Any]) -> list[Request]:
         """Of each pipeline that the workers can be; of one that was begun, only its schedule may change."""
@@ -373,18 +375,6 @@ class _Training:
     def _states(self) -> Path:
         """Where all workers' states are."""
         return self.settings.out / "state"
-
-
-def _free_memory() -> int:
-    machine = describe(Path.cwd())
-    return machine.memory_available_bytes + process_memory().resident_bytes
-
-
-def _memories(settings: TrainSettings, group: Group) -> list[int]:
-    """What each worker may use: what it was told, or what is free, nearly alike being alike."""
-    free = _free_memory() // group.here if settings.memory is None else 0
-    told, found = zip(*group.each(settings.memory or 0, free), strict=True)
-    return [int(said or there) for said, there in zip(told, leveled(found), strict=True)]
 
 
 def _say_legs(count: int, shape: str) -> str:

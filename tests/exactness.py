@@ -220,7 +220,7 @@ class PlainLoop:
 
 @dataclass(frozen=True)
 class Setting:
-    """How a job is placed and run; `placement` is near, disk, mixed, or of a device: near, in its host's memory and on disk."""
+    """How a job is placed and run; `placement` is near, disk, mixed, or device: near, in its host's memory and on disk."""
 
     precision: str = "fp32"
     placement: str = "disk"

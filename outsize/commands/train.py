@@ -27,6 +27,7 @@ def train(
     out: options.Out = None,
     resume: options.Resume = None,
     memory: Memory = None,
+    device_memory: options.DeviceMemory = None,
     steps: options.Steps = 100,
     sequence_length: options.SequenceLength = 512,
     batch_size: options.BatchSize = 1,
@@ -109,7 +110,8 @@ def _settings(context: typer.Context, resume: Path | None, told: dict[str, Any])
     Raises OptionError when something is missing or cannot be read, RunError when `resume` is no run."""
     from outsize.train.settings import TrainSettings, continued, read_settings
 
-    told["memory"] = parse_size(told["memory"]) if told["memory"] else None
+    for name in ("memory", "device_memory"):
+        told[name] = parse_size(told[name]) if told[name] else None
     told["optimizer_option"] = read_options(told["optimizer_option"] or [])
     if resume is not None:
         told = {name: value for name, value in told.items() if was_given(context, name)}

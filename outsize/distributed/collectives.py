@@ -3,8 +3,9 @@ may be of any size, nothing is sent twice, and sums are taken in the order of th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 from torch import distributed
@@ -28,19 +29,35 @@ class Begun:
     peer: int | None
 
 
-def exchange(outgoing: Mapping[int, torch.Tensor], incoming: Mapping[int, torch.Tensor], tag: int = 0) -> None:
+Messages = Mapping[int, torch.Tensor]
+"""To workers, or from them."""
+Across = Sequence[distributed.ProcessGroup]
+"""By tag, the groups for what lies on devices: NCCL knows no tags."""
+
+
+def across(tags: int, patience: timedelta) -> Across:
+    """None where there are no devices. All workers call this alike; each group connects when it is first used. Untested on
+    GPUs: none was at hand."""
+    if not (torch.cuda.is_available() and distributed.is_nccl_available()):
+        return ()
+    groups = (distributed.new_group(backend="nccl", timeout=patience) for _ in range(tags))
+    return [group for group in groups if isinstance(group, distributed.ProcessGroup)]
+
+
+def exchange(outgoing: Messages, incoming: Messages, tag: int = 0, groups: Across = ()) -> None:
     """Send to workers, and receive from them: bytes, whatever they mean. Raises Unreachable."""
-    finish(begin(outgoing, incoming, tag))
+    finish(begin(outgoing, incoming, tag, groups))
 
 
-def begin(outgoing: Mapping[int, torch.Tensor], incoming: Mapping[int, torch.Tensor], tag: int = 0) -> list[Begun]:
+def begin(outgoing: Messages, incoming: Messages, tag: int = 0, groups: Across = ()) -> list[Begun]:
     """As `exchange`, which ends with `finish`: until then the tensors must stay, and what is sent must not change. What is
-    sent under a `tag` is received under it, in order."""
+    sent under a `tag` is received under it, in order. What lies on devices is exchanged in the order of their queues."""
     # Gloo sends to who has said that it waits, and says so on the connection that its own bytes take: said after them, it
     # comes when they are through, and only then the other's set out. Whoever is a moment late would halve the link.
     pairs = [(distributed.irecv, *message) for message in incoming.items()]
     pairs += [(distributed.isend, *message) for message in outgoing.items()]
-    operations = [P2POp(way, _bytes(data), peer, tag=tag) for way, peer, data in pairs if data.numel()]
+    group = groups[tag] if any(data.is_cuda for _, _, data in pairs) else None
+    operations = [P2POp(way, _bytes(data), peer, group, tag) for way, peer, data in pairs if data.numel()]
     works = distributed.batch_isend_irecv(operations) if operations else []
     known = len(works) == len(operations)  # NCCL has one for all
     tensors = [*outgoing.values(), *incoming.values()]

@@ -10,14 +10,13 @@ from typing import Any
 import torch
 
 from outsize.distributed.arrangement import ALONE, REMOTE, Arrangement
+from outsize.distributed.collectives import Messages
 from outsize.distributed.shares import Shares, cut_shares, sole_share
 from outsize.distributed.wire import NO_WIRE, Wire
 from outsize.errors import RunError
 from outsize.memory.clock import Clock
 from outsize.memory.ledger import Ledger
 
-Messages = Mapping[int, torch.Tensor]
-"""To workers, or from them."""
 NUMBER = "number"  # in the ledger: counts, losses and norms that workers tell each other
 
 
@@ -220,7 +219,7 @@ class Several(Group):
             peer: total[spans[peer].start - start : spans[peer].stop - start] for peer in self.arrangement.circle(level)
         }
         own, others = parts.pop(self.rank), self.arrangement.others(level)
-        received = self._buffer(total.dtype, len(others) * own.numel()).view(len(others), own.numel())
+        received = self._buffer(total, len(others) * own.numel()).view(len(others), own.numel())
         found = dict(zip(others, received, strict=True))
         self._exchange(level, "gradient", parts, found)
         found[self.rank] = own
@@ -234,14 +233,15 @@ class Several(Group):
         self.send(outgoing, incoming)
         self._count(self.arrangement.tier(level), kind, _nbytes(outgoing), _nbytes(incoming))
 
-    def _buffer(self, dtype: torch.dtype, numel: int) -> torch.Tensor:
-        nbytes = numel * dtype.itemsize
+    def _buffer(self, like: torch.Tensor, numel: int) -> torch.Tensor:
+        """Of so many elements, where `like` is."""
+        nbytes = numel * like.element_size()
         if self._scratch.numel() < nbytes:
-            self._scratch = self._allocate(nbytes)
-        return self._scratch[:nbytes].view(dtype)
+            self._scratch = self._allocate(nbytes, like.device)
+        return self._scratch[:nbytes].view(like.dtype)
 
-    def _allocate(self, nbytes: int) -> torch.Tensor:
-        return torch.empty(nbytes, dtype=torch.uint8)
+    def _allocate(self, nbytes: int, device: torch.device) -> torch.Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, device=device)
 
     def _count(self, tier: str, kind: str, sent: int, received: int) -> None:
         self.ledger.move("host", tier, {kind: sent})
@@ -284,8 +284,8 @@ class Some(Several):
     def _there(self, messages: Messages) -> Messages:
         return {self._ranks[peer]: tensor for peer, tensor in messages.items()}
 
-    def _allocate(self, nbytes: int) -> torch.Tensor:
-        return self._whole._allocate(nbytes)
+    def _allocate(self, nbytes: int, device: torch.device) -> torch.Tensor:
+        return self._whole._allocate(nbytes, device)
 
     def _count(self, tier: str, kind: str, sent: int, received: int) -> None:
         self._whole._count(tier, kind, sent, received)
@@ -313,8 +313,8 @@ class Imagined(Several):
         self._count_numbers(8 * len(numbers), ranks)
         return [numbers] * len(ranks)
 
-    def _allocate(self, nbytes: int) -> torch.Tensor:
-        return super()._allocate(nbytes) if self._given is None else self._given(nbytes)
+    def _allocate(self, nbytes: int, device: torch.device) -> torch.Tensor:
+        return super()._allocate(nbytes, device) if self._given is None else self._given(nbytes)
 
     def _count(self, tier: str, kind: str, sent: int, received: int) -> None:
         super()._count(tier, kind, sent, received)

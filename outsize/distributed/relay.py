@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from outsize.distributed.group import NUMBER, Group, Messages
+from outsize.distributed.collectives import Messages
+from outsize.distributed.group import NUMBER, Group
 from outsize.errors import RunError
 
 Order = tuple[Any, ...]

@@ -12,12 +12,13 @@ import torch
 from torch import distributed
 
 from outsize.distributed.arrangement import REMOTE, Arrangement
-from outsize.distributed.collectives import Begun, Unreachable, begin, exchange, finish
-from outsize.distributed.group import Group, Messages, Several
+from outsize.distributed.collectives import Begun, Messages, Unreachable, across, begin, exchange, finish
+from outsize.distributed.group import Group, Several
 from outsize.distributed.launch import CONTINUES
 from outsize.distributed.meeting import meet
 from outsize.distributed.watch import Watch
 from outsize.errors import OptionError, OutsizeError, RunError
+from outsize.machine.devices import queue_beside
 from outsize.memory.transfer import Ticket, Transfers
 
 AHEAD = 2  # a tag: messages that overtake others, or are overtaken; those of a pipeline have 0 and 1
@@ -42,7 +43,7 @@ class Workers(Several):
             distributed.init_process_group("gloo", store=meeting, rank=rank, world_size=size, timeout=answer)
             commits = distributed.new_group(backend="gloo", timeout=answer)
             assert isinstance(commits, distributed.ProcessGroup), "every worker is a member"
-            self._commits = commits
+            self._commits, self._across = commits, across(AHEAD + 1, answer)
         except (RuntimeError, ValueError) as problem:
             raise RunError(
                 f"Worker {rank} of {size} has met the others, but cannot exchange with them: {problem}. Let each connect "
@@ -50,18 +51,21 @@ class Workers(Several):
             ) from problem
 
     def send(self, outgoing: Messages, incoming: Messages, tag: int = 0) -> None:
-        self._wait(lambda: exchange(outgoing, incoming, tag))
+        self._wait(lambda: exchange(outgoing, incoming, tag, self._across))
 
     def begin(self, outgoing: Messages, tag: int = 0) -> Callable[[], None]:
         begun: list[Begun] = []
-        self._wait(lambda: begun.extend(begin(outgoing, {}, tag)))
+        self._wait(lambda: begun.extend(begin(outgoing, {}, tag, self._across)))
         return lambda: self._wait(lambda: finish(begun))
 
     def _aside(self, exchanges: list[tuple[Messages, Messages]]) -> Callable[[], None]:
+        beside = queue_beside({data.device for sides in exchanges for side in sides for data in side.values()})
+
         def carry_out() -> None:
             started = self.clock.now()
-            for outgoing, incoming in exchanges:
-                exchange(outgoing, incoming, AHEAD)
+            with beside:
+                for outgoing, incoming in exchanges:
+                    exchange(outgoing, incoming, AHEAD, self._across)
             self.clock.note("exchange", started)
 
         if self._thread is None:

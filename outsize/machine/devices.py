@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
@@ -20,9 +22,10 @@ def find_device(nbytes: int) -> torch.device:
         return CPU
     number, count = _number(), torch.cuda.device_count()
     if number >= count:
+        who = f" for worker {number} of this machine" if number else ""
         raise OptionError(
-            f"{format_size(nbytes)} of device memory are asked for, and torch finds {count} CUDA GPUs, where this is worker "
-            f"{number} of its machine. Give --device-memory 0 to compute on the host, or fewer workers."
+            f"{format_size(nbytes)} of device memory are asked for, and torch finds {count} CUDA GPUs{who}. Give "
+            "--device-memory 0 to compute on the host, or fewer workers."
         )
     device = torch.device("cuda", number)
     torch.cuda.set_device(device)
@@ -40,6 +43,25 @@ def free_bytes() -> int:
 def peak_bytes(device: torch.device) -> int:
     """The most that this process has held of the device, driver included; 0 on the host."""
     return CONTEXT + torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0
+
+
+def queue_beside(devices: Iterable[torch.device]) -> AbstractContextManager[None]:
+    """A context for another thread: what it queues on a device among `devices` begins after what is queued there now, runs
+    beside what comes later, and is done when the context ends."""
+    device = next((device for device in devices if device.type == "cuda"), None)
+    if device is None:
+        return nullcontext()
+    queued = torch.cuda.Event()
+    queued.record(torch.cuda.current_stream(device))
+    return _beside(torch.cuda.Stream(device), queued)
+
+
+@contextmanager
+def _beside(stream: torch.cuda.Stream, queued: torch.cuda.Event) -> Iterator[None]:
+    with torch.cuda.stream(stream):
+        stream.wait_event(queued)
+        yield
+    stream.synchronize()
 
 
 def _number() -> int:

@@ -98,7 +98,7 @@ class Homes:
             entry.extent = self._allocate(entry)
         if entry.durable and entry.spare is None:
             entry.spare = self._allocate(entry)
-        if entry.home.name not in (self._near, self.tier(entry).name):
+        if entry.durable and entry.home.name not in (self._near, "disk"):
             entry.slot = entry.home.allocate(entry.block.nbytes)
             self._ledger.hold(entry.home.name, entry.block.bytes_by_kind)
 

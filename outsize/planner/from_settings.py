@@ -10,14 +10,24 @@ from outsize.train.settings import TrainSettings
 
 
 def request_of(
-    settings: TrainSettings, memory: int, group: Group, copies: int | None, shares: tuple[int, ...] | None
+    settings: TrainSettings,
+    memory: int,
+    device: int,
+    group: Group,
+    copies: int | None,
+    shares: tuple[int, ...] | None,
 ) -> Request:
-    """Of all workers together. `copies`: how many of split weights there are already; `shares`: in which proportion state is
-    divided, if that is settled. Raises OptionError for what several workers cannot do."""
+    """Of all workers together, each with so much `memory`, and of a `device` (0: the host computes). `copies`: how many of
+    split weights there are already; `shares`: in which proportion state is divided, if that is settled. Raises OptionError
+    for what several workers, or a device, cannot do."""
     _check_pipeline(settings, group)
     for option, given in (("--keeper", settings.keeper), ("--replan", settings.replan)):
         if given and group.size > 1:
             raise OptionError(f"{option} is for one worker, and there are {group.size}. Leave it out, or --workers.")
+    if settings.keeper and device:
+        raise OptionError(
+            "--keeper holds what lies in the host's memory, and a device computes. Leave one of them out."
+        )
     return Request(
         memory,
         settings.sequence_length,
@@ -33,6 +43,7 @@ def request_of(
         zero=settings.zero,
         weight_copies=copies,
         shares=shares,
+        device_bytes=device,
     )
 
 

@@ -15,9 +15,9 @@ from outsize.train.state import REMEMBERED, replace_file
 
 VERSION = 1  # of run.json
 FREE = {
-    "memory", "out", "activations", "commit_every", "keeper", "keep_last", "keep_every", "eval_data", "eval_every",
-    "sample_prompt", "sample_every", "plan", "replan", "workers", "pipeline", "legs", "legs_shape", "zero_bubble",
-    "worker_timeout", "json",
+    "memory", "device_memory", "out", "activations", "commit_every", "keeper", "keep_last", "keep_every", "eval_data",
+    "eval_every", "sample_prompt", "sample_every", "plan", "replan", "workers", "pipeline", "legs", "legs_shape",
+    "zero_bubble", "worker_timeout", "json",
 }  # fmt: skip
 """What may differ when a run is continued; all else must stay as it was."""
 PATHS = ("data", "eval_data", "optimizer_state", "out", "plan")
@@ -35,6 +35,7 @@ class TrainSettings:
     data: Path
     out: Path
     memory: int | None = None
+    device_memory: int | None = None
     steps: int = 100
     sequence_length: int = 512
     batch_size: int = 1
@@ -77,7 +78,7 @@ class TrainSettings:
 
     def shared(self) -> dict[str, Any]:
         """What all workers must have been told alike; files are told by what is in them."""
-        own = {*PATHS, "model", "memory", "json", "workers"}
+        own = {*PATHS, "model", "memory", "device_memory", "json", "workers"}
         return {key: value for key, value in self.plain().items() if key not in own}
 
     def plain(self) -> dict[str, Any]:

@@ -1,0 +1,30 @@
+"""How much memory each worker may use: what it was told, or what is free."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from outsize.distributed.group import Group
+from outsize.distributed.measure import leveled
+from outsize.machine.describe import describe, process_memory
+from outsize.machine.devices import find_device, free_bytes
+from outsize.train.settings import TrainSettings
+
+
+def host_memories(settings: TrainSettings, group: Group) -> list[int]:
+    """Of each worker's process; nearly alike being alike."""
+    free = _free_memory() // group.here if settings.memory is None else 0
+    told, found = zip(*group.each(settings.memory or 0, free), strict=True)
+    return [int(said or there) for said, there in zip(told, leveled(found), strict=True)]
+
+
+def device_memory(settings: TrainSettings, group: Group) -> int:
+    """Of each worker's GPU, the same for all; 0: the host computes. Raises OptionError where there is none."""
+    own = free_bytes() if settings.device_memory is None else settings.device_memory
+    find_device(own)
+    return int(min(said for (said,) in group.each(own)))
+
+
+def _free_memory() -> int:
+    machine = describe(Path.cwd())
+    return machine.memory_available_bytes + process_memory().resident_bytes
