@@ -67,6 +67,13 @@ Replan = Annotated[
         "seen: other things may stay in memory then, and no number changes."
     ),
 ]
+DeviceMemory = Annotated[
+    str | None,
+    typer.Option(
+        help="Memory of each device (GPU) that training may use, such as 20GiB; 0 computes on the host. --memory is then "
+        "for the process beside it."
+    ),
+]
 Workers = Annotated[
     int, typer.Option(min=1, help="Processes on this machine that divide state and batch; --memory is for each.")
 ]
