@@ -21,7 +21,12 @@ from outsize.train.verify import Verifier
 
 PLAN = Plan("fp32", 12 * PAGE, device_bytes=100 * PAGE)
 BLOCKS = {"frozen": 1, "near": 1, "a": 1, "b": 2, "c": 3, "d": 1, "more": 2}  # pages; the first changes in step 0 only
-HOMES = {"near": "device", "more": "device", "b": "host", "d": "host"}  # others live on disk; what does not is written while
+HOMES = {
+    "near": "device",
+    "more": "device",
+    "b": "host",
+    "d": "host",
+}  # others live on disk; what does not is written while
 # the next step begins: from where it stays, or from the host's memory
 
 

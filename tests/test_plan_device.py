@@ -17,11 +17,12 @@ import outsize
 from outsize.asked import Request
 from outsize.cli import app
 from outsize.errors import BudgetError, OptionError
+from outsize.machine.devices import CONTEXT
 from outsize.machine.find import find_machine
 from outsize.machine.machine import Link, Machine
 from outsize.model.units import find_units
 from outsize.plan import RECOMPUTE, SPARE, Plan
-from outsize.planner.beside import CONTEXT, LIBRARIES
+from outsize.planner.beside import LIBRARIES
 from outsize.planner.check import check_plan
 from outsize.planner.clock import ways_of
 from outsize.planner.search import Placement, Search

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from outsize.machine.allocator import Ceiling
 
-CONTEXT = 1 << 30  # bytes of a device that the driver and its libraries take; assumed
 WORKSPACE = 64 << 20  # bytes that products on a device keep for themselves; assumed
 LIBRARIES = 1 << 30  # bytes of the host's memory that CUDA's libraries take once a device computes; assumed
 HOST_SHARE = 0.9  # of a described node's memory that its workers may use, where nobody says; assumed

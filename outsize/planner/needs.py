@@ -10,13 +10,14 @@ from math import prod
 
 from outsize.machine.allocator import Ceiling
 from outsize.machine.caching import ROUND, cached_peak
+from outsize.machine.devices import CONTEXT
 from outsize.machine.heap import Change, heap_peak
 from outsize.memory.disk import BOUNCE
 from outsize.memory.tier import pages
 from outsize.model.activations import ACTIVATION
 from outsize.model.units import Unit
 from outsize.plan import Plan
-from outsize.planner.beside import BUFFERS, CONTEXT, WORKSPACE, Beside
+from outsize.planner.beside import BUFFERS, WORKSPACE, Beside
 from outsize.planner.rehearsal import Rehearsed, homes
 from outsize.planner.script import Create, Event, HomeOf, Key, Live, Script, Touched
 from outsize.planner.sizes_of import WeightSize

@@ -184,9 +184,7 @@ class _Player:
 
     def _create(self, event: Create) -> None:
         if event.block.name not in self.store.entries:  # a gradient's block outlives the step that made it
-            home = self.home_of(event.block.name)
-            durable = event.durable and home in (self.store.near, "disk")  # else a commit is of no matter here
-            self.store.create(event.block, home, durable)
+            self.store.create(event.block, self.home_of(event.block.name), event.durable)
 
     def _touch(self, event: Touched) -> None:
         leases = self._leases.setdefault(event.name, [])

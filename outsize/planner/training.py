@@ -17,11 +17,11 @@ from outsize.divided import HALVES
 from outsize.errors import BudgetError, OptionError
 from outsize.machine.allocator import give_back
 from outsize.machine.describe import process_memory
+from outsize.machine.devices import CONTEXT
 from outsize.machine.machine import Machine
 from outsize.model.units import Unit
 from outsize.model.vocabulary import Table
 from outsize.plan import KEEP, MOVE, MOVE_TO_HOST, RECOMPUTE, Activations, Plan
-from outsize.planner.beside import CONTEXT
 from outsize.planner.clock import ways_of
 from outsize.planner.known_prices import KnownPrices, prices_file
 from outsize.planner.needs import find_needs
