@@ -14,7 +14,7 @@ from torch import nn
 from outsize.asked import PipelineRequest, Request
 from outsize.distributed.measure import Crowd
 from outsize.distributed.shares import in_proportion
-from outsize.errors import OptionError, OutsizeError
+from outsize.errors import BudgetError, OptionError, OutsizeError
 from outsize.machine.allocator import recycle_up_to
 from outsize.machine.describe import describe, process_memory
 from outsize.machine.devices import find_device
@@ -24,11 +24,12 @@ from outsize.model.companions import COMPANIONS
 from outsize.model.load import open_model
 from outsize.model.units import find_units
 from outsize.plan import Plan
+from outsize.planner.beside import HOST_SHARE
 from outsize.planner.cluster import places, wire_of
 from outsize.planner.pipeline import fullest, lines_of, plan_line
 from outsize.planner.training import Place, Planning, Task, plan_training
 from outsize.planner.workers import Worker, plan_workers
-from outsize.sizes import parse_size
+from outsize.sizes import format_size, parse_size
 from outsize.train.export import Exported, export_checkpoint
 from outsize.train.job import Job, bind
 from outsize.train.optimizers import OptimizerRule, uniform_rule
@@ -81,7 +82,7 @@ def attach(
     baseline = max(process_memory().resident_bytes - in_memory, 0)
     task = Task(model, units, rule, request, block_class=block_class)
     try:
-        plan = plan_training(task, Place(this_machine(directory), baseline, describe(directory).disk_free_bytes))
+        plan = plan_training(task, Place(this_machine(directory).hosted, baseline, describe(directory).disk_free_bytes))
     except OutsizeError:
         folder.abandon()
         folder.close()  # with another budget it may be tried again
@@ -102,10 +103,10 @@ def attach(
     return job
 
 
-def plan(model: str, *, memory: str | int, **asked: Any) -> Plan:
+def plan(model: str, *, memory: str | int | None = None, **asked: Any) -> Plan:
     """What a job with `model` would do within `memory`, without doing it; `asked` is as `planning` has it. The plan prints
     itself as a table. Raises OptionError, ModelError, or BudgetError with the smallest memory that works."""
-    return planning(model, **asked)(parse_size(memory))
+    return planning(model, **asked)(memory)
 
 
 def planning(
@@ -122,9 +123,11 @@ def planning(
     legs: int | None = None,
     legs_shape: str | None = None,
     zero_bubble: bool | None = None,
+    device_memory: str | int | None = None,
     **request: Any,
-) -> Callable[[str | int], Plan]:
+) -> Callable[[str | int | None], Plan]:
     """Plans of one job within one memory after another; all else is measured once, so that memory alone makes them differ.
+    Of a described machine with devices None is this worker's part of a node's memory (`HOST_SHARE`).
 
     For the `task` train, `request` takes the fields of `outsize.asked.Request` (sequence_length, batch_size, accumulate,
     precision, moments, clip, loss, activations, commit_every, keeper, zero), and its batch is what all `workers` do together
@@ -132,18 +135,23 @@ def planning(
     is that of who needs most; of fewer `legs` than workers, several divide each, and of more each has several. What nobody
     names of `legs`, `legs_shape` and `zero_bubble` is as a step is shortest. For `serve`, it takes context, concurrency,
     step_tokens and weights, and `workers` divide the model's layers (None: one has all).
-    `machine` is the name or file of one described, None this one, whose disk is that of `directory`. `model` may be a
-    folder that holds nothing but config.json. Raises OptionError or ModelError; the plans raise BudgetError."""
+    `machine` is the name or file of one described, None this one, whose disk is that of `directory`. Where it has devices
+    they train, each within `device_memory` (None: all that it has; 0: the host computes). `model` may be a folder that holds
+    nothing but config.json. Raises OptionError or ModelError; the plans raise BudgetError."""
     line = PipelineRequest(legs, legs_shape, zero_bubble)
     _check_asked(task, request, pipeline, line)
     there = _machine(machine, Path(directory))
     if task == "serve":
         from outsize.serving import plan_service
 
-        return plan_service(model, machine=there, workers=workers or 1, **request)
+        if device_memory is not None:
+            raise OptionError("--device-memory is for training; serving computes on the host. Leave it out.")
+        return partial(_needing, plan_service(model, machine=there, workers=workers or 1, **request), None, 1)
+    device_bytes = device_bytes_of(there, device_memory)
+    there = there if device_bytes else there.hosted
     nodes = there.nodes.count
     workers = workers or (nodes * places(there) if nodes > 1 else 1)
-    asked = Request(0, **request)
+    asked = Request(0, device_bytes=device_bytes, **request)
     if pipeline and workers == 1:
         raise OptionError("A pipeline is of several workers. Give --workers 2 or more, or leave out --pipeline.")
     if not pipeline:
@@ -162,18 +170,49 @@ def planning(
     here = Place(there, process_memory().resident_bytes, disk, wire_of(there, each), crowd)
     job = Task(module, units, rule, asked, [], source.stored_dtype, block_class)
     if not pipeline and not there.unlike:
-        return partial(_within, Planning(job, here), tokenizer)
+        return partial(_needing, partial(_within, Planning(job, here), each, tokenizer), there, each)
     machines = [there.node(rank // each) for rank in range(workers)]
     apart = [here.beside(machine, machine.capacity("disk") // each) for machine in machines]
     jobs = lines_of(job, workers, nodes, line) if pipeline else [job]
-    return partial(_each_within, jobs, apart, each, tokenizer)
+    return partial(_needing, partial(_each_within, jobs, apart, each, tokenizer), there, each)
+
+
+def device_bytes_of(machine: Machine, asked: str | int | None) -> int:
+    """What each device of a machine may use: so much as was `asked`, all of it if nobody did; 0 where none is to compute.
+
+    Raises OptionError when it has less, or when there is no device."""
+    nbytes = None if asked is None else parse_size(asked)
+    if "device" not in machine.tiers:
+        if nbytes:
+            raise OptionError(
+                f"--device-memory is for a machine with a device, and {machine.name} has none. Leave it out."
+            )
+        return 0
+    most = machine.capacity("device")
+    if nbytes is not None and nbytes > most:
+        raise OptionError(
+            f"A device of {machine.name} has {format_size(most)}, less than --device-memory {format_size(nbytes)}. Give that "
+            "much, or less."
+        )
+    return most if nbytes is None else nbytes
+
+
+def _needing(
+    planned: Callable[[str | int], Plan], machine: Machine | None, each: int, memory: str | int | None = None
+) -> Plan:
+    """The plan of one of `each` workers of a node."""
+    if memory is None:
+        if machine is None or machine.origin != "described" or machine.compute.tier != "device":
+            raise OptionError("A plan needs to know how much memory the process may use. Give --memory, such as 3GiB.")
+        memory = int(HOST_SHARE * machine.capacity("host")) // each
+    return planned(memory)
 
 
 def _check_asked(task: str, request: dict[str, Any], pipeline: bool, line: PipelineRequest) -> None:
     known = {
         "train": {field.name for field in fields(Request)}
         - {"memory_bytes", "hold", "workers", "nodes", "weight_copies", "gather_ahead_bytes", "sequences", "shares"}
-        - {"rank", "legs", "legs_shape", "zero_bubble"},
+        - {"device_bytes", "rank", "legs", "legs_shape", "zero_bubble"},
         "serve": {"context", "concurrency", "step_tokens", "weights"},
     }.get(task)
     if known is None:
@@ -194,9 +233,17 @@ def _each_within(jobs: list[Task], apart: list[Place], each: int, _held: object,
     return fullest(plan_line(jobs, workers)) if jobs[0].request.legs else plan_workers(jobs[0], workers)[0]
 
 
-def _within(planning: Planning, _held: object, memory: str | int) -> Plan:
-    """`_held` counts in the baseline, as long as plans are made."""
-    return planning.within(parse_size(memory))
+def _within(planning: Planning, each: int, _held: object, memory: str | int) -> Plan:
+    """`_held` counts in the baseline, as long as plans are made. Raises BudgetError where the hosts of devices do not have
+    that for `each` worker of a node."""
+    budget, machine = parse_size(memory), planning.place.machine
+    most = machine.capacity("host") // each
+    if machine.compute.tier == "device" and budget > most:
+        raise BudgetError(
+            f"{each} x {format_size(budget)} are more than the {format_size(machine.capacity('host'))} of memory that a node "
+            f"of {machine.name} has for {each} workers. Give --memory {most >> 20}MiB, or less.",
+        )
+    return planning.within(budget)
 
 
 def _machine(machine: str | Path | Machine | None, directory: Path) -> Machine:

@@ -32,9 +32,10 @@ class Predicted:
     """What a plan says will be measured. Bytes and seconds, of one step where it says so; 0 device bytes without a GPU.
 
     `bytes_read`, `bytes_written` and `moved` (source, destination, kind, bytes) are means of steps in the middle of a run,
-    commits included, evaluation and samples not. `memory` is (cause, bytes), which add up to the peak. `timeline` is
-    what one step does when: (compute, update, wire, waiting, read or write, begin, end); `tensors` is (time, bytes of its
-    tensors from then on). `wire_bytes` come from other workers. None: not predicted."""
+    commits included, evaluation and samples not. `memory` is (cause, bytes), which add up to the host's peak, and
+    `device_memory` to the device's. `timeline` is what one step does when: (compute, update, wire, waiting, read or write,
+    begin, end); `tensors` is (time, bytes of its tensors from then on). `wire_bytes` come from other workers. None: not
+    predicted."""
 
     host_peak_bytes: int
     device_peak_bytes: int
@@ -52,6 +53,7 @@ class Predicted:
     floating_operations: float | None = None
     moved: tuple[tuple[str, str, str, int], ...] = ()
     memory: tuple[tuple[str, int], ...] = ()
+    device_memory: tuple[tuple[str, int], ...] = ()
     timeline: tuple[tuple[str, float, float], ...] = field(default=(), repr=False)
     tensors: tuple[tuple[float, int], ...] = field(default=(), repr=False)
 
@@ -75,6 +77,7 @@ class Activations:
 
 
 KEEP, RECOMPUTE, MOVE = Activations(), Activations("input"), Activations("all", "disk")
+MOVE_TO_HOST = Activations("all", "host")  # from a device
 
 
 @dataclass(frozen=True)
@@ -292,6 +295,10 @@ def _outcome(plan: Plan, predicted: Predicted) -> list[tuple[str, str]]:
     who = f"worker {plan.rank} of {plan.workers}" if plan.legs else "the process"
     rows = [("memory", f"{who} peaks at {format_size(predicted.host_peak_bytes)}{budget}")]
     rows += [("", f"{format_size(nbytes)} {cause}") for cause, nbytes in predicted.memory]
+    if plan.device_bytes:
+        peak, most = format_size(predicted.device_peak_bytes), format_size(plan.device_bytes)
+        rows += [("device", f"its memory peaks at {peak} of {most}")]
+        rows += [("", f"{format_size(nbytes)} {cause}") for cause, nbytes in predicted.device_memory]
     rows += [("disk", f"{format_size(predicted.disk_bytes)}, the state; it is also the checkpoint")]
     if predicted.seconds_per_step is not None:
         rows += [("a step takes", f"{predicted.seconds_per_step:.2f} s, {predicted.tokens_per_second:,.0f} tokens/s")]

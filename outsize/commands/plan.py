@@ -45,9 +45,16 @@ SERVED = ["peak", "requests", "tokens/s", "together", "first token", "read"]
 def plan(
     command: typer.Context,
     model: Model,
-    memory: Annotated[str, typer.Option(help="Peak memory of the whole process, such as 3GiB or 800MiB.")],
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            help="Peak memory of the whole process, such as 3GiB or 800MiB. Of a described machine with devices it may be "
+            "left out: a worker's part of the host's."
+        ),
+    ] = None,
     task: Annotated[str, typer.Option(help="What is planned: train or serve.")] = "train",
     machine: Machine = None,
+    device_memory: options.DeviceMemory = None,
     directory: Annotated[Path, typer.Option(help="Where the run would live: its disk counts.")] = Path(),
     sequence_length: options.SequenceLength = 512,
     batch_size: options.BatchSize = 1,
@@ -86,8 +93,8 @@ def plan(
     """
     asked = {name: value for name, value in locals().items() if name in ASKED.get(task, ())}
     sizes = [size.strip() for size in compare.split(",")] if compare else []
-    for size in (memory, *sizes):
-        parse_size(size)
+    for size in (memory, device_memory, *sizes):
+        parse_size(size or 0)
     _check_task(task, command)
     _check_shown(task, sizes, pipeline, save, picture, trace)
     if task == "train":
@@ -95,9 +102,9 @@ def plan(
     with interruptible("Nothing was kept."), lasting():
         from outsize.api import planning
 
-        planned = planning(model, task=task, machine=machine, directory=directory, **asked)
+        planned = planning(model, task=task, machine=machine, directory=directory, device_memory=device_memory, **asked)
         if sizes:
-            _compare(planned, dict.fromkeys([memory, *sizes]), picture, json_lines)
+            _compare(planned, dict.fromkeys([*([memory] if memory else []), *sizes]), picture, json_lines)
             return
         found = planned(memory)
         _keep(found, save, picture, trace)
@@ -147,7 +154,9 @@ def _write(path: Path, text: str) -> None:
         raise StorageError(f"{path} cannot be written: {problem.strerror}. Choose another place.") from problem
 
 
-def _compare(planned: Callable[[str], Plan], sizes: dict[str, None], picture: Path | None, json_lines: bool) -> None:
+def _compare(
+    planned: Callable[[str | None], Plan], sizes: dict[str, None], picture: Path | None, json_lines: bool
+) -> None:
     """One line for each size; one that is too small says which would do."""
     found: dict[str, Plan | BudgetError] = {}
     for size in sorted(sizes, key=parse_size):

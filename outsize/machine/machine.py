@@ -214,6 +214,18 @@ class Machine:
         """The processor that runs the model: the devices where there are any, else the host's."""
         return self.processor("device" if "device" in self.tiers else "host")
 
+    @property
+    def hosted(self) -> Machine:
+        """The same without its devices: the host computes."""
+        if "device" not in self.tiers:
+            return self
+        return replace(
+            self,
+            capacities=tuple(each for each in self.capacities if each.tier != "device"),
+            links=tuple(link for link in self.links if "device" not in (link.source, link.target)),
+            processors=tuple(each for each in self.processors if each.tier != "device"),
+        )
+
     def node(self, index: int) -> Machine:
         """The machine that one of the nodes is."""
         first = self.nodes.count - sum(each.count for each in self.unlike)

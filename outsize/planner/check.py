@@ -37,6 +37,9 @@ def check_plan(plan: Plan, task: Task, place: Place) -> Plan:
     known = task.job
     _refuse_unknown("near_weights", plan.near_weights, known.sizes)
     _refuse_unknown("near_states", plan.near_states, known.sizes)
+    _refuse_unknown("host_weights", plan.host_weights, known.sizes)
+    _refuse_unknown("host_states", plan.host_states, known.sizes)
+    _check_device(plan, request)
     _refuse_unknown("activations", [name for name, _ in plan.activations], [unit.name for unit in task.units])
     _refuse_unknown("table_rows", [name for name, _ in plan.table_rows], known.rows)
     if {name for name, _ in plan.table_rows} != (known.rows.keys() if plan.blocked_loss else set()):
@@ -50,7 +53,7 @@ def check_plan(plan: Plan, task: Task, place: Place) -> Plan:
         raise OptionError("The plan has no keeper (shared_bytes is 0). Make it with --keeper, or leave --keeper out.")
     _check_shared(plan, job)
     search = search_of(replace(task, request=replace(request, commit_every=plan.commit_every)), place, job, plan)
-    search.needs = replace(search.needs, tensors=tensor_bytes(search.rehearsed, plan.recycle_bytes))
+    search.needs = replace(search.needs, tensors=tensor_bytes(search.rehearsed, plan))
     told = Placement(
         near_weights=plan.near_weights | job.always,
         near_states=plan.near_states,
@@ -58,6 +61,8 @@ def check_plan(plan: Plan, task: Task, place: Place) -> Plan:
         gradient_home=plan.gradient_home,
         filled="as told",
         shared=plan.shared_bytes > 0,
+        host_weights=plan.host_weights - plan.near_weights - job.always,
+        host_states=plan.host_states - plan.near_states,
     )
     search.tried.append(search.choice(told))
     checked = finished(search, search.tried[0])
@@ -67,9 +72,26 @@ def check_plan(plan: Plan, task: Task, place: Place) -> Plan:
         plan,
         sequences=plan.sequences or request.sequences,
         memory_bytes=request.memory_bytes,
+        device_bytes=request.device_bytes,
         predicted=checked.predicted,
         reasons=(*checked.reasons, of_machine(place.machine)),
     )
+
+
+def _check_device(plan: Plan, request: Request) -> None:
+    """Raises OptionError when plan and command do not compute at the same place."""
+    where = {True: "on a device", False: "on the host"}
+    planned, said = plan.device_bytes > 0, request.device_bytes > 0
+    if planned != said:
+        remedy = f"{plan.device_bytes >> 20}MiB" if planned else "0"
+        raise OptionError(
+            f"The plan computes {where[planned]}, the command {where[said]}. Give --device-memory {remedy}, or plan anew."
+        )
+    if not planned and (plan.host_weights or plan.host_states):
+        raise OptionError(
+            "The plan's host_weights and host_states are of a device's host, and no device computes (device_bytes is 0). "
+            "Name them in near_weights and near_states."
+        )
 
 
 def _check_shared(plan: Plan, job: JobSizes) -> None:
@@ -90,6 +112,12 @@ def _check_shared(plan: Plan, job: JobSizes) -> None:
 def _check_memory(plan: Plan, request: Request) -> None:
     predicted = plan.predicted
     assert predicted is not None
+    if predicted.device_peak_bytes > request.device_bytes:
+        causes = ", ".join(f"{format_size(nbytes)} {cause}" for cause, nbytes in predicted.device_memory)
+        raise BudgetError(
+            f"The plan needs {format_size(predicted.device_peak_bytes)} of the device's memory, more than the "
+            f"{format_size(request.device_bytes)} allowed: {causes}. Keep less near, or give more --device-memory."
+        )
     needed = predicted.host_peak_bytes + plan.headroom_bytes
     if needed > request.memory_bytes:
         parts = (*predicted.memory, ("for what may come until the process looks again", plan.headroom_bytes))

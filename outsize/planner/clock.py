@@ -61,9 +61,19 @@ Ways = Mapping[str, Rates]
 
 
 def ways_of(machine: Machine, workers: int = 1) -> Ways:
-    """How bytes get to where the machine computes, and back, when so many workers share it."""
+    """How bytes get to where the machine computes, and back, when so many workers share it. To a device they come from its
+    host's memory over its own link, all of which may have a limit; and from disk through a buffer there, piece by piece,
+    as fast as the slower of both ways lets them."""
     disk = Rates.between(machine, "disk", "host")
-    return {"disk": replace(disk, read=disk.read / workers, write=disk.write / workers, both=disk.both / workers)}
+    disk = replace(disk, read=disk.read / workers, write=disk.write / workers, both=disk.both / workers)
+    if machine.compute.tier == "host":
+        return {"disk": disk}
+    host = Rates.between(machine, "host", "device")
+    if machine.link("host", "device").shared is not None:
+        both = host.both / workers
+        host = replace(host, read=min(host.read, both), write=min(host.write, both), both=both)
+    slower = {name: min(getattr(disk, name), getattr(host, name)) for name in ("read", "write", "both")}
+    return {"host": host, "disk": replace(disk, **slower, latency=disk.latency + host.latency)}
 
 
 @dataclass(eq=False, slots=True)

@@ -38,15 +38,17 @@ class Forecast:
         return self.seconds <= 1.01 * sum(self.lanes.get(lane, 0.0) for lane in ("compute", "update", "wire"))
 
 
-def forecast(rehearsed: Rehearsed, arena_bytes: int, home_of: HomeOf, ways: Ways, closely: bool) -> Forecast:
-    """Play the step under a placement. A script too long to be played is played over some of the units, evenly taken,
-    and over half as many; what those of the difference add is taken for what all others add. `closely` is slower: with more
-    units.
+def forecast(
+    rehearsed: Rehearsed, arena_bytes: int, home_of: HomeOf, ways: Ways, closely: bool, near: str = "host"
+) -> Forecast:
+    """Play the step under a placement, on the tier `near`. A script too long to be played is played over some of the units,
+    evenly taken, and over half as many; what those of the difference add is taken for what all others add. `closely` is
+    slower: with more units.
 
     Raises BudgetError when leases leave no room in the arena."""
 
     def run(script: Script) -> Forecast:
-        return _played(script if closely else script.lean, arena_bytes, home_of, ways, 3 if closely else 2)
+        return _played(script if closely else script.lean, arena_bytes, home_of, ways, near, 3 if closely else 2)
 
     units = rehearsed.units
     if not units:
@@ -59,10 +61,10 @@ def forecast(rehearsed: Rehearsed, arena_bytes: int, home_of: HomeOf, ways: Ways
     return _carried_on(run(rehearsed.over(many)), run(rehearsed.over(few)), len(many), len(few), len(units))
 
 
-def with_snapshots(found: Forecast, snapshot: dict[str, int], every: int, ways: Ways) -> Forecast:
-    """The mean of steps of which each `every`-th is committed, and `snapshot` (kind -> bytes) is then written from
+def with_snapshots(found: Forecast, snapshot: dict[tuple[str, str], int], every: int, ways: Ways) -> Forecast:
+    """The mean of steps of which each `every`-th is committed, and `snapshot` ((tier, kind) -> bytes) is then written from
     memory. That takes what it takes of the processors; and of the disk, only where this has no time to spare."""
-    written = {("host", "disk", kind): nbytes // every for kind, nbytes in snapshot.items()}
+    written = {(tier, "disk", kind): nbytes // every for (tier, kind), nbytes in snapshot.items()}
     takes = sum(written.values()) / ways["disk"].write + ways["disk"].flush / every
     busy = min(found.seconds, max(found.lanes.get("read", 0.0), found.lanes.get("write", 0.0)))
     lanes = found.lanes | {"write": found.lanes.get("write", 0.0) + takes}
@@ -75,10 +77,10 @@ def with_snapshots(found: Forecast, snapshot: dict[str, int], every: int, ways: 
     return replace(found, seconds=seconds, lanes=lanes, waiting=waiting, moved=moved, commit_every=every)
 
 
-def _played(script: Script, arena_bytes: int, home_of: HomeOf, ways: Ways, steps: int) -> Forecast:
+def _played(script: Script, arena_bytes: int, home_of: HomeOf, ways: Ways, near: str, steps: int) -> Forecast:
     """The first steps record; of the `steps` that follow everything is the mean, for what is read ahead crosses the
     border between them."""
-    played = play(script, arena_bytes, home_of, ways, len(script.steps) + steps)
+    played = play(script, arena_bytes, home_of, ways, len(script.steps) + steps, near=near)
     alike = played.steps[-steps:]
 
     def mean(found: Iterable[Mapping[Name, float]]) -> dict[Name, float]:

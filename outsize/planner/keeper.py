@@ -15,6 +15,11 @@ def keeper_bytes(request: Request, sizes: dict[str, WeightSize]) -> int:
     """Bytes beside the state; 0 when no keeper is asked for. Raises OptionError where there is no memory for one to hold."""
     if not request.keeper:
         return 0
+    if request.device_bytes:
+        raise OptionError(
+            "--keeper holds what is in the host's memory, and a device computes here. Leave it out, or compute on the host "
+            "with --device-memory 0."
+        )
     if not AVAILABLE:
         raise OptionError("--keeper needs memory that outlives a process, which only Linux has here. Leave it out.")
     return twin_bytes(sizes)

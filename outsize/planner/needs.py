@@ -1,19 +1,23 @@
-"""What a training run's process will hold, cause by cause, before any choice of what stays near."""
+"""What a training run will hold, cause by cause, before any choice of what stays near."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate, chain
 from math import prod
 
 from outsize.machine.allocator import Ceiling
+from outsize.machine.caching import ROUND, cached_peak
+from outsize.machine.devices import CONTEXT
 from outsize.machine.heap import Change, heap_peak
 from outsize.memory.disk import BOUNCE
 from outsize.memory.tier import pages
+from outsize.model.activations import ACTIVATION
 from outsize.model.units import Unit
 from outsize.plan import Plan
+from outsize.planner.beside import BUFFERS, WORKSPACE, Beside
 from outsize.planner.rehearsal import Rehearsed, homes
 from outsize.planner.script import Create, Event, HomeOf, Key, Live, Script, Touched
 from outsize.planner.sizes_of import WeightSize
@@ -31,16 +35,17 @@ PINNED = (
 PACKED = 3  # times a matrix: what may come within one product, its operands packed and its result
 KEPT = "kept between tensors, as there is room"
 TENSORS = "tensors of a step"
-BUFFERS = {"split": 3, "none": 3, "same": 0}  # of a piece in fp32, by how masters are kept: master, gradient, one more
+PIECES = {"split": 3, "none": 3, "same": 0}  # of a piece in fp32, by how masters are kept: master, gradient, one more
 
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes of host memory by cause.
+    """Bytes of the memory that computes, by cause: the host's, or a device's; then `beside` is what its host holds.
 
-    `baseline` is what the process holds before it begins, `tensors` what the C library holds at most for the step's
-    tensors, `scratch` the buffers of the update, of transfers and of products, `headroom` what may come between two looks at
-    what the process holds, `always` the weights and states that never leave."""
+    `baseline` is what the process holds before it begins, or the driver of a device; `tensors` what the C library holds at
+    most for the step's tensors, or the device's allocator; `scratch` the buffers of the update, of transfers and of
+    products, `headroom` what may come between two looks at what the process holds, `always` the weights and states that
+    never leave."""
 
     baseline: int
     tensors: int
@@ -49,6 +54,7 @@ class Needs:
     good_arena: int
     always: int
     headroom: int
+    beside: Beside | None = None
 
     @property
     def fixed(self) -> int:
@@ -68,32 +74,49 @@ def find_needs(
     rehearsed: Rehearsed,
     bare: Plan,
 ) -> Needs:
-    """`bare` is the rehearsed plan, with nothing near."""
+    """`bare` is the rehearsed plan, with nothing near; `baseline` that of the process."""
     largest_chunk = max((size.largest_state for size in sizes.values()), default=0)
     scratch = _updating(sizes, bare) + _exchanged(sizes, bare)
-    scratch += THREADS + KERNELS + (3 * BOUNCE if rows else 0)
-    headroom = Ceiling.WORTH + PACKED * _largest_matrix(sizes, rows)
-    least = pages(int(LOOSE * (pinned_peak(rehearsed.script, homes(bare, always)) + 2 * largest_chunk)))
+    least = pages(int(LOOSE * (pinned_peak(rehearsed.script, homes(bare, always), bare.near) + 2 * largest_chunk)))
     largest_unit = max((_unit_bytes(unit, sizes, rows, always) for unit in units), default=0)
-    return Needs(
+    here = Needs(
         baseline=baseline,
-        tensors=tensor_bytes(rehearsed, bare.recycle_bytes),
-        scratch=scratch,
+        tensors=tensor_bytes(rehearsed, bare),
+        scratch=scratch + THREADS + KERNELS + (3 * BOUNCE if rows else 0),
         least_arena=least,
         good_arena=pages(least + int(1.2 * largest_unit) + READ_AHEAD * largest_chunk),
         always=sum(sizes[name].bytes + sizes[name].state_bytes for name in always),
-        headroom=headroom,
+        headroom=Ceiling.WORTH + PACKED * _largest_matrix(sizes, rows),
+    )
+    if not bare.device_bytes:
+        return here
+    return replace(
+        here,
+        baseline=CONTEXT,
+        scratch=scratch + WORKSPACE,
+        least_arena=-(-here.least_arena // ROUND) * ROUND,
+        good_arena=-(-here.good_arena // ROUND) * ROUND,
+        always=sum(sizes[name].weight_on_device + sizes[name].state_on_device for name in always),
+        headroom=0,
+        beside=Beside(baseline, moved_bytes(rehearsed, "host"), THREADS + BUFFERS * BOUNCE),
     )
 
 
-def pinned_peak(script: Script, home_of: HomeOf) -> int:
-    """Near memory that the leases of blocks with another home pin at once, at most."""
+def moved_bytes(rehearsed: Rehearsed, home: str) -> int:
+    """Of blocks for activations that wait in that tier."""
+    script = rehearsed.asked
+    created = (event.block for event in chain(script.setup, *script.steps) if isinstance(event, Create))
+    return sum({b.name: b.nbytes for b in created if b.name.startswith(f"{ACTIVATION}:{home}:")}.values())
+
+
+def pinned_peak(script: Script, home_of: HomeOf, near: str = "host") -> int:
+    """Memory of the tier `near` that the leases of blocks with another home pin at once, at most."""
     sizes: dict[str, int] = {}
     pins: Counter[str] = Counter()
     now = peak = 0
     for event in chain(script.setup, *script.steps):
         if isinstance(event, Create):
-            away = home_of(event.block.name) != "host"
+            away = home_of(event.block.name) != near
             sizes[event.block.name] = event.block.nbytes if away else 0
         elif isinstance(event, Touched) and event.what != "change":
             before = pins[event.name]
@@ -104,18 +127,32 @@ def pinned_peak(script: Script, home_of: HomeOf) -> int:
     return peak
 
 
-def tensor_bytes(rehearsed: Rehearsed, recycle: int) -> int:
-    """What the C library takes for a step's tensors; of many units as many as it is asked for, the rest carried on."""
+def tensor_bytes(rehearsed: Rehearsed, plan: Plan) -> int:
+    """What the C library takes for a step's tensors, or the allocator of a device; of many units as many as it is asked
+    for, the rest carried on."""
 
     def taken(units: Sequence[str]) -> int:
         script = rehearsed.over(units) if units else rehearsed.script
-        return held_for(changes_of(script.steps[-1]), recycle)
+        changes = changes_of(script.steps[-1])
+        return cached_peak(_ended(changes)) if plan.device_bytes else held_for(changes, plan.recycle_bytes)
 
     if len(rehearsed.units) <= MANY:
         return taken(rehearsed.units)
     many, few = rehearsed.some(MANY), rehearsed.some(MANY // 2)
     held = taken(many)
     return held + max(held - taken(few), 0) * (len(rehearsed.units) - len(many)) // (len(many) - len(few))
+
+
+def _ended(changes: list[Change]) -> list[Change]:
+    """With what is alive at the end let go: then a device's allocator has room for the same again. (Of units that others
+    stand for, some tensors are never seen to go.)"""
+    alive: dict[int, int] = {}
+    for number, nbytes in changes:
+        if nbytes > 0:
+            alive[number] = nbytes
+        else:
+            alive.pop(number, None)
+    return [*changes, *((number, -nbytes) for number, nbytes in alive.items())]
 
 
 def held_for(changes: list[Change], recycle: int) -> int:
@@ -141,7 +178,7 @@ def _updating(sizes: dict[str, WeightSize], plan: Plan) -> int:
     trainable = [size for size in sizes.values() if size.weight.trainable]
     chunked = (min(size.largest_gradient, 4 * PIECE) if _chunked(size) else size.largest_gradient for size in trainable)
     master = find_precision(plan.precision).master
-    buffers = max(BUFFERS[master], plan.clip is not None) + (2 if plan.moments == "bf16" else 0)
+    buffers = max(PIECES[master], plan.clip is not None) + (2 if plan.moments == "bf16" else 0)
     return buffers * max(chunked, default=0)
 
 
@@ -154,10 +191,10 @@ def _largest_matrix(sizes: dict[str, WeightSize], rows: dict[str, int]) -> int:
     return max((size.bytes for name, size in sizes.items() if name not in rows), default=0)
 
 
-def gradient_bytes(sizes: dict[str, WeightSize]) -> int:
-    """Of gradients that wait: a block of fp32 in whole pages for each block of a weight."""
+def gradient_bytes(sizes: dict[str, WeightSize], taken: Callable[[int], int] = pages) -> int:
+    """Of gradients that wait: a block of fp32 for each block of a weight; what is `taken` for one of so many bytes."""
     weights = [size.weight for size in sizes.values() if size.weight.trainable]
-    return sum(pages(4 * prod(weight.block_shape(block))) for weight in weights for block in weight.blocks)
+    return sum(taken(4 * prod(weight.block_shape(block))) for weight in weights for block in weight.blocks)
 
 
 def _chunked(size: WeightSize) -> bool:

@@ -80,17 +80,24 @@ class Played:
 
 
 def play(
-    script: Script, arena_bytes: int, home_of: HomeOf, ways: Ways, steps: int = 3, commit_every: int | None = None
+    script: Script,
+    arena_bytes: int,
+    home_of: HomeOf,
+    ways: Ways,
+    steps: int = 3,
+    commit_every: int | None = None,
+    near: str = "host",
 ) -> Played:
-    """Play a run of `steps` steps; after the last nothing follows. Without `commit_every` nothing is committed.
+    """Play a run of `steps` steps on the tier `near`; after the last nothing follows. Without `commit_every` nothing is
+    committed.
 
     Raises BudgetError where the run itself would, in these steps or any later one: when leases leave no room in the
     arena."""
     clock = SimulatedClock(ways)
-    tiers: dict[str, Tier] = {"host": NullTier("host", ENDLESS), "disk": NullTier("disk", ENDLESS)}
+    tiers: dict[str, Tier] = {name: NullTier(name, ENDLESS) for name in {near, "host", "disk"}}
     empty: Any = Nothing
     transfers: Any = SimulatedTransfers(clock)
-    player = _Player(_Bare(tiers, arena_bytes, empty, transfers), clock, home_of, commit_every)
+    player = _Player(_Bare(tiers, arena_bytes, empty, transfers, near), clock, home_of, commit_every)
     player.run(script.setup)
     player.store.flush()
     played = tuple(player.step(script.step(number), again=number + 1 < steps) for number in range(steps))

@@ -7,14 +7,17 @@ from dataclasses import replace
 
 from outsize.distributed.arrangement import PEER
 from outsize.machine.machine import Machine
-from outsize.plan import KEEP, MOVE, RECOMPUTE, Activations, Plan
-from outsize.planner.search import Choice, Search
+from outsize.plan import KEEP, MOVE, MOVE_TO_HOST, RECOMPUTE, Activations, Plan
+from outsize.planner.needs import gradient_bytes
+from outsize.planner.predict import host_bytes, near_bytes, predicted
+from outsize.planner.search import Choice, Placement, Search
 from outsize.sizes import format_size
 
 SAID = {
     KEEP: "all kept",
     RECOMPUTE: "recomputed from the input",
     MOVE: "moved to disk",
+    MOVE_TO_HOST: "moved to the host's memory",
     Activations("products"): "all but products recomputed",
     Activations("products", "disk"): "products moved to disk and the rest recomputed",
 }
@@ -26,7 +29,7 @@ def finished(search: Search, choice: Choice) -> Plan:
     closely = replace(choice, forecast=search.foretell(choice.placement, closely=True))
     plan = replace(search.plan(choice.placement), commit_every=closely.forecast.commit_every)
     return replace(
-        plan, predicted=search.predicted(closely), reasons=_reasons(search, closely, choice.forecast.seconds)
+        plan, predicted=predicted(search, closely), reasons=_reasons(search, closely, choice.forecast.seconds)
     )
 
 
@@ -46,8 +49,9 @@ def _reasons(search: Search, choice: Choice, seconds: float) -> tuple[str, ...]:
         )
     named = "compute and update" if search.request.workers == 1 else "compute, update and exchange"
     return (
-        f"baseline: {format_size(needs.baseline)} are held by Python and its libraries already",
-        f"near: {format_size(search.near_bytes(placement))} stay in memory, {placement.filled} first: {why}",
+        f"baseline: {format_size((needs.beside or needs).baseline)} are held by Python and its libraries already",
+        f"near: {format_size(near_bytes(search, placement))} stay in {_where(search)}, {placement.filled} first: {why}",
+        *_say_host(search, placement),
         f"arena: {format_size(placement.arena_bytes)} for what streams; {format_size(needs.least_arena)} is the least",
         f"activations: {told(search.bare.activations)}; a step's tensors take " + format_size(needs.tensors),
         "loss: over blocks of the vocabulary (rounding)" if search.job.blocked else "loss: the module's own",
@@ -58,6 +62,27 @@ def _reasons(search: Search, choice: Choice, seconds: float) -> tuple[str, ...]:
         f"makes shorter: at most {max(choice.forecast.seconds / max(work, 1e-9) - 1, 0):.0%} above the best there can be",
         f"commit: {_say_commit(search, choice)}",
         *_say_workers(search),
+    )
+
+
+def _where(search: Search) -> str:
+    return "memory" if search.needs.beside is None else "the device's memory"
+
+
+def _say_host(search: Search, placement: Placement) -> tuple[str, ...]:
+    """Of a device's host, what lives in its memory, and what is left for the disk."""
+    if search.needs.beside is None:
+        return ()
+    names, sizes = search.job.sizes.keys(), search.job.sizes
+    weights = names - placement.near_weights - placement.host_weights
+    states = names - placement.near_states - placement.host_states
+    left = sum(sizes[name].bytes for name in weights) + sum(sizes[name].state_bytes for name in states)
+    left += gradient_bytes(sizes) if search.waiting and placement.gradient_home == "disk" else 0
+    waiting = ", and gradients that wait" if search.waiting and placement.gradient_home == "host" else ""
+    rest = f"{format_size(left)} live on disk alone" if left else "none lives on disk alone"
+    return (
+        f"host: {format_size(host_bytes(search, placement))} live in the memory of the device's host, "
+        f"{len(placement.host_weights)} weights and the state of {len(placement.host_states)}{waiting}; {rest}",
     )
 
 

@@ -28,6 +28,7 @@ from outsize.distributed.wire import NO_WIRE, Wire
 from outsize.machine.devices import CPU
 from outsize.memory.null import NullTier
 from outsize.memory.tier import pages
+from outsize.model.activations import ACTIVATION
 from outsize.model.route import holder_of
 from outsize.model.units import find_units
 from outsize.plan import KEEP, NEAR, Plan
@@ -155,7 +156,7 @@ class Rehearsal:
     ) -> None:
         self.mode, self.prices = Fakes(allow_non_fake_inputs=True), prices
         self.group = self._group(Arrangement.of(plan.rank, plan.workers, plan.nodes), wire)
-        self.scribe = self._store(self.group.row(plan.sharers))
+        self.scribe = self._store(self.group.row(plan.sharers), plan.near)
         self.live = LiveBytes(self.scribe.tell)
         self.priced = Priced(prices, self.scribe.spent, self.live)
         self.job = self._bind(model, plan, rule, source_dtype, block_class)
@@ -165,11 +166,11 @@ class Rehearsal:
             return Group()
         return Imagined(arrangement, wire, lambda *told: self.scribe.events.append(Exchanged(*told)), self._allocate)
 
-    def _store(self, group: Group) -> Scribe:
+    def _store(self, group: Group, near: str) -> Scribe:
         clock = SimulatedClock({"disk": Rates(1.0, 1.0, 1.0, 0.0)})
-        tiers = {"host": NullTier("host", ENDLESS), "disk": NullTier("disk", ENDLESS)}
+        tiers = {name: NullTier(name, ENDLESS) for name in {near, "host", "disk"}}
         transfers: Any = SimulatedTransfers(clock)
-        return ShardedScribe(group, tiers, 0, self._allocate, transfers)
+        return ShardedScribe(group, tiers, 0, self._allocate, transfers, near)
 
     def _allocate(self, nbytes: int) -> torch.Tensor:
         """Memory of the store, which is nobody's tensor."""
@@ -381,6 +382,8 @@ def homes(plan: Plan, always: set[str]) -> HomeOf:
         kind, _, rest = name.partition(":")
         if kind == "gradient":
             return plan.gradient_home
+        if kind == ACTIVATION:
+            return rest.partition(":")[0]
         if kind == "weight" and rest in plan.split_weights:
             return "disk"  # of other workers: it comes into the arena, and is forgotten
         weight = rest.split("@")[0]

@@ -14,9 +14,9 @@ from outsize.planner.script import Begin, Create, Event, HomeOf, Mark, Script, T
 from outsize.sizes import format_size
 
 
-def need_room(script: Script, arena_bytes: int, home_of: HomeOf) -> None:
-    """Raises BudgetError unless a run of the script finds room near compute for all that it leases."""
-    leases = _Leases(arena_bytes, home_of)
+def need_room(script: Script, arena_bytes: int, home_of: HomeOf, near: str = "host") -> None:
+    """Raises BudgetError unless a run of the script on the tier `near` finds room there for all that it leases."""
+    leases = _Leases(arena_bytes, home_of, near)
     leases.follow(script.setup)
     for step in script.steps:
         leases.follow(step)
@@ -24,8 +24,8 @@ def need_room(script: Script, arena_bytes: int, home_of: HomeOf) -> None:
 
 
 class _Leases:
-    def __init__(self, arena_bytes: int, home_of: HomeOf) -> None:
-        self._arena_bytes, self._home_of = arena_bytes, home_of
+    def __init__(self, arena_bytes: int, home_of: HomeOf, near: str) -> None:
+        self._arena_bytes, self._home_of, self._near = arena_bytes, home_of, near
         self._sizes: dict[str, int] = {}  # of blocks that stream
         self._foresight = Foresight(arena_bytes, self._sizes.__getitem__)
         self._phases = 0
@@ -36,7 +36,7 @@ class _Leases:
                 if event.name in self._sizes and event.what != "change":
                     self._touch(Touch(event.what), event.name)
             elif isinstance(event, Create):
-                if self._home_of(event.block.name) != "host":
+                if self._home_of(event.block.name) != self._near:
                     self._sizes[event.block.name] = event.block.nbytes
             elif isinstance(event, Begin):
                 self._phases += 1  # each as if for the first time

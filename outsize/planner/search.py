@@ -13,18 +13,17 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from outsize.asked import Request
-from outsize.distributed.arrangement import WIRE
 from outsize.distributed.wire import NO_WIRE, Wire
 from outsize.errors import BudgetError
+from outsize.machine.caching import ROUND, lasting
 from outsize.memory.tier import PAGE, pages
-from outsize.plan import NEAR, SPARE, Activations, Plan, Predicted
+from outsize.plan import NEAR, SPARE, Activations, Plan
 from outsize.planner.clock import Ways
 from outsize.planner.forecast import Forecast, forecast, with_snapshots
-from outsize.planner.keeper import keeper_bytes, twin_bytes
-from outsize.planner.needs import KEPT, PINNED, TENSORS, Needs, gradient_bytes
+from outsize.planner.keeper import keeper_bytes
+from outsize.planner.needs import Needs, gradient_bytes
 from outsize.planner.rehearsal import Rehearsed, homes
 from outsize.planner.room import need_room
-from outsize.planner.script import Create
 from outsize.planner.sizes_of import WeightSize
 
 SNAPSHOT_SHARE = 8  # of what a step moves, snapshots of state in memory may add one part in so many
@@ -82,12 +81,14 @@ class JobSizes:
             legs_shape=request.legs_shape,
             schedule=request.schedule,
             memory_bytes=request.memory_bytes,
+            device_bytes=request.device_bytes,
         )
 
 
 @dataclass(frozen=True)
 class Placement:
-    """What is near, and how much is left for what is not; `filled` says what the rest was filled with first."""
+    """What is near, and how much is left for what is not; `filled` says what the rest was filled with first. `host_weights`
+    and `host_states` live in the memory of a device's host, and whatever else is not near on disk."""
 
     near_weights: frozenset[str]
     near_states: frozenset[str]
@@ -96,6 +97,8 @@ class Placement:
     filled: str
     shared: bool = False
     """All blocks lie in memory that outlives the process, each with a twin."""
+    host_weights: frozenset[str] = frozenset()
+    host_states: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -149,10 +152,44 @@ class Search:
                 found.needs = replace(found.needs, least_arena=larger, good_arena=good)
 
     @property
+    def wall(self) -> int:
+        """Bytes of the memory that computes."""
+        return self.request.device_bytes or self.request.memory_bytes
+
+    @property
     def room(self) -> int:
-        """Bytes for the arena and for what may stay near; some are left for what was not foreseen."""
-        spare = min(int(SPARE * self.request.memory_bytes), self.request.memory_bytes - self.needs.least)
-        return self.request.memory_bytes - self.needs.fixed - spare
+        """Bytes of it for the arena and for what may stay near; some are left for what was not foreseen."""
+        spare = min(int(SPARE * self.wall), self.wall - self.needs.least)
+        return self.wall - self.needs.fixed - spare
+
+    @property
+    def host_room(self) -> int:
+        """Bytes of a device's host's memory for what may live there; negative where it has too little. 0 where the host
+        computes."""
+        beside = self.needs.beside
+        return 0 if beside is None else int((1 - SPARE) * self.request.memory_bytes) - beside.fixed
+
+    @property
+    def fits(self) -> bool:
+        """With everything on disk that can be there."""
+        return self.least <= self.wall and self.host_room >= 0
+
+    def near_sizes(self, name: str) -> tuple[int, int]:
+        """What a weight and its state take near compute."""
+        size = self.job.sizes[name]
+        if self.bare.device_bytes:
+            return size.weight_on_device, size.state_on_device
+        return size.bytes, size.state_bytes
+
+    @cached_property
+    def waiting(self) -> bool:
+        """Gradients wait for others of the same step, or for its end."""
+        return self.job.hold or self.request.accumulate > 1
+
+    @cached_property
+    def near_gradients(self) -> int:
+        """Bytes of gradients that wait, near compute."""
+        return gradient_bytes(self.job.sizes, lasting if self.bare.device_bytes else pages) if self.waiting else 0
 
     @cached_property
     def twins(self) -> int:
@@ -162,8 +199,8 @@ class Search:
     @property
     def everything(self) -> int:
         """Bytes with which nothing needs to stream, beside what is fixed."""
-        gradients = gradient_bytes(self.job.sizes) if self.request.accumulate > 1 and not self.job.hold else 0
-        return self.job.everything + gradients + (self.needs.least_arena if self.moves else pages(1))
+        placed = sum(sum(self.near_sizes(name)) for name in self.job.sizes.keys() - self.job.always)
+        return placed + self.near_gradients + (self.needs.least_arena if self.moves else pages(1))
 
     @property
     def least(self) -> int:
@@ -181,13 +218,13 @@ class Search:
         """Placements that fit, no two alike."""
         if self.everything + self.twins <= self.room:
             names, arena = frozenset(self.job.sizes), self.needs.least_arena if self.moves else pages(1)
-            yield Placement(names, names, arena, "host", "everything", shared=self.twins > 0)
+            yield Placement(names, names, arena, self.bare.near, "everything", shared=self.twins > 0)
             return
         good, least = self.needs.good_arena, self.needs.least_arena
         tried = [("weights", good), ("weights", 2 * good), ("weights", least), ("states", good), ("states", least)]
         seen = set()
         for order, arena in tried:
-            found = self.filled(min(arena, self.room) // PAGE * PAGE, order)
+            found = self.filled(min(arena, self.room) // self.grain * self.grain, order)
             key = replace(found, filled="")
             if key not in seen:
                 seen.add(key)
@@ -198,13 +235,36 @@ class Search:
         again soonest."""
         room = self.room - arena
         weights, states = set(self.job.always), set(self.job.always)
-        fills = [(weights, "bytes"), (states, "state_bytes")]
-        for chosen, what in fills if order == "weights" else fills[::-1]:
-            for name, size in reversed(self.job.sizes.items()):
-                if name not in self.job.always and getattr(size, what) <= room:
+        for chosen, what in ((weights, 0), (states, 1)) if order == "weights" else ((states, 1), (weights, 0)):
+            for name in reversed(self.job.sizes):
+                if name not in self.job.always and (nbytes := self.near_sizes(name)[what]) <= room:
                     chosen.add(name)
-                    room -= getattr(size, what)
-        return Placement(frozenset(weights), frozenset(states), arena, "disk", order)
+                    room -= nbytes
+        found = Placement(frozenset(weights), frozenset(states), arena, "disk", order)
+        return self._beside(found) if self.bare.device_bytes else found
+
+    def _beside(self, placement: Placement) -> Placement:
+        """With what is not near in the memory of the device's host, as far as that goes: first weights, which else would
+        pass the disk most often, then gradients that wait, all or none, then states."""
+        room, sizes = self.host_room, self.job.sizes
+        gradients = gradient_bytes(sizes) if self.waiting else 0
+        weights, states = set[str](), set[str]()
+        for name, size in reversed(sizes.items()):
+            if name not in placement.near_weights and size.bytes <= room:
+                weights.add(name)
+                room -= size.bytes
+        home = "host" if 0 < gradients <= room else "disk"
+        room -= gradients if home == "host" else 0
+        for name, size in reversed(sizes.items()):
+            if name not in placement.near_states and size.state_bytes <= room:
+                states.add(name)
+                room -= size.state_bytes
+        return replace(placement, gradient_home=home, host_weights=frozenset(weights), host_states=frozenset(states))
+
+    @property
+    def grain(self) -> int:
+        """Bytes of which an arena is a multiple."""
+        return ROUND if self.bare.device_bytes else PAGE
 
     def best(self) -> Choice:
         """The fastest candidate, or the first that waits for hardly anything; one with a tight arena must be clearly the
@@ -224,7 +284,7 @@ class Search:
 
     def choice(self, placement: Placement) -> Choice:
         """What it comes to. Raises BudgetError as `foretell`."""
-        good = min(self.needs.good_arena, self.room) // PAGE * PAGE
+        good = min(self.needs.good_arena, self.room) // self.grain * self.grain
         tight = placement.filled != "everything" and placement.arena_bytes < good
         return Choice(placement, self.foretell(placement), tight)
 
@@ -234,30 +294,34 @@ class Search:
             arena_bytes=placement.arena_bytes,
             near_weights=placement.near_weights,
             near_states=placement.near_states,
+            host_weights=placement.host_weights,
+            host_states=placement.host_states,
             gradient_home=placement.gradient_home,
-            headroom_bytes=self.needs.headroom,
+            headroom_bytes=(self.needs.beside or self.needs).headroom,
             shared_bytes=self.job.all_bytes if placement.shared else 0,
         )
 
     def need_room(self, placement: Placement) -> None:
         """Raises BudgetError when leases find no room in the arena; of a long script, too, all units count."""
         plan = self.plan(placement)
-        need_room(self.rehearsed.asked, plan.arena_bytes, homes(plan, self.job.always))
+        need_room(self.rehearsed.asked, plan.arena_bytes, homes(plan, self.job.always), plan.near)
 
     def foretell(self, placement: Placement, closely: bool = False) -> Forecast:
         plan = self.plan(placement)
         home_of = homes(plan, self.job.always)
-        found = forecast(self.rehearsed, plan.arena_bytes, home_of, self.ways, closely)
+        found = forecast(self.rehearsed, plan.arena_bytes, home_of, self.ways, closely, plan.near)
         return with_snapshots(found, self.snapshot(placement), self.commit_every(placement, found), self.ways)
 
-    def snapshot(self, placement: Placement) -> dict[str, int]:
-        """Bytes by kind that a commit copies out of memory: of what stays near, all that a step changes."""
-        found: Counter[str] = Counter()
+    def snapshot(self, placement: Placement) -> dict[tuple[str, str], int]:
+        """Bytes by tier and kind that a commit copies out of memory: of what is at home there, all that a step changes."""
+        found: Counter[tuple[str, str]] = Counter()
+        plan = self.plan(placement)
         for name, size in self.job.sizes.items():
-            if size.weight.trainable and name in placement.near_weights:
-                found["weight"] += size.bytes
-            if name in placement.near_states:
-                found += Counter(size.state_kinds)
+            home, state_home = plan.home_of(name), plan.home_of_state(name)
+            if size.weight.trainable and home != "disk":
+                found[home, "weight"] += size.bytes
+            if state_home != "disk":
+                found.update({(state_home, kind): nbytes for kind, nbytes in size.state_kinds.items()})
         return dict(found)
 
     def commit_every(self, placement: Placement, found: Forecast) -> int:
@@ -265,80 +329,7 @@ class Search:
         bounds the traffic: a small part of what steps move anyway, or else now and then."""
         if self.request.commit_every is not None:
             return self.request.commit_every
-        snapshot, moved = sum(self.snapshot(placement).values()), sum(found.moved.values())
+        snapshot = sum(self.snapshot(placement).values())
+        device = self.bare.device_bytes > 0  # to which most comes over links that no commit takes time of
+        moved = sum(nbytes for (*ends, _), nbytes in found.moved.items() if not device or "disk" in ends)
         return max(1, min(-(-SNAPSHOT_SHARE * snapshot // max(moved, 1)), LONGEST_WITHOUT))
-
-    # -- the plan ---------------------------------------------------------------------------------------------------
-
-    def near_bytes(self, placement: Placement) -> int:
-        sizes = self.job.sizes
-        near = sum(sizes[n].bytes for n in placement.near_weights) + sum(
-            sizes[n].state_bytes for n in placement.near_states
-        )
-        waiting = self.job.hold or self.request.accumulate > 1
-        return near + (gradient_bytes(sizes) if waiting and placement.gradient_home == "host" else 0)
-
-    def disk_bytes(self, placement: Placement, found: Forecast) -> int:
-        """Two extents of every weight and state, and one of whatever else waits there."""
-        sizes = self.job.sizes
-        disk = sum(2 * (size.bytes + size.state_bytes) for size in sizes.values())
-        disk += sum(n for (_, target, kind), n in found.moved.items() if (target, kind) == ("disk", "activation"))
-        if placement.gradient_home == "host":
-            return disk
-        if self.job.hold or self.request.accumulate > 1:
-            return disk + gradient_bytes(sizes)
-        created = [event.block for step in self.rehearsed.script.steps for event in step if isinstance(event, Create)]
-        return disk + sum({block.name: block.nbytes for block in created if "gradient" in block.bytes_by_kind}.values())
-
-    def _memory(self, placement: Placement) -> tuple[tuple[str, int], ...]:
-        causes = self._causes(placement)
-        left = self.request.memory_bytes - sum(nbytes for _, nbytes in causes) - self.needs.headroom
-        kept = min(PINNED, left - int(SPARE * self.request.memory_bytes))
-        return (*causes, *(((KEPT, kept),) * (kept > 0)))
-
-    def _causes(self, placement: Placement) -> tuple[tuple[str, int], ...]:
-        return (
-            ("Python, libraries and the process as it stands", self.needs.baseline),
-            ("weights, state and gradients that stay near", self.near_bytes(placement)),
-            ("the arena for what streams", placement.arena_bytes),
-            (TENSORS, self.needs.tensors),
-            ("buffers of update and transfers", self.needs.scratch),
-            *(
-                (("a second copy of what changes, and the process that keeps it", twin_bytes(self.job.sizes)),)
-                * placement.shared
-            ),
-        )
-
-    def predicted(self, choice: Choice) -> Predicted:
-        found, memory = choice.forecast, self._memory(choice.placement)
-        request = self.request
-        tokens = (sum(request.sequences) or request.batch_size * request.accumulate) * request.sequence_length
-        read = sum(nbytes for (source, _, _), nbytes in found.moved.items() if source == "disk")
-        written = sum(nbytes for (_, target, _), nbytes in found.moved.items() if target == "disk")
-        disk = self.disk_bytes(choice.placement, found)
-        return Predicted(
-            host_peak_bytes=sum(nbytes for _, nbytes in memory),
-            device_peak_bytes=0,
-            bytes_read=read,
-            bytes_written=written,
-            disk_bytes=disk,
-            seconds_per_step=found.seconds,
-            tokens_per_second=tokens / found.seconds,
-            compute_seconds=found.lanes.get("compute", 0.0),
-            update_seconds=found.lanes.get("update", 0.0),
-            read_wait_seconds=found.waiting["read"],
-            write_wait_seconds=found.waiting["write"],
-            wire_wait_seconds=found.lanes.get("wire", 0.0),
-            wire_bytes=sum(nbytes for (source, _, _), nbytes in found.moved.items() if source in WIRE),
-            floating_operations=found.floating_operations,
-            moved=tuple((*ways, nbytes) for ways, nbytes in sorted(found.moved.items())),
-            memory=memory,
-            timeline=found.step.spans,
-            tensors=thinned(found.step.live),
-        )
-
-
-def thinned(live: tuple[tuple[float, int], ...], points: int = 500) -> tuple[tuple[float, int], ...]:
-    """The highest of each of so many runs of (time, bytes)."""
-    width = max(1, len(live) // points)
-    return tuple(max(live[start : start + width], key=lambda point: point[1]) for start in range(0, len(live), width))

@@ -14,6 +14,7 @@ from outsize.asked import Request
 from outsize.distributed.arrangement import Arrangement
 from outsize.distributed.group import Imagined
 from outsize.distributed.shard import ShardedStore
+from outsize.machine.caching import lasting
 from outsize.memory.null import NullTier
 from outsize.memory.store import Store
 from outsize.memory.transfer import Transfers
@@ -41,6 +42,9 @@ class WeightSize:
     largest_state: int
     largest_gradient: int
     exchanged: int
+    weight_on_device: int
+    state_on_device: int
+    """What a device's allocator takes for the blocks, when they stay there."""
 
     @property
     def state_bytes(self) -> int:
@@ -134,4 +138,7 @@ def _size(store: Store, updater: Updater, weight: Weight, arrangement: Arrangeme
         ),
         default=0,
     )
-    return WeightSize(weight, sum(blocks), sum(wholes), sum(leased), dict(kinds), largest_state, gradient, exchanged)
+    on_device = (sum(map(lasting, blocks)), sum(lasting(block.nbytes) for block in states))
+    return WeightSize(
+        *(weight, sum(blocks), sum(wholes), sum(leased), dict(kinds), largest_state, gradient, exchanged), *on_device
+    )

@@ -17,12 +17,12 @@ from outsize.divided import HALVES
 from outsize.errors import BudgetError, OptionError
 from outsize.machine.allocator import give_back
 from outsize.machine.describe import process_memory
+from outsize.machine.devices import CONTEXT
 from outsize.machine.machine import Machine
 from outsize.model.units import Unit
 from outsize.model.vocabulary import Table
-from outsize.plan import KEEP, MOVE, RECOMPUTE, Activations, Plan
+from outsize.plan import KEEP, MOVE, MOVE_TO_HOST, RECOMPUTE, Activations, Plan
 from outsize.planner.clock import ways_of
-from outsize.planner.keeper import no_room
 from outsize.planner.known_prices import KnownPrices, prices_file
 from outsize.planner.needs import find_needs
 from outsize.planner.prices import (
@@ -35,11 +35,11 @@ from outsize.planner.prices import (
     yardsticks,
 )
 from outsize.planner.reasons import finished, of_machine
+from outsize.planner.refusals import disk_too_small, no_memory
 from outsize.planner.rehearsal import Batch, Rehearsed, rehearse
 from outsize.planner.search import JobSizes, Search
 from outsize.planner.sizes_of import SMALL, sizes_of, split_weights
 from outsize.planner.trial import Left, left_behind
-from outsize.sizes import format_size
 from outsize.train.job import always_near, users_of
 from outsize.train.optimizers import OptimizerRule
 from outsize.train.precision import find_precision
@@ -138,9 +138,10 @@ class Place:
 
     @cached_property
     def prices(self) -> Prices:
-        """Of a machine that is here: measured."""
+        """Of a machine that is here: measured; but for a device, on which a rehearsal has no tensors."""
         rated = RatedPrices(self.machine)
-        found = rated if self.machine.origin == "described" else _measured(rated)
+        there = self.machine.origin == "described" or self.machine.compute.tier == "device"
+        found = rated if there else _measured(rated)
         return found if self.crowd == Crowd() else CrowdedPrices(found, self.crowd)
 
 
@@ -168,27 +169,28 @@ class Planning:
     that plans differ by their budgets alone."""
 
     def __init__(self, task: Task, place: Place) -> None:
-        self._task, self._place = task, place
+        self._task, self.place = task, place
         self._searches: dict[tuple[Activations, int, int], Search] = {}
 
     def within(self, memory_bytes: int) -> Plan:
         """As `plan_training`."""
-        if 2 * self._task.job.all_bytes > self._place.disk_free_bytes:
-            raise BudgetError(_disk_too_small(2 * self._task.job.all_bytes, self._place.disk_free_bytes))
+        if 2 * self._task.job.all_bytes > self.place.disk_free_bytes:
+            raise BudgetError(disk_too_small(2 * self._task.job.all_bytes, self.place.disk_free_bytes))
         found: list[Search] = []
         fastest = inf
-        jobs = [job for job in self._task.jobs if self._place.wire or not job.ahead]
+        jobs = [job for job in self._task.jobs if self.place.wire or not job.ahead]
         ways = [(how, job) for job in jobs for how in self._considered]
-        possible = [(how, job) for how, job in ways if self._held(how) <= memory_bytes]
+        wall = self._task.request.device_bytes or memory_bytes
+        possible = [(how, job) for how, job in ways if self._held(how) <= wall]
         for how, job in possible:
             if self._work(how, job) >= fastest:
                 continue
             search = self.search(how, job).within(memory_bytes)
-            if search.least > memory_bytes or search.rehearsed.work >= fastest:
+            if not search.fits or search.rehearsed.work >= fastest:
                 continue
             if search.room < search.needs.good_arena:
                 search = search.loosened()
-            if search.least <= memory_bytes:
+            if search.fits:
                 found.append(search)
                 best = search.best()
                 fastest = min(fastest, best.cost)
@@ -196,20 +198,21 @@ class Planning:
                     break  # what comes computes or exchanges more
         if not found:
             tried = [self.search(how, job).within(memory_bytes) for how, job in possible or ways[-1:]]
-            raise _no_memory(min(tried, key=lambda search: search.least).loosened())
+            raise no_memory(min(tried, key=lambda search: (search.host_room < 0, search.least)).loosened())
         plan = _fastest(found)
-        check_disk(plan, self._place.disk_free_bytes)
-        return replace(plan, reasons=(*plan.reasons, of_machine(self._place.machine)))
+        check_disk(plan, self.place.disk_free_bytes)
+        return replace(plan, reasons=(*plan.reasons, of_machine(self.place.machine)))
 
     @cached_property
     def _considered(self) -> list[Activations]:
         """Ways in which activations may wait, the least compute first."""
         request = self._task.request
-        choices = {"keep": KEEP, "recompute": RECOMPUTE, "move": MOVE}
+        moves = [MOVE_TO_HOST, MOVE] if request.device_bytes else [MOVE]
+        choices = {"keep": [KEEP], "recompute": [RECOMPUTE], "move": moves}
         if request.activations not in ("auto", *choices):
             raise OptionError(f"activations {request.activations!r} is unknown; there are auto, {', '.join(choices)}.")
         if request.activations != "auto":
-            return [choices[request.activations]]
+            return choices[request.activations]
         halves = request.schedule == HALVES  # in each of which it would be computed again
         return [KEEP] if halves else [KEEP, RECOMPUTE]
 
@@ -220,7 +223,9 @@ class Planning:
 
     def _held(self, how: Activations) -> int:
         """Bytes without which no budget does, told without a rehearsal."""
-        return self._place.baseline_bytes + (self._task.request.underway * self._left.nbytes if how == KEEP else 0)
+        request = self._task.request
+        held = CONTEXT if request.device_bytes else self.place.baseline_bytes
+        return held + (request.underway * self._left.nbytes if how == KEEP else 0)
 
     def _work(self, how: Activations, job: JobSizes) -> float:
         """Seconds that a step computes at least, told without another rehearsal: what is not kept is computed again."""
@@ -233,7 +238,7 @@ class Planning:
     def _left(self) -> Left:
         """By one micro-batch."""
         task, dtype = self._task, find_precision(self._task.request.precision).compute
-        return left_behind(task.model, task.units, task.batches[0], self._place.prices, dtype)
+        return left_behind(task.model, task.units, task.batches[0], self.place.prices, dtype)
 
     def search(self, how: Activations, job: JobSizes | None = None) -> Search:
         """Ready to search; it need not fit. `job`: one of the task's."""
@@ -243,7 +248,7 @@ class Planning:
             names = [unit.name for unit in task.units if unit.repeated]
             plan = job.plan(task.request, tuple((name, how) for name in names))
             alike = next((found for known, found in self._searches.items() if known[:2] == key[:2]), None)
-            self._searches[key] = search_of(task, self._place, job, plan, alike and alike.rehearsed)
+            self._searches[key] = search_of(task, self.place, job, plan, alike and alike.rehearsed)
         return self._searches[key]
 
 
@@ -281,14 +286,7 @@ def check_disk(plan: Plan, free: int) -> None:
     """Raises BudgetError when the plan's state does not fit the `free` bytes of a disk."""
     assert plan.predicted is not None
     if plan.predicted.disk_bytes > free:
-        raise BudgetError(_disk_too_small(plan.predicted.disk_bytes, free))
-
-
-def _disk_too_small(nbytes: int, free: int) -> str:
-    return (
-        f"The state needs {format_size(nbytes)} of disk (two extents of every block, so that no step overwrites the last "
-        f"committed one), and {format_size(free)} are free. Free space, or choose another --out."
-    )
+        raise BudgetError(disk_too_small(plan.predicted.disk_bytes, free))
 
 
 def sizes_of_job(task: Task, rows: dict[str, int], blocked: bool, hold: bool, copies: int) -> JobSizes:
@@ -344,27 +342,3 @@ def _loss_choice(model: nn.Module, request: Request) -> tuple[bool, dict[str, nn
 def table_rows(parameter: nn.Parameter) -> int:
     """Rows of a vocabulary's table in one block."""
     return max(1, min(TABLE_ROWS, TABLE_BLOCK // parameter[0].numel()))
-
-
-def _no_memory(search: Search) -> BudgetError:
-    """`search` is the one that needs the least memory."""
-    request, needs = search.request, search.needs
-    if search.twins:
-        return no_room(request, search.twins, _round_up(search.least))
-    least = _round_up(needs.least)
-    parts = (
-        f"{format_size(needs.baseline)} for Python and its libraries, {format_size(needs.tensors)} tensors of a "
-        f"step at {request.batch_size} x {request.sequence_length} tokens, "
-        f"{format_size(needs.least_arena)} for the largest layer on its way, "
-        f"{format_size(needs.always + needs.scratch)} small weights and buffers"
-    )
-    return BudgetError(
-        f"A budget of {format_size(request.memory_bytes)} is too small: this job needs at least "
-        f"{format_size(least)} ({parts}). Give --memory {least >> 20}MiB, or a shorter sequence.",
-        least,
-    )
-
-
-def _round_up(nbytes: int) -> int:
-    """To whole steps of 8 MiB, and at least half of one: no two processes hold quite the same."""
-    return -(-(nbytes + (4 << 20)) // (8 << 20)) * (8 << 20)

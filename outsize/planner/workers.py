@@ -13,7 +13,7 @@ from math import gcd
 from outsize.distributed.measure import leveled
 from outsize.errors import BudgetError
 from outsize.machine.machine import Machine
-from outsize.plan import KEEP, MOVE, RECOMPUTE, SPARE, Plan
+from outsize.plan import KEEP, MOVE, MOVE_TO_HOST, RECOMPUTE, SPARE, Plan
 from outsize.planner.clock import ways_of
 from outsize.planner.prices import RatedPrices
 from outsize.planner.search import JobSizes, Search
@@ -23,7 +23,7 @@ from outsize.sizes import format_size
 FINE = 16  # parts that an even share is counted as
 PASSES = 2  # of what is on disk, in a step: it is read and written
 DISK_SPARE = 0.05  # of what a disk has free
-NAMES = {KEEP: "keep", RECOMPUTE: "recompute", MOVE: "move"}
+NAMES = {KEEP: "keep", RECOMPUTE: "recompute", MOVE: "move", MOVE_TO_HOST: "move"}
 Make = Callable[[Task, Place], Plan]
 
 
@@ -171,7 +171,9 @@ class _Load:
         )
         divided = _divided(job, set(job.sizes))
         away = _divided(job, job.sizes.keys() - job.always)
-        room = (1 - SPARE) * worker.memory_bytes - needs.fixed - needs.good_arena - (job.everything - away)
+        beside = needs.beside
+        memory = worker.memory_bytes if beside is None else request.device_bytes + worker.memory_bytes - beside.fixed
+        room = (1 - SPARE) * memory - needs.fixed - needs.good_arena - (job.everything - away)
         space = (1 - DISK_SPARE) * worker.place.disk_free_bytes / 2 - (job.all_bytes - divided)
         before = max(search.rehearsed.work - update, 0.0)
         return cls(

@@ -1,0 +1,30 @@
+"""What training on a device takes beside what a plan places there: of the device, and of its host's memory.
+
+No GPU was at hand: what is called assumed here is not measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from outsize.machine.allocator import Ceiling
+
+WORKSPACE = 64 << 20  # bytes that products on a device keep for themselves; assumed
+LIBRARIES = 1 << 30  # bytes of the host's memory that CUDA's libraries take once a device computes; assumed
+HOST_SHARE = 0.9  # of a described node's memory that its workers may use, where nobody says; assumed
+BUFFERS = 4  # that transfers go through: of two readers and a writer, and one for what is checked
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Bytes of the host's memory by cause, where a device computes; but for what a plan lets live there.
+
+    `moved` are activations that wait there, `baseline` and `headroom` as in `Needs`."""
+
+    baseline: int
+    moved: int
+    scratch: int
+    headroom: int = Ceiling.WORTH
+
+    @property
+    def fixed(self) -> int:
+        return self.baseline + LIBRARIES + self.moved + self.scratch + self.headroom
