@@ -199,6 +199,7 @@ def test_the_ledger_as_the_report_has_it():
         "written": {"moment": 1},
         "from remote": {"weight": 7},
         "to peer": {"number": 8},
+        "to the device": {"weight": 9},
     }
 
 

@@ -43,6 +43,7 @@ COMPARED = {
 }
 FROM = {"disk": "read"} | {tier: f"from {tier}" for tier in LINKED}
 TO = {"disk": "written"} | {tier: f"to {tier}" for tier in LINKED}
+BESIDE = {("host", "device"): "to the device", ("device", "host"): "from the device"}
 FIGURES = {"planned", "measured", "ratio", "share", "size"}
 
 
@@ -218,10 +219,11 @@ def held_by_tier(held: Mapping[tuple[str, str], int]) -> dict[str, dict[str, int
 
 def moved_a_step(moved: Mapping[tuple[str, str, str], int], steps: int) -> dict[str, dict[str, int]]:
     """Return what a ledger's `moved` grew by in `steps` steps as report.json has it: bytes a step that were
-    `read` from disk and `written` to it, by kind, and that came `from` workers and went `to` them."""
+    `read` from disk and `written` to it, by kind, that came `from` workers and went `to` them, and that went between a
+    device and its host's memory."""
     found: dict[str, Counter[str]] = {"read": Counter(), "written": Counter()}
     for (source, destination, kind), nbytes in sorted(moved.items()):
-        direction = FROM.get(source) or TO.get(destination)
+        direction = BESIDE.get((source, destination)) or FROM.get(source) or TO.get(destination)
         if direction is not None and nbytes:
             found.setdefault(direction, Counter())[kind] += nbytes
     return {
