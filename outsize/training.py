@@ -284,12 +284,16 @@ class _Training:
             check_disk(known, disks[group.rank])
             return known
         slowness = recall_slowness(path) if self.continuing else None
-        machine = this_machine(settings.out).slowed("disk", slowness or 1.0) if group.leads else None
+        machine = self._machine().slowed("disk", slowness or 1.0) if group.leads else None
         machines = group.tell(machine)
         plan = group.first(lambda: self._plans(tasks, machines, baseline, disks))[group.rank]
         if settings.plan is None:
             remember(path, plan, now, baseline, slowness)
         return plan
+
+    def _machine(self) -> Machine:
+        here = this_machine(self.settings.out)
+        return here if self.device_memory else here.hosted
 
     def _plans(self, tasks: list[Task], machines: list[Machine | None], baseline: int, disks: list[int]) -> list[Plan]:
         """One for each worker; `machines` is of the first on each node."""
