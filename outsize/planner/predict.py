@@ -8,8 +8,7 @@ from outsize.plan import SPARE, Predicted
 from outsize.planner.beside import LIBRARIES
 from outsize.planner.forecast import Forecast
 from outsize.planner.keeper import twin_bytes
-from outsize.planner.needs import KEPT, PINNED, TENSORS, gradient_bytes
-from outsize.planner.script import Create
+from outsize.planner.needs import KEPT, PINNED, TENSORS
 from outsize.planner.search import Choice, Placement, Search
 
 Causes = tuple[tuple[str, int], ...]
@@ -56,8 +55,8 @@ def host_bytes(search: Search, placement: Placement) -> int:
     sizes = search.job.sizes
     there = sum(sizes[name].bytes for name in placement.host_weights)
     there += sum(sizes[name].state_bytes for name in placement.host_states)
-    waiting = search.waiting and search.bare.near != "host" and placement.gradient_home == "host"
-    return there + (gradient_bytes(sizes) if waiting else 0)
+    waiting = search.bare.near != "host" and placement.gradient_home == "host"
+    return there + (search.gradient_bytes() if waiting else 0)
 
 
 def disk_bytes(search: Search, placement: Placement, found: Forecast) -> int:
@@ -65,12 +64,7 @@ def disk_bytes(search: Search, placement: Placement, found: Forecast) -> int:
     sizes = search.job.sizes
     disk = sum(2 * (size.bytes + size.state_bytes) for size in sizes.values())
     disk += sum(n for (_, target, kind), n in found.moved.items() if (target, kind) == ("disk", "activation"))
-    if placement.gradient_home != "disk":
-        return disk
-    if search.waiting:
-        return disk + gradient_bytes(sizes)
-    created = [event.block for step in search.rehearsed.script.steps for event in step if isinstance(event, Create)]
-    return disk + sum({block.name: block.nbytes for block in created if "gradient" in block.bytes_by_kind}.values())
+    return disk + (search.gradient_bytes() if placement.gradient_home == "disk" else 0)
 
 
 def _host_memory(search: Search, placement: Placement) -> Causes:

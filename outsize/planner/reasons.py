@@ -8,7 +8,6 @@ from dataclasses import replace
 from outsize.distributed.arrangement import PEER
 from outsize.machine.machine import Machine
 from outsize.plan import KEEP, MOVE, MOVE_TO_HOST, RECOMPUTE, Activations, Plan
-from outsize.planner.needs import gradient_bytes
 from outsize.planner.predict import host_bytes, near_bytes, predicted
 from outsize.planner.search import Choice, Placement, Search
 from outsize.sizes import format_size
@@ -77,8 +76,8 @@ def _say_host(search: Search, placement: Placement) -> tuple[str, ...]:
     weights = names - placement.near_weights - placement.host_weights
     states = names - placement.near_states - placement.host_states
     left = sum(sizes[name].bytes for name in weights) + sum(sizes[name].state_bytes for name in states)
-    left += gradient_bytes(sizes) if search.waiting and placement.gradient_home == "disk" else 0
-    waiting = ", and gradients that wait" if search.waiting and placement.gradient_home == "host" else ""
+    left += search.gradient_bytes() if placement.gradient_home == "disk" else 0
+    waiting = ", and gradients that wait" if placement.gradient_home == "host" and search.gradient_bytes() else ""
     rest = f"{format_size(left)} live on disk alone" if left else "none lives on disk alone"
     return (
         f"host: {format_size(host_bytes(search, placement))} live in the memory of the device's host, "

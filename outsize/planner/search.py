@@ -8,7 +8,7 @@ costs nothing, and only playing tells what is hidden."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -24,6 +24,7 @@ from outsize.planner.keeper import keeper_bytes
 from outsize.planner.needs import Needs, gradient_bytes
 from outsize.planner.rehearsal import Rehearsed, homes
 from outsize.planner.room import need_room
+from outsize.planner.script import Create
 from outsize.planner.sizes_of import WeightSize
 
 SNAPSHOT_SHARE = 8  # of what a step moves, snapshots of state in memory may add one part in so many
@@ -186,10 +187,18 @@ class Search:
         """Gradients wait for others of the same step, or for its end."""
         return self.job.hold or self.request.accumulate > 1
 
+    def gradient_bytes(self, taken: Callable[[int], int] = pages) -> int:
+        """Of gradients that have blocks of their own: all, where they wait; else those of tables, to which rows are added.
+        `taken`: by a block of so many bytes."""
+        if self.waiting:
+            return gradient_bytes(self.job.sizes, taken)
+        created = (event.block for step in self.rehearsed.script.steps for event in step if isinstance(event, Create))
+        return sum({b.name: taken(b.nbytes) for b in created if "gradient" in b.bytes_by_kind}.values())
+
     @cached_property
     def near_gradients(self) -> int:
-        """Bytes of gradients that wait, near compute."""
-        return gradient_bytes(self.job.sizes, lasting if self.bare.device_bytes else pages) if self.waiting else 0
+        """Bytes of those, near compute."""
+        return self.gradient_bytes(lasting if self.bare.device_bytes else pages)
 
     @cached_property
     def twins(self) -> int:
@@ -247,13 +256,13 @@ class Search:
         """With what is not near in the memory of the device's host, as far as that goes: first weights, which else would
         pass the disk most often, then gradients that wait, all or none, then states."""
         room, sizes = self.host_room, self.job.sizes
-        gradients = gradient_bytes(sizes) if self.waiting else 0
+        gradients = self.gradient_bytes()
         weights, states = set[str](), set[str]()
         for name, size in reversed(sizes.items()):
             if name not in placement.near_weights and size.bytes <= room:
                 weights.add(name)
                 room -= size.bytes
-        home = "host" if 0 < gradients <= room else "disk"
+        home = "host" if gradients <= room else "disk"
         room -= gradients if home == "host" else 0
         for name, size in reversed(sizes.items()):
             if name not in placement.near_states and size.state_bytes <= room:
