@@ -17,7 +17,7 @@ from outsize.distributed.shares import in_proportion
 from outsize.errors import BudgetError, OptionError, OutsizeError
 from outsize.machine.allocator import recycle_up_to
 from outsize.machine.describe import describe, process_memory
-from outsize.machine.devices import find_device
+from outsize.machine.devices import CPU
 from outsize.machine.find import find_machine, this_machine
 from outsize.machine.machine import Machine
 from outsize.model.companions import COMPANIONS
@@ -55,7 +55,8 @@ def attach(
     block_class: str | None = None,
 ) -> Job:
     """Bind `model`, as it is, to a store of at most `memory` with its state under `directory`. `job.model` is `model`:
-    run it, call backward as often as you like, then `job.step()`. `job.detach()` gives back an ordinary module.
+    run it, call backward as often as you like, then `job.step()`. `job.detach()` gives back an ordinary module. The host
+    computes, whether there is a GPU or not.
 
     `optimizer` is a class with `options`, or a rule (name, parameter) -> (class, options). `precision` "fp32" trains the
     numbers a plain loop would; "mixed" computes in bf16 with an fp32 master. `sequence_length` and `batch_size` are the
@@ -88,8 +89,7 @@ def attach(
         folder.close()  # with another budget it may be tried again
         raise
     recycle_up_to(0)  # of weights that come in, none leaves a hole for others to spread over
-    device = find_device(plan.device_bytes)
-    store = open_store(plan, folder, device=device)
+    store = open_store(plan, folder)
 
     def read(name: str, start: int, stop: int) -> torch.Tensor:
         tensor = sources[name]
@@ -98,7 +98,7 @@ def attach(
     def forget(name: str) -> None:
         del sources[name]  # so that the module's own copy goes as soon as the store has it
 
-    job = bind(model, units, plan, rule, store, read, device, progress=forget)
+    job = bind(model, units, plan, rule, store, read, CPU, progress=forget)
     recycle_up_to(plan.recycle_bytes)
     return job
 
@@ -170,7 +170,7 @@ def planning(
     here = Place(there, process_memory().resident_bytes, disk, wire_of(there, each), crowd)
     job = Task(module, units, rule, asked, [], source.stored_dtype, block_class)
     if not pipeline and not there.unlike:
-        return partial(_needing, partial(_within, Planning(job, here), each, tokenizer), there, each)
+        return partial(_needing, partial(_within, Planning(job, here), tokenizer), there, each)
     machines = [there.node(rank // each) for rank in range(workers)]
     apart = [here.beside(machine, machine.capacity("disk") // each) for machine in machines]
     jobs = lines_of(job, workers, nodes, line) if pipeline else [job]
@@ -200,12 +200,20 @@ def device_bytes_of(machine: Machine, asked: str | int | None) -> int:
 def _needing(
     planned: Callable[[str | int], Plan], machine: Machine | None, each: int, memory: str | int | None = None
 ) -> Plan:
-    """The plan of one of `each` workers of a node."""
-    if memory is None:
-        if machine is None or machine.origin != "described" or machine.compute.tier != "device":
-            raise OptionError("A plan needs to know how much memory the process may use. Give --memory, such as 3GiB.")
-        memory = int(HOST_SHARE * machine.capacity("host")) // each
-    return planned(memory)
+    """The plan of one of `each` workers of a node. Raises BudgetError where a host of devices has too little for all."""
+    there = None if machine is None or machine.compute.tier == "host" else machine
+    if memory is None and (there is None or there.origin != "described"):
+        raise OptionError("A plan needs to know how much memory the process may use. Give --memory, such as 3GiB.")
+    if there is None:
+        return planned(memory or 0)
+    most = there.capacity("host") // each
+    budget = int(HOST_SHARE * most) if memory is None else parse_size(memory)
+    if budget > most:
+        raise BudgetError(
+            f"{each} x {format_size(budget)} are more than the {format_size(there.capacity('host'))} of memory that a node "
+            f"of {there.name} has for {each} workers. Give --memory {most >> 20}MiB, or less.",
+        )
+    return planned(budget)
 
 
 def _check_asked(task: str, request: dict[str, Any], pipeline: bool, line: PipelineRequest) -> None:
@@ -233,17 +241,9 @@ def _each_within(jobs: list[Task], apart: list[Place], each: int, _held: object,
     return fullest(plan_line(jobs, workers)) if jobs[0].request.legs else plan_workers(jobs[0], workers)[0]
 
 
-def _within(planning: Planning, each: int, _held: object, memory: str | int) -> Plan:
-    """`_held` counts in the baseline, as long as plans are made. Raises BudgetError where the hosts of devices do not have
-    that for `each` worker of a node."""
-    budget, machine = parse_size(memory), planning.place.machine
-    most = machine.capacity("host") // each
-    if machine.compute.tier == "device" and budget > most:
-        raise BudgetError(
-            f"{each} x {format_size(budget)} are more than the {format_size(machine.capacity('host'))} of memory that a node "
-            f"of {machine.name} has for {each} workers. Give --memory {most >> 20}MiB, or less.",
-        )
-    return planning.within(budget)
+def _within(planning: Planning, _held: object, memory: str | int) -> Plan:
+    """`_held` counts in the baseline, as long as plans are made."""
+    return planning.within(parse_size(memory))
 
 
 def _machine(machine: str | Path | Machine | None, directory: Path) -> Machine:

@@ -196,6 +196,7 @@ class _Training:
     def _placed(self, model: nn.Module, units: list[Unit], plan: Plan, begin: OptimizerState | None) -> Job:
         """The job, with all weights and states in the store."""
         device = find_device(plan.device_bytes)
+        self.group.meet_on(device)
         store = open_store(plan, self.state, group=self.group, device=device)
         self.progress.message("bringing the weights into the store")
         bound = partial(bind, model, units, plan, self.rule, store, device=device, group=self.group)
@@ -254,7 +255,8 @@ class _Training:
 
     @property
     def _line(self) -> PipelineRequest:
-        return PipelineRequest(self.settings.legs, self.settings.legs_shape, self.settings.zero_bubble)
+        legs = self.settings.legs or (self.group.size if self.device_memory else None)
+        return PipelineRequest(legs, self.settings.legs_shape, self.settings.zero_bubble)
 
     def _told(self, what: str) -> Any:
         """What a plan that was given says; None if there is none."""

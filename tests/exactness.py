@@ -28,14 +28,13 @@ from outsize.memory.host import HostTier, allocate_slab
 from outsize.memory.tier import Tier, pages
 from outsize.memory.transfer import Transfers
 from outsize.model.units import find_units
-from outsize.plan import KEEP, MOVE, RECOMPUTE, Activations, Plan
+from outsize.plan import KEEP, MOVE, MOVE_TO_HOST, RECOMPUTE, Activations, Plan
 from outsize.train.job import Job, bind
 from outsize.train.optimizers import OptimizerRule
 
 VOCABULARY = 256
 ACTIVATIONS = 256 << 10  # bytes near for those of a unit that are on their way; less than a step's
 DEVICE = 1 << 30  # bytes of what stands for a device
-MOVE_TO_HOST = Activations("all", "host")  # where a device computes; else they stay where they are
 ACTIVATIONS_OF = {
     "keep": KEEP,
     "recompute": RECOMPUTE,

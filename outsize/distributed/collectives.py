@@ -35,12 +35,14 @@ Across = Sequence[distributed.ProcessGroup]
 """By tag, the groups for what lies on devices: NCCL knows no tags."""
 
 
-def across(tags: int, patience: timedelta) -> Across:
-    """None where there are no devices. All workers call this alike; each group connects when it is first used. Untested on
-    GPUs: none was at hand."""
-    if not (torch.cuda.is_available() and distributed.is_nccl_available()):
+def across(device: torch.device, tags: int, patience: timedelta) -> Across:
+    """None for the host. All workers call this alike, and all groups connect, since what comes first need not be of all. What
+    NCCL takes of a device for itself nobody counts. Untested on GPUs: none was at hand."""
+    if device.type != "cuda":
         return ()
-    groups = (distributed.new_group(backend="nccl", timeout=patience) for _ in range(tags))
+    groups = [distributed.new_group(backend="nccl", timeout=patience) for _ in range(tags)]
+    for group in groups:
+        distributed.all_reduce(torch.zeros(1, device=device), group=group)
     return [group for group in groups if isinstance(group, distributed.ProcessGroup)]
 
 

@@ -64,6 +64,9 @@ class Group:
         workers, those with the fastest links first; of a single worker, the gradient as it is. Good until the next call."""
         return gradient
 
+    def meet_on(self, device: torch.device) -> None:
+        """Connect where the model computes; every worker calls this, before anything else is exchanged from there."""
+
     def row(self, size: int) -> Group:
         """The so many neighbours among whom this worker is."""
         return self
@@ -236,7 +239,7 @@ class Several(Group):
     def _buffer(self, like: torch.Tensor, numel: int) -> torch.Tensor:
         """Of so many elements, where `like` is."""
         nbytes = numel * like.element_size()
-        if self._scratch.numel() < nbytes:
+        if self._scratch.numel() < nbytes or self._scratch.device != like.device:
             self._scratch = self._allocate(nbytes, like.device)
         return self._scratch[:nbytes].view(like.dtype)
 

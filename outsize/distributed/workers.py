@@ -12,7 +12,7 @@ import torch
 from torch import distributed
 
 from outsize.distributed.arrangement import REMOTE, Arrangement
-from outsize.distributed.collectives import Begun, Messages, Unreachable, across, begin, exchange, finish
+from outsize.distributed.collectives import Across, Begun, Messages, Unreachable, across, begin, exchange, finish
 from outsize.distributed.group import Group, Several
 from outsize.distributed.launch import CONTINUES
 from outsize.distributed.meeting import meet
@@ -36,6 +36,8 @@ class Workers(Several):
         self.here, self.leads = here, local == 0
         self._thread: Transfers | None = None  # has one thread, in which exchanges go on while this worker does
         self._last: Ticket | None = None  # of what that thread was given
+        self._across: Across = ()
+        self._patience = answer
         meeting, places = meet(rank, size, f"{rank - local} {here}")
         super().__init__(_arranged(rank, size, here, places))
         try:
@@ -43,12 +45,15 @@ class Workers(Several):
             distributed.init_process_group("gloo", store=meeting, rank=rank, world_size=size, timeout=answer)
             commits = distributed.new_group(backend="gloo", timeout=answer)
             assert isinstance(commits, distributed.ProcessGroup), "every worker is a member"
-            self._commits, self._across = commits, across(AHEAD + 1, answer)
+            self._commits = commits
         except (RuntimeError, ValueError) as problem:
             raise RunError(
                 f"Worker {rank} of {size} has met the others, but cannot exchange with them: {problem}. Let each connect "
                 "to each; GLOO_SOCKET_IFNAME names the interface that does."
             ) from problem
+
+    def meet_on(self, device: torch.device) -> None:
+        self._across = across(device, AHEAD + 1, self._patience)
 
     def send(self, outgoing: Messages, incoming: Messages, tag: int = 0) -> None:
         self._wait(lambda: exchange(outgoing, incoming, tag, self._across))

@@ -27,6 +27,11 @@ def find_device(nbytes: int) -> torch.device:
             f"{format_size(nbytes)} of device memory are asked for, and torch finds {count} CUDA GPUs{who}. Give "
             "--device-memory 0 to compute on the host, or fewer workers."
         )
+    if nbytes > free_bytes():
+        raise OptionError(
+            f"GPU {number} has {format_size(free_bytes())} free, less than --device-memory {format_size(nbytes)}. Give that "
+            "much, or less."
+        )
     device = torch.device("cuda", number)
     torch.cuda.set_device(device)
     total = torch.cuda.mem_get_info(device)[1]
@@ -41,8 +46,11 @@ def free_bytes() -> int:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most that this process has held of the device, driver included; 0 on the host."""
-    return CONTEXT + torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0
+    """The most that this process has held of the device, with what others and its driver hold now; 0 on the host."""
+    if device.type != "cuda":
+        return 0
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free - torch.cuda.memory_reserved(device) + torch.cuda.max_memory_reserved(device)
 
 
 def queue_beside(devices: Iterable[torch.device]) -> AbstractContextManager[None]:

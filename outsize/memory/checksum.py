@@ -16,7 +16,7 @@ import xxhash
 from outsize.errors import DamageError
 from outsize.memory.block import Block
 from outsize.memory.host import allocate_slab
-from outsize.memory.tier import Extent, Tier
+from outsize.memory.tier import Extent, Tier, on_host
 from outsize.sizes import format_size
 
 PIECE = 1 << 20  # bytes under one checksum, and so how exactly damage can be named
@@ -56,7 +56,7 @@ class CheckedExtents:
         step = FROM_DEVICE if source.is_cuda else max(source.numel(), 1)
         sums = []
         for start in range(0, source.numel(), step):
-            part = source[start : start + step].cpu()  # itself, if it is there
+            part = on_host(source[start : start + step])
             sums.append(checksums(part))
             self.tier.write(extent, start, part)
         self._sums[extent] = np.concatenate(sums)

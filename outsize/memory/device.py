@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from outsize.errors import BudgetError, OptionError
@@ -37,7 +39,17 @@ class DeviceTier(MemoryTier):
             return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
         except torch.cuda.OutOfMemoryError as problem:
             free = format_size(torch.cuda.mem_get_info(self._device)[0])
+            held = format_size(torch.cuda.memory_allocated(self._device))
             raise BudgetError(
-                f"{self._device} has no {format_size(nbytes)} left: {free} are free and blocks hold "
-                f"{format_size(self.used - nbytes)}. Give a smaller device budget."
+                f"{self._device} has no {format_size(nbytes)} left: {free} are free and tensors hold {held}. Give less "
+                "--device-memory than there is."
             ) from problem
+
+
+def fence_of(memory: torch.Tensor) -> Any:
+    """An event that has passed when the device which has this memory has done what is queued on it now; None on the host."""
+    if not memory.is_cuda:
+        return None
+    event = torch.cuda.Event(blocking=True)
+    event.record(torch.cuda.current_stream(memory.device))
+    return event

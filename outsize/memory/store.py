@@ -5,8 +5,8 @@
     with store.phase("step"): ...             the order of leases is recorded once, then foreseen
     store.commit(step, facts)                 what is at home now is step N, whatever happens next
 
-Near memory is one arena of fixed size. Blocks whose home *is* the near tier live beside it and never move. Where a device
-computes, blocks may live in its host's memory: they come and go as from disk, and a commit writes what has changed there.
+Near memory is one arena of fixed size. Blocks at home near live beside it and never move. Where a device computes, blocks
+may live in its host's memory: they come and go as from disk, and a commit writes what has changed there.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ import torch
 from outsize.errors import BudgetError
 from outsize.memory.arena import Arena
 from outsize.memory.block import Block, Part, runs
+from outsize.memory.device import fence_of
 from outsize.memory.entry import Entry, Residency
 from outsize.memory.foresight import Touch
 from outsize.memory.homes import Committed, Homes
@@ -105,6 +107,8 @@ class Store:
 
     def remove(self, name: str) -> None:
         """Forget a block that nobody leases, and free what it occupied."""
+        if self._last_commit is not None:
+            self._last_commit.wait()  # which may still write it
         with self._turn:
             entry = self.entries[name]
             self._wait(entry, "write")
@@ -206,7 +210,7 @@ class Store:
     def _give(self, entry: Entry, touch: Touch) -> None:
         with self._turn:
             assert entry.pins > 0, f"{entry.block.name} was released twice"
-            self._used = self._fence()
+            self._used = fence_of(self._arena.memory)
             if entry.residency is Residency.STAYING:
                 entry.pins -= 1
                 entry.written = entry.written and touch is not Touch.DROP
@@ -240,17 +244,18 @@ class Store:
         with self._turn:
             if entry.storage is not None and entry.residency not in (Residency.COMING, Residency.RESERVED):
                 self._copy_rows(place, entry.storage, rows, out)
+                self._used = fence_of(self._arena.memory)  # nobody has leased what was read
                 return
             tier, moves, extent = self.homes.source(entry)
         row_bytes = place.nbytes // place.shape[0]
         target = out.view(-1).view(torch.uint8)
         self.ledger.move(tier.name, self.near, {place.kind: len(rows) * row_bytes})
-        tickets, fence = [], self._fence()  # of a device, `out` may be where queued compute still has something
-        for first, last in runs(rows):
-            span = target[first * row_bytes : last * row_bytes]
-            tickets.append(
-                self.transfers.read(moves, extent, place.offset + rows[first] * row_bytes, span, fence=fence)
-            )
+        # What is queued on a device may still use what `out` lies in.
+        begin = partial(self.transfers.read, moves, extent, fence=fence_of(self._arena.memory))
+        tickets = [
+            begin(place.offset + rows[first] * row_bytes, target[first * row_bytes : last * row_bytes])
+            for first, last in runs(rows)
+        ]
         started = self.clock.now()
         for ticket in tickets:
             ticket.wait()
@@ -295,8 +300,8 @@ class Store:
         if entry.slot is None:
             self._send_home(entry)
             return
-        extent = self.homes.place(entry)
-        self.ledger.move(entry.home.name, self.homes.tier(entry).name, entry.block.bytes_by_kind)
+        extent, tier = self.homes.place(entry), self.homes.tier(entry)
+        self.ledger.move(entry.home.name, tier.name, entry.block.bytes_by_kind)
         self.transfers.write(self.homes.moves(entry), extent, 0, entry.home.view(entry.slot))
 
     def _arrived(self, entry: Entry, error: BaseException | None) -> None:
@@ -312,14 +317,6 @@ class Store:
             except BaseException as failure:
                 self._failure = self._failure or failure
             self._turn.notify_all()
-
-    def _fence(self) -> Any:
-        """Passed when a device has done what is queued on it now."""
-        if not self._arena.memory.is_cuda:
-            return None
-        event = torch.cuda.Event(blocking=True)
-        event.record(torch.cuda.current_stream(self._arena.memory.device))
-        return event
 
     @contextmanager
     def phase(self, name: str, again: bool = False) -> Iterator[None]:
@@ -365,6 +362,7 @@ class Store:
         if self._last_commit is not None:
             self._last_commit.wait()
         with self._turn:
+            self._used = fence_of(self._arena.memory)
             for entry in self._stale.values():
                 self._save(entry)
             self._stale = {}

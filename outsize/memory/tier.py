@@ -238,6 +238,15 @@ class MemoryTier(Tier):
         copy_now(self._memory[extent.start][offset : offset + source.numel()], source)
 
 
+def on_host(data: torch.Tensor) -> torch.Tensor:
+    """The same 1-D bytes on the host: itself, if they are there."""
+    if not data.is_cuda:
+        return data
+    found = torch.empty(data.numel(), dtype=data.dtype)
+    copy_now(found, data)
+    return found
+
+
 def copy_now(target: torch.Tensor, source: torch.Tensor) -> None:
     """Copy within or between host and CUDA device; complete on return, and beside the compute of the device.
 

@@ -66,6 +66,9 @@ class Transfers:
         self._queues = {"read": deque(), "write": deque()}
         self._failure: BaseException | None = None  # of the writer, or of somebody's `then`; it stays
         self._closing = False
+        self._device = (
+            torch.cuda.current_device() if torch.cuda.is_initialized() else None
+        )  # threads begin with the first
         names = ["read"] * readers + ["write"]
         self._threads = [threading.Thread(target=self._work, args=(name,), daemon=True) for name in names]
         for thread in self._threads:
@@ -165,6 +168,8 @@ class Transfers:
             self._arrivals[direction].notify()
 
     def _work(self, direction: str) -> None:
+        if self._device is not None:
+            torch.cuda.set_device(self._device)
         while (item := self._next(direction)) is not None:
             job, nbytes, ticket = item
             started = self.clock.now()

@@ -24,9 +24,12 @@ def request_of(
     for option, given in (("--keeper", settings.keeper), ("--replan", settings.replan)):
         if given and group.size > 1:
             raise OptionError(f"{option} is for one worker, and there are {group.size}. Leave it out, or --workers.")
-    if settings.keeper and device:
+    if settings.replan and device:
+        raise OptionError("--replan is for a disk beside the host's memory, and a device computes. Leave it out.")
+    if settings.pipeline and device and (settings.legs or group.size) > group.size:
         raise OptionError(
-            "--keeper holds what lies in the host's memory, and a device computes. Leave one of them out."
+            f"On devices each of {group.size} workers of a pipeline has one leg: what passes between more could wait for "
+            "itself. Leave --legs out, or give --device-memory 0."
         )
     return Request(
         memory,

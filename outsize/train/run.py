@@ -128,6 +128,11 @@ class Run:
                     f"{self.state.directory} holds the state of another {what}. Use the one that the run began with, "
                     "or another --out."
                 )
+        before, now = facts.get("near", "host"), self.job.plan.near
+        if before != now:
+            self.progress.message(
+                f"until step {step} the {before} computed; from here the {now} does, and rounds otherwise"
+            )
         self.job.updater.restore(facts["optimizer"])
         self.job.step_number = step
         self.job.random_state = torch.frombuffer(bytearray(base64.b64decode(facts["random"])), dtype=torch.uint8)
@@ -138,6 +143,7 @@ class Run:
         return {
             "about": self.about,
             "optimizer": self.job.updater.facts(),
+            "near": self.job.plan.near,
             "nodes": self.job.plan.nodes,
             "weight_copies": self.job.plan.weight_copies,
             "sequences": self.job.plan.sequences,

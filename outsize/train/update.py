@@ -328,7 +328,7 @@ class Updater:
         optimizer.state.clear()
         dtypes = {name: dtype for name, _, dtype in chunk.layout.tensors}
         if chunk.stepped:
-            scalars = {k: v.clone() if torch.is_tensor(v) else v for k, v in chunk.scalars.items()}
+            scalars = {name: _again(name, value, group, master.device) for name, value in chunk.scalars.items()}
             optimizer.state[parameter] = scalars | {k: t.to(dtypes[k]) for k, t in state.items()}
         getattr(optimizer, method)()
         kept = optimizer.state[parameter]
@@ -370,6 +370,15 @@ class Updater:
     def _all_chunks(self) -> Iterator[Chunk]:
         for chunks in self.chunks.values():
             yield from chunks
+
+
+def _again(name: str, value: Any, group: dict[str, Any], device: torch.device) -> Any:
+    """A scalar for the optimizer to change, where it wants that: torch's have their step on the host, unless kernels count
+    it, and other tensors beside the parameter."""
+    if not torch.is_tensor(value):
+        return value
+    counted = name != "step" or group.get("fused") or group.get("capturable")
+    return value.to(device if counted else "cpu", copy=True)
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
