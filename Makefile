@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test soak soak-serve soak-workers lint docs bench foresight clean
+.PHONY: help demo test soak soak-serve soak-workers lint docs bench foresight scaling clean
 
 help: ## say what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -46,6 +46,9 @@ bench: $(BENCH_READY) ## measure against plain PyTorch and DeepSpeed, side by si
 
 foresight: $(READY) ## compare plans with what then happens, over many jobs; writes docs/foresight.md
 	$(VENV)/python bench/foresight.py
+
+scaling: $(READY) ## plan Llama-shaped models on up to 512 described GPUs; writes docs/foresight.md, docs/scaling.png
+	$(VENV)/python bench/scaling.py
 
 clean: ## remove the environment and everything built; runs/ stays, but for the demo's
 	rm -rf .venv build runs/demo .pytest_cache .ruff_cache .hypothesis

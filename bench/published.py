@@ -3,7 +3,7 @@
 Prints the table of docs/foresight.md. The planner rehearses each step on fake tensors, with what forward leaves for backward
 recomputed, so but for units' inputs that move, and all moved: what its tensors, leases and buffers take of a device, how
 long its operations take at the described rates, what it moves. Of what fits the fastest counts, and the best mixture of some
-layers moved and the others recomputed. Steps are not played, for training does not run on devices yet: a step's time here is
+layers moved and the others recomputed. Steps are not played yet, though plans for devices would be: a step's time here is
 the longest of compute and each link alone, a bound.
 
 python bench/published.py --only Fuyou        those rows whose paper or machine has this in its name
@@ -18,6 +18,7 @@ from itertools import accumulate
 from math import inf
 
 from outsize.asked import Request
+from outsize.machine.devices import CONTEXT
 from outsize.machine.find import find_machine
 from outsize.machine.machine import Machine, Rate
 from outsize.memory.block import Block
@@ -29,7 +30,6 @@ from outsize.planner.script import Create, Live, Script, Spend, Touched
 from outsize.planner.search import JobSizes
 from outsize.planner.training import Task, sample_batches
 
-CONTEXT = 1 << 30  # bytes of a device that the driver and its libraries take; assumed
 SPARED = 0.9  # of the host's memory may hold state; assumed
 FEW = 2  # layers
 VOCABULARY = 51200

@@ -21,7 +21,7 @@ from outsize.machine.devices import CONTEXT
 from outsize.machine.find import find_machine
 from outsize.machine.machine import Link, Machine
 from outsize.model.units import find_units
-from outsize.plan import RECOMPUTE, SPARE, Plan
+from outsize.plan import MOVE, MOVE_TO_HOST, RECOMPUTE, SPARE, Plan
 from outsize.planner.beside import LIBRARIES
 from outsize.planner.check import check_plan
 from outsize.planner.clock import ways_of
@@ -100,6 +100,22 @@ def test_a_plan_names_what_lives_where(tight: Request) -> None:
     (said,) = [reason for reason in plan.reasons if reason.startswith("host: ")]
     assert "live in the memory of the device's host" in said and "live on disk alone" in said
     assert re.search(r"\ndevice +its memory peaks at [\d.]+ GiB of [\d.]+ GiB\n +1.00 GiB the driver", str(plan))
+
+
+def test_activations_move_to_the_hosts_memory_where_it_has_room_for_them() -> None:
+    request = replace(ROOMY, activations="move", sequence_length=256, batch_size=8)
+    plan = planned(request, layers=6)
+    assert {how for _, how in plan.activations} == {MOVE_TO_HOST} and plan.predicted is not None
+    moved = {tuple(ways): nbytes for *ways, nbytes in plan.predicted.moved}
+    out = moved["device", "host", "activation"]
+    assert 0 < moved["host", "device", "activation"] <= out  # the last unit's may be there still
+    waiting = dict(plan.predicted.memory)["activations that wait there"]
+    assert waiting >= out
+    beside = Planning(task(request, 6), place()).search(MOVE_TO_HOST).needs.beside
+    assert beside is not None
+    small = int((beside.fixed - waiting // 2) / (1 - SPARE))
+    on_disk = planned(replace(request, memory_bytes=small), layers=6)
+    assert {how for _, how in on_disk.activations} == {MOVE}
 
 
 def test_more_of_either_memory_is_never_slower(tight: Request) -> None:

@@ -17,7 +17,7 @@ from worker_child import in_line
 from outsize.machine.find import find_machine
 from outsize.memory.store import Store
 from outsize.model.units import find_units
-from outsize.plan import KEEP, MOVE, Activations
+from outsize.plan import KEEP, MOVE, MOVE_TO_HOST, Activations
 from outsize.planner.clock import ways_of
 from outsize.planner.live import CACHED, LiveBytes
 from outsize.planner.needs import MANY
@@ -28,9 +28,10 @@ from outsize.planner.script import Event, Live, Script, Spend
 from outsize.train.job import always_near
 from outsize.train.optimizers import uniform_rule
 
-LAPTOP = find_machine("laptop")
+LAPTOP, CARD = find_machine("laptop"), find_machine("rtx-4090")
 RULE = uniform_rule(torch.optim.AdamW, {"lr": 1e-3, "fused": True})
 STEPS = 4
+ON_DEVICE = "on a device, activations in its host's memory"
 
 SETTINGS = {
     "all on disk": Setting(),
@@ -46,6 +47,8 @@ SETTINGS = {
     "moved and recomputed in part": Setting(
         activations=(Activations("products", "disk"), KEEP), accumulate=2, arena=4 << 20
     ),
+    "on a device": Setting(placement="device", precision="mixed", clip=1.0, gradient_home="host"),
+    ON_DEVICE: Setting(placement="device", activations=MOVE_TO_HOST),
     "bf16 moments": Setting(precision="mixed", moments="bf16"),
 }
 
@@ -81,7 +84,8 @@ def test_rehearsal_moves_what_the_real_run_moves(
     steps = [make_batches(1, setting.accumulate)[0]] * STEPS
     script = rehearse(model, plan, RULE, RatedPrices(LAPTOP), steps[0], torch.float32).whole
     always = always_near(find_units(model))
-    rehearsal = play(script, plan.arena_bytes, homes(plan, always), ways_of(LAPTOP), STEPS, plan.commit_every)
+    ways = ways_of(CARD if plan.device_bytes else LAPTOP)
+    rehearsal = play(script, plan.arena_bytes, homes(plan, always), ways, STEPS, plan.commit_every, plan.near)
 
     job = bind_job(model, RULE, plan, tmp_path)
     job.on_complete = lambda step: job.store.commit(lambda slots: None) if step % plan.commit_every == 0 else None
@@ -95,8 +99,8 @@ def test_rehearsal_moves_what_the_real_run_moves(
     if setting.table_rows:  # whether a row is still near when the embedding asks is a matter of time
         rows = STEPS * sum(batch["input_ids"].unique().numel() for batch in steps[0])
         row_bytes = 4 * model.get_input_embeddings().weight.shape[1]
-        ways = ("disk", "host", "weight")
-        assert abs(foretold.pop(ways) - moved.pop(ways)) <= rows * row_bytes
+        read = ("disk", "host", "weight")
+        assert abs(foretold.pop(read) - moved.pop(read)) <= rows * row_bytes
     assert foretold == moved
     assert list(rehearsal.steps[-1].accesses) == seen.accesses
     assert rehearsal.disk_bytes == job.store.tiers["disk"].used
@@ -104,10 +108,10 @@ def test_rehearsal_moves_what_the_real_run_moves(
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
-@pytest.mark.parametrize("name", ["all on disk", "kept activations", "clipped", "blocks of the vocabulary"])
+@pytest.mark.parametrize("name", ["all on disk", "kept activations", "clipped", "blocks of the vocabulary", ON_DEVICE])
 def test_four_units_stand_for_all(family: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """They ask the same of the store, in the same order; tensors alive are counted a little too high."""
-    setting = SETTINGS[name]
+    setting, most = SETTINGS[name], 1.1 if name == ON_DEVICE else 1.06  # of what has moved little is alive
     model = make_model(family, tied=True, layers=8)
     plan = make_plan(model, setting)
     micro_batches = make_batches(1, setting.accumulate)[0]
@@ -118,7 +122,7 @@ def test_four_units_stand_for_all(family: str, name: str, monkeypatch: pytest.Mo
     for one, other in zip(short.steps, full.steps, strict=True):
         assert list(_asked(one)) == list(_asked(other))
         assert _spent(one) == pytest.approx(_spent(other), rel=1e-3)
-        assert _peak(other) <= _peak(one) <= 1.06 * _peak(other)
+        assert _peak(other) <= _peak(one) <= most * _peak(other)
 
 
 def test_four_units_of_each_leg_stand_for_all(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,7 +37,10 @@ Clip = Annotated[
 ]
 Loss = Annotated[str, typer.Option(help="auto, blocked (over blocks of the vocabulary) or module (its own).")]
 Activations = Annotated[
-    str, typer.Option(help="keep, recompute or move (to disk) what forward leaves for backward; or auto.")
+    str,
+    typer.Option(
+        help="keep, recompute or move (to disk; of a device to its host's memory) what forward leaves for backward; or auto."
+    ),
 ]
 CommitEvery = Annotated[
     int | None, typer.Option(min=1, help="Steps between commits. State on disk is committed every step for free.")

@@ -332,11 +332,12 @@ def _rehearse(
 
 
 def _alike(model: nn.Module, units: Sequence[str], plan: Plan) -> bool:
-    """All of them are of one shape, and leave the same behind near compute."""
+    """All of them are of one shape, and leave the same behind: near compute, or of a device also in its host's memory."""
     activations = dict(plan.activations)
     left = {activations.get(name, KEEP) for name in units}
     moved = any(choice.home != NEAR for choice in activations.values())
-    return len(left) == 1 and not moved and same_shape(model, units)
+    alone = plan.device_bytes > 0 and not plan.legs
+    return len(left) == 1 and (alone or not moved) and same_shape(model, units)
 
 
 def runs_of(units: Sequence[str], plan: Plan) -> tuple[tuple[str, ...], ...]:

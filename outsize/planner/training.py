@@ -44,6 +44,7 @@ from outsize.train.job import always_near, users_of
 from outsize.train.optimizers import OptimizerRule
 from outsize.train.precision import find_precision
 
+SETTLED = {"move to host": MOVE_TO_HOST, "move to disk": MOVE}  # by another worker's plan
 TABLE_BLOCK = 4 << 20  # elements of a vocabulary's table in one block, at most
 LOOKS = 3  # at how fast the machine is, before all is measured anew
 TABLE_ROWS = 2048  # and rows: the logits of 512 tokens against them are 4 MiB
@@ -207,8 +208,10 @@ class Planning:
     def _considered(self) -> list[Activations]:
         """Ways in which activations may wait, the least compute first."""
         request = self._task.request
-        moves = [MOVE_TO_HOST, MOVE] if request.device_bytes else [MOVE]
-        choices = {"keep": [KEEP], "recompute": [RECOMPUTE], "move": moves}
+        device = request.device_bytes > 0
+        choices = {"keep": [KEEP], "recompute": [RECOMPUTE], "move": [MOVE_TO_HOST, MOVE] if device else [MOVE]}
+        if request.activations in SETTLED:
+            return [SETTLED[request.activations]]
         if request.activations not in ("auto", *choices):
             raise OptionError(f"activations {request.activations!r} is unknown; there are auto, {', '.join(choices)}.")
         if request.activations != "auto":
