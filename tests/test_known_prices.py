@@ -13,6 +13,7 @@ from outsize.asked import Request
 from outsize.machine.find import DESCRIBED, find_machine
 from outsize.plan import Plan
 from outsize.planner.known_prices import TIMES, KnownPrices, Then, prices_file
+from outsize.planner.meeting import Timed, seconds_of_meeting
 from outsize.planner.prices import LEAST, Cooling, MeasuredPrices, RatedPrices, yardsticks
 from outsize.planner.rehearsal import rehearse
 from outsize.planner.training import sample_batches
@@ -103,7 +104,7 @@ def test_a_second_planning_measures_nothing(tmp_path: Path) -> None:
     batches = sample_batches(model, Request(0, sequence_length=32))
     work = []
     for _ in range(2):
-        prices = MeasuredPrices(RatedPrices(LAPTOP), 1e-6, KnownPrices.read(tmp_path / "prices.json", [1.0]))
+        prices = MeasuredPrices(RatedPrices(LAPTOP), 1e-6, known=KnownPrices.read(tmp_path / "prices.json", [1.0]))
         work.append(rehearse(model, Plan("mixed", 1 << 20), rule, prices, batches).work)
         prices.keep()
     assert work[0] == work[1]
@@ -121,3 +122,40 @@ def test_what_streams_is_measured_apart() -> None:
     add = partial(prices.of, torch.ops.aten.add.Tensor, (target[1:], 1.0), {}, target)
     assert add(lambda tensor: True) == add()
     assert len(prices.known.then.seconds) == 3
+    more = torch.ones(LEAST)
+    double = partial(prices.of, torch.ops.aten.add.Tensor, (source, source), {}, more)
+    assert double() == double() and double(lambda tensor: tensor is more) == double(lambda tensor: tensor is more)
+    assert len(prices.known.then.seconds) == 5, "into memory that was just used, and into other"
+
+
+def test_operations_of_several_threads_wait_for_each_other() -> None:
+    alone, meeting = (MeasuredPrices(RatedPrices(LAPTOP), 1e-6, late, KnownPrices()) for late in (0.0, 9.0))
+    for count, function, more in (
+        (LEAST, torch.ops.aten.neg.default, 9.0),
+        (LEAST - 1, torch.ops.aten.neg.default, 0.0),
+    ):
+        tensor = torch.ones(count)
+        seconds = [prices.of(function, (tensor,), {}, tensor.clone()).seconds for prices in (alone, meeting)]
+        assert seconds[1] - seconds[0] == pytest.approx(more, abs=1.0)
+    assert meeting.of(torch.ops.aten.view.default, (torch.ones(LEAST), [-1]), {}, torch.ones(LEAST)).seconds < 1.0
+    timed = Timed()
+    timed.seconds = {"add": [1.0, 1.0, 1.0, 5.0], "mul": [2.0, 2.0]}
+    assert timed.late() == pytest.approx(4.0 / 6)
+
+
+def test_one_thread_waits_for_nobody() -> None:
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert seconds_of_meeting(Cooling()) == 0.0
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_the_nearest_of_several_times_alike_is_known(tmp_path: Path) -> None:
+    path = tmp_path / "prices.json"
+    for yardstick in (1.0, 1.12):
+        prices = KnownPrices.read(path, [yardstick])
+        found(prices, "mm", yardstick)
+        prices.keep()
+    assert [KnownPrices.read(path, [now]).then.seconds["mm"] for now in (1.02, 1.08)] == [1.0, 1.12]

@@ -23,7 +23,7 @@ from outsize.planner.live import CACHED, LiveBytes
 from outsize.planner.needs import MANY
 from outsize.planner.play import play
 from outsize.planner.prices import Cold, Price, RatedPrices, nothing, operations_of
-from outsize.planner.rehearsal import Rehearsed, homes, rehearse
+from outsize.planner.rehearsal import Rehearsal, Rehearsed, homes, rehearse
 from outsize.planner.script import Event, Live, Script, Spend
 from outsize.train.job import always_near
 from outsize.train.optimizers import uniform_rule
@@ -228,6 +228,42 @@ def test_what_was_touched_long_ago_is_cold() -> None:
     assert live.is_cold(first) and not live.is_cold(other)
     live.touch(first[:5])
     assert not live.is_cold(first), "its memory was touched, if only a part"
+
+
+def test_what_is_made_lies_where_something_as_large_went() -> None:
+    """So what one operation leaves and another makes is warm; where all is kept, what is made goes to cold memory."""
+    live = LiveBytes(lambda event: None)
+
+    def make(nbytes: int, warm: bool) -> torch.Tensor:
+        with FakeTensorMode():
+            made = torch.empty(nbytes, dtype=torch.uint8)
+        live.see(made)
+        assert live.is_cold(made) is not warm
+        live.touch(made)
+        assert not live.is_cold(made)
+        return made
+
+    kept = make(1 << 20, warm=False)
+    make(1 << 20, warm=False)
+    kept = [kept, make((1 << 20) + 4096, warm=True), make(1 << 20, warm=False)]
+    make(1 << 18, warm=False)
+    make(1 << 22, warm=False)
+    del kept[0]
+    make(CACHED + 1, warm=False)
+    make(1 << 20, warm=False)
+
+
+def test_work_that_is_only_written_down_again_ages_the_rest() -> None:
+    model = make_model("llama")
+    rehearsal = Rehearsal(model, make_plan(model, Setting()), RULE, RatedPrices(LAPTOP), torch.float32)
+    live, repeat = rehearsal.live, rehearsal.job.repeat
+    with rehearsal.mode:
+        before, block = torch.empty(1 << 20), torch.empty(CACHED // 2 + 1, dtype=torch.uint8)
+    live.see(before)
+    live.touch(before)
+    for cold in (False, True):
+        repeat("sum", lambda: live.touch(block))
+        assert live.is_cold(before) is cold
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "qwen3"])

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,9 +22,15 @@ from outsize.machine.machine import Machine
 
 HOLDS = 0.1  # by which a yardstick may take more or less than it took, if what was measured beside it is to hold
 TIMES = 4  # of which what was measured is kept: those to which something was added last
-KERNELS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")  # variables that say which kernels torch takes
+SETTINGS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_PROC_BIND")
+"""Variables that say which kernels torch takes, and how its threads wait for each other."""
 PACKAGE = Path(__file__).parent.parent
-MEASURED = [PACKAGE / "planner/prices.py", PACKAGE / "planner/priced_update.py", PACKAGE / "train/update.py"]
+MEASURED = [
+    PACKAGE / "planner/prices.py",
+    PACKAGE / "planner/meeting.py",
+    PACKAGE / "planner/priced_update.py",
+    PACKAGE / "train/update.py",
+]
 """How it is measured, and what of our own is."""
 Measure = Callable[[], float | None]
 
@@ -52,7 +59,8 @@ class KnownPrices:
     def read(cls, path: Path, yardsticks: Sequence[float]) -> KnownPrices:
         """What is in the file of a time when the yardsticks took what they take now, if there is any."""
         kept = _read(path)
-        alike = next((then for then in kept if then.like(yardsticks)), Then(yardsticks))
+        alike = min((then for then in kept if then.like(yardsticks)), key=partial(_apart, yardsticks), default=None)
+        alike = alike or Then(yardsticks)
         return cls(path, alike, [then for then in kept if then is not alike])
 
     def find(self, what: str, measure: Measure, instead: Callable[[], object] = lambda: None) -> float | None:
@@ -85,9 +93,13 @@ def prices_file(machine: Machine) -> Path:
     processor = machine.compute
     depends = (
         *(torch.__version__, torch.get_num_threads(), processor.name, processor.cores),
-        *(torch.get_float32_matmul_precision(), *(os.environ.get(name) for name in KERNELS)),
+        *(torch.get_float32_matmul_precision(), *(os.environ.get(name) for name in SETTINGS)),
     )
     return cache_file("prices", ".json", depends, (machine_file(), *MEASURED))
+
+
+def _apart(yardsticks: Sequence[float], then: Then) -> float:
+    return sum(abs(now - was) / was for now, was in zip(yardsticks, then.yardsticks, strict=True))
 
 
 def _read(path: Path) -> list[Then]:

@@ -25,10 +25,15 @@ from outsize.memory.host import allocate_slab
 from outsize.planner.known_prices import KnownPrices
 
 LARGEST_DONE = 256 << 20  # bytes that an operation may touch to be done for its price
-SAMPLES, ATTEMPTS = 3, 8  # of an operation: samples that count, and those that may be taken for them
+SAMPLES, ATTEMPTS = (
+    3,
+    8,
+)  # of an operation: samples that are enough if they agree, and those that may be taken till they do
+AGREE = 1.5  # times the shortest, that half of the samples may take at most; a late thread makes more of it
 COLD = 128 << 20  # bytes, after which even 480 MiB of cache for many cores gives nothing back (docs/log.md)
 UPDATED = 28  # bytes of an element: its weight, low bits and two moments, each read and written, and its gradient
-LEAST = 1 << 15  # elements of a cold operand, of which fewer are soon in a cache; chosen
+RESULT = -1  # the place of what an operation gives, beside those of its operands
+LEAST = 1 << 15  # elements that torch gives to several threads (at::internal::GRAIN_SIZE); fewer are soon in a cache
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -83,7 +88,7 @@ class RatedPrices:
             return Price(done / rate + processor.operation_seconds, done)
         if is_view(function):
             return Price(processor.operation_seconds)
-        touched = sum(_nbytes(leaf) for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor))
+        touched = sum(bytes_of(leaf) for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor))
         return Price(touched / processor.elementwise.at(max(touched, 1)) + processor.operation_seconds)
 
     def update(self, elements: int, like: Any, make: Callable[[], Callable[[], None]]) -> float:
@@ -119,6 +124,8 @@ class MeasuredPrices:
     rated: RatedPrices
     passing: float
     """Seconds that an operation costs besides (`seconds_of_passing`)."""
+    meeting: float = 0.0
+    """And one that several threads share (`outsize.planner.meeting`)."""
     known: KnownPrices = field(default_factory=KnownPrices)
     cooling: Cooling = field(default_factory=Cooling)
     _prices: dict[Any, Price] = field(default_factory=dict)
@@ -127,9 +134,9 @@ class MeasuredPrices:
     def of(
         self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, cold: Cold = nothing
     ) -> Price:
-        far = () if is_view(function) or operations_of(function) is not None else _far(args, cold)
-        looks = (function, _looks(args), _looks(tuple(kwargs.items())), *((far,) if far else ()))
-        key = function if is_view(function) else looks
+        far = () if is_view(function) or operations_of(function) is not None else _far(args, kwargs, result, cold)
+        like = (function, looks(args), looks(tuple(kwargs.items())), *((far,) if far else ()))
+        key = function if is_view(function) else like
         if key not in self._prices:
             self._prices[key] = self._price(key, function, args, kwargs, result, far)
         return self._prices[key]
@@ -138,9 +145,9 @@ class MeasuredPrices:
         self, key: Any, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, far: tuple[int, ...]
     ) -> Price:
         rated = self.rated.of(function, args, kwargs, result)
-        also = [args[place] for place in far]  # there are two of each
+        also = [result if place == RESULT else args[place] for place in far]  # there are two of each
         held = sum(
-            _nbytes(leaf) for leaf in tree_leaves((args, kwargs, result, also)) if isinstance(leaf, torch.Tensor)
+            bytes_of(leaf) for leaf in tree_leaves((args, kwargs, result, also)) if isinstance(leaf, torch.Tensor)
         )
         seconds = None
         if not is_view(function) and held <= LARGEST_DONE:
@@ -152,20 +159,23 @@ class MeasuredPrices:
                 lambda: do(lambda done: usual_seconds(done, self.cooling if product else self._before(done, far))),
                 lambda: self._leave(key if product else function, do),
             )
-        return Price((rated.seconds if seconds is None else seconds) + self.passing, rated.floating_operations)
+        besides = self.passing + (self.meeting if is_shared(function, (args, result)) else 0.0)
+        return Price((rated.seconds if seconds is None else seconds) + besides, rated.floating_operations)
 
     def _before(self, done: partial[Any], far: tuple[int, ...]) -> Callable[[], Any]:
         """What leaves cold operands out of the caches, by their places, and all others in: the same is done with
-        others in their place."""
+        others in their place. What that gives holds the only memory that is in the caches until a cold result lies
+        elsewhere."""
         if not far:
             return lambda: None
         beside = partial(
             done.func, *(_numbers(a) if place in far else a for place, a in enumerate(done.args)), **done.keywords
         )
 
-        def before() -> None:
+        def before() -> Any:
             self.cooling()
-            beside()
+            given = beside()
+            return given if RESULT in far else None
 
         return before
 
@@ -260,29 +270,50 @@ def _do(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], how: Calla
 
 
 def usual_seconds(function: Callable[[], Any], before: Callable[[], Any]) -> float:
-    """Of what has been done once: the median of a few samples, so that one interruption does not count, of those to which
-    the operating system gave the fewest fresh pages. Results come from recycled memory, as in a step: fresh pages would take
-    as long as many an operation, and it takes the heap some rounds to have room that is used again."""
+    """Of what has been done once: the median of a few samples, more where they disagree, so that a few interruptions do not
+    count, of those to which the operating system gave the fewest fresh pages. Results come from recycled memory, as in a
+    step: fresh pages would take as long as many an operation, and it takes the heap some rounds to have room that is used
+    again."""
     samples: list[tuple[int, float]] = []
     with recycling():
         function()
-        while len(samples) < ATTEMPTS and sum(not faults for faults, _ in samples) < SAMPLES:
-            before()
+        while len(samples) < ATTEMPTS and not _agree([seconds for faults, seconds in samples if not faults]):
+            held = before()
             faults, started = _faults(), perf_counter()
             function()
             seconds = perf_counter() - started
             samples.append((_faults() - faults, seconds))
-    return median(seconds for _, seconds in sorted(samples)[:SAMPLES])
+            del held
+    without = sum(not faults for faults, _ in samples)
+    return median(seconds for _, seconds in sorted(samples)[: max(SAMPLES, without)])
+
+
+def _agree(samples: list[float]) -> bool:
+    return len(samples) >= SAMPLES and median(samples) <= AGREE * min(samples)
 
 
 def _faults() -> int:
     return getrusage(RUSAGE_SELF).ru_minflt
 
 
-def _far(args: tuple[Any, ...], cold: Cold) -> tuple[int, ...]:
-    """The places of operands that are cold, and large enough for it to matter."""
-    tensors = ((place, arg) for place, arg in enumerate(args) if isinstance(arg, torch.Tensor))
+def _far(args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, cold: Cold) -> tuple[int, ...]:
+    """The places of operands that are cold, and large enough for it to matter; `RESULT` stands for memory that is new."""
+    first = result[0] if isinstance(result, tuple) and result else result
+    tensors = [(place, arg) for place, arg in enumerate(args) if isinstance(arg, torch.Tensor)]
+    given = (tensor for tensor in (*args, *kwargs.values()) if isinstance(tensor, torch.Tensor))
+    if isinstance(first, torch.Tensor) and _storage(first) not in map(_storage, given):
+        tensors.append((RESULT, first))
     return tuple(place for place, tensor in tensors if tensor.numel() >= LEAST and cold(tensor))
+
+
+def is_shared(function: Any, values: Any) -> bool:
+    """It has enough elements for several threads."""
+    shared = (isinstance(leaf, torch.Tensor) and leaf.numel() >= LEAST for leaf in tree_leaves(values))
+    return not is_view(function) and any(shared)
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
 
 
 def _numbers(tensor: torch.Tensor) -> torch.Tensor:
@@ -292,11 +323,11 @@ def _numbers(tensor: torch.Tensor) -> torch.Tensor:
     return storage.as_strided(tensor.shape, tensor.stride())
 
 
-def _looks(value: Any) -> Any:
+def looks(value: Any) -> Any:
     """What the cost of an operation may depend on, to look it up by."""
     if isinstance(value, torch.Tensor):
         return value.shape, value.stride(), value.dtype
-    return tuple(map(_looks, value)) if isinstance(value, list | tuple) else value
+    return tuple(map(looks, value)) if isinstance(value, list | tuple) else value
 
 
 @cache
@@ -319,7 +350,7 @@ def _rows(args: tuple[Any, ...]) -> int:
     return matrices[0].shape[-2] if matrices else 1
 
 
-def _nbytes(tensor: torch.Tensor) -> int:
+def bytes_of(tensor: torch.Tensor) -> int:
     """Bytes that are read or written: of an expanded tensor those that exist."""
     elements = 1
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):

@@ -100,10 +100,12 @@ class Priced(TorchDispatchMode):
             return 1.0 if args[0].is_floating_point() else 1  # a loss, a norm, whether all is finite
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        price = self._prices.of(func, args, kwargs, result, nothing if self._live is None else self._live.is_cold)
-        if self._live is not None and not is_view(func):
-            self._live.see(result)
-            self._live.touch((args, kwargs, result))
+        live = None if is_view(func) else self._live
+        if live is not None:
+            live.see(result)
+        price = self._prices.of(func, args, kwargs, result, nothing if live is None else live.is_cold)
+        if live is not None:
+            live.touch((args, kwargs, result))
         self._spent("compute", price.seconds, price.floating_operations)
         return result
 

@@ -19,6 +19,8 @@ class Done:
     """What was written: stretches of work, and the storages that came and went, or (`None`) came and was the result."""
 
     events: tuple[Spend | Live | None, ...]
+    touched: int
+    """Bytes, by which all else is longer ago."""
     result: tuple[torch.Size, torch.dtype] | None
 
 
@@ -34,15 +36,17 @@ class Repeated:
         if key in self._done:
             return self._again(self._done[key])
         before, self._scribe.events = self._scribe.events, []
+        passed = self._live.passed
         result = work()
         written, self._scribe.events = self._scribe.events, before
         before += written
-        self._done[key] = Done(_own(written), None if result is None else (result.shape, result.dtype))
+        self._done[key] = Done(_own(written), self._live.passed - passed, _look(result))
         return result
 
     def _again(self, done: Done) -> torch.Tensor | None:
         keys: dict[Key, Key] = {}
         result = None
+        self._live.passed += done.touched
         for event in done.events:
             if event is None and done.result is not None:
                 shape, dtype = done.result
@@ -56,6 +60,10 @@ class Repeated:
                     keys[event.key] = self._live.number()
                 self._scribe.tell(Live(keys[event.key], event.nbytes))
         return result
+
+
+def _look(result: torch.Tensor | None) -> tuple[torch.Size, torch.dtype] | None:
+    return None if result is None else (result.shape, result.dtype)
 
 
 def _own(written: list[Event]) -> tuple[Spend | Live | None, ...]:

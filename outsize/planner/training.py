@@ -24,6 +24,7 @@ from outsize.model.vocabulary import Table
 from outsize.plan import KEEP, MOVE, MOVE_TO_HOST, RECOMPUTE, Activations, Plan
 from outsize.planner.clock import ways_of
 from outsize.planner.known_prices import KnownPrices, prices_file
+from outsize.planner.meeting import seconds_of_meeting
 from outsize.planner.needs import find_needs
 from outsize.planner.prices import (
     Cooling,
@@ -155,7 +156,8 @@ def _measured(rated: RatedPrices) -> MeasuredPrices:
         known = KnownPrices.read(file, yardsticks(passing, cooling))
         if known.then.seconds or not known.others:
             break
-    return MeasuredPrices(rated, passing, known, cooling)
+    meeting = known.find("meeting", lambda: seconds_of_meeting(cooling))
+    return MeasuredPrices(rated, passing, meeting or 0.0, known, cooling)
 
 
 def plan_training(task: Task, place: Place) -> Plan:
