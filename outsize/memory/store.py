@@ -59,9 +59,7 @@ class Store:
         self.entries: dict[str, Entry] = {}
         self.homes = Homes(tiers, near, self.entries, self.ledger, checked)
         self.waiting_seconds = {"read": 0.0, "write": 0.0}
-        self._stale: dict[
-            str, Entry
-        ] = {}  # durable and at home in memory: changed since the last commit, in that order
+        self._stale: dict[str, Entry] = {}  # durable, at home in memory: changed since the last commit, in that order
         self._allocate_near = allocate_near
         self._arena = Arena(allocate_near(near_bytes), near, self.entries, self.ledger, policy, self._fetch)
         self._turn = threading.Condition(threading.RLock())

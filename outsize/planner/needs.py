@@ -17,7 +17,7 @@ from outsize.memory.tier import pages
 from outsize.model.activations import ACTIVATION
 from outsize.model.units import Unit
 from outsize.plan import Plan
-from outsize.planner.beside import BUFFERS, WORKSPACE, Beside
+from outsize.planner.beside import BUFFERS, COPIES, WORKSPACE, Beside
 from outsize.planner.rehearsal import Rehearsed, homes
 from outsize.planner.script import Create, Event, HomeOf, Key, Live, Script, Touched
 from outsize.planner.sizes_of import WeightSize
@@ -73,8 +73,9 @@ def find_needs(
     baseline: int,
     rehearsed: Rehearsed,
     bare: Plan,
+    libraries: int = 0,
 ) -> Needs:
-    """`bare` is the rehearsed plan, with nothing near; `baseline` that of the process."""
+    """`bare` is the rehearsed plan, with nothing near; `baseline` that of the process, but for a device's `libraries`."""
     largest_chunk = max((size.largest_state for size in sizes.values()), default=0)
     scratch = _updating(sizes, bare) + _exchanged(sizes, bare)
     least = pages(int(LOOSE * (pinned_peak(rehearsed.script, homes(bare, always), bare.near) + 2 * largest_chunk)))
@@ -98,7 +99,10 @@ def find_needs(
         good_arena=-(-here.good_arena // ROUND) * ROUND,
         always=sum(sizes[name].weight_on_device + sizes[name].state_on_device for name in always),
         headroom=0,
-        beside=Beside(baseline, moved_bytes(rehearsed, "host"), THREADS + BUFFERS * BOUNCE),
+        beside=Beside(
+            *(baseline, libraries, moved_bytes(rehearsed, "host")),
+            THREADS + BUFFERS * BOUNCE + COPIES * _largest_matrix(sizes, rows),
+        ),
     )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from outsize.distributed.arrangement import WIRE
 from outsize.machine.caching import lasting
 from outsize.plan import SPARE, Predicted
-from outsize.planner.beside import LIBRARIES
 from outsize.planner.forecast import Forecast
 from outsize.planner.keeper import twin_bytes
 from outsize.planner.needs import KEPT, PINNED, TENSORS
@@ -72,7 +71,7 @@ def _host_memory(search: Search, placement: Placement) -> Causes:
     if beside is not None:
         return (
             (HELD, beside.baseline),
-            ("CUDA's libraries, assumed", LIBRARIES),
+            *((("CUDA's libraries, assumed", beside.libraries),) * (beside.libraries > 0)),
             ("weights, state and gradients that live there", host_bytes(search, placement)),
             *((("activations that wait there", beside.moved),) * (beside.moved > 0)),
             ("buffers of transfers", beside.scratch),

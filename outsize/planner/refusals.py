@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from outsize.errors import BudgetError
 from outsize.plan import SPARE
-from outsize.planner.beside import LIBRARIES
 from outsize.planner.keeper import no_room
 from outsize.planner.search import Search
 from outsize.sizes import format_size
@@ -59,8 +58,8 @@ def _host_too_small(search: Search) -> BudgetError:
     moved = f", {format_size(beside.moved)} activations that wait there" if beside.moved else ""
     return BudgetError(
         f"A budget of {format_size(request.memory_bytes)} is too small for the host of a device: it needs at least "
-        f"{format_size(least)} ({format_size(beside.baseline)} for Python and its libraries, {format_size(LIBRARIES)} for "
-        f"CUDA's{moved}, {format_size(beside.scratch + beside.headroom)} buffers). Give --memory {least >> 20}MiB.",
+        f"{format_size(least)} ({format_size(beside.baseline)} for Python and its libraries, {format_size(beside.libraries)} "
+        f"for CUDA's{moved}, {format_size(beside.scratch + beside.headroom)} buffers). Give --memory {least >> 20}MiB.",
         least,
     )
 

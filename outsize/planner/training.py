@@ -22,6 +22,7 @@ from outsize.machine.machine import Machine
 from outsize.model.units import Unit
 from outsize.model.vocabulary import Table
 from outsize.plan import KEEP, MOVE, MOVE_TO_HOST, RECOMPUTE, Activations, Plan
+from outsize.planner.beside import LIBRARIES
 from outsize.planner.clock import ways_of
 from outsize.planner.known_prices import KnownPrices, prices_file
 from outsize.planner.meeting import seconds_of_meeting
@@ -274,7 +275,10 @@ def search_of(task: Task, place: Place, job: JobSizes, bare: Plan, known: Rehear
     """Rehearse a plan that places nothing yet, if it is not `known` but for what is gathered ahead, and find what it needs.
     What rehearsing leaves in memory counts."""
     found = (known or _rehearsed(task, place, bare)).gathering(bare.gather_ahead_bytes)
-    needs = find_needs(task.units, job.sizes, job.rows, job.always, place.baseline_now, found, bare)
+    needs = find_needs(
+        *(task.units, job.sizes, job.rows, job.always, place.baseline_now, found, bare),
+        libraries=LIBRARIES if place.machine.origin == "described" else 0,
+    )
     ways = ways_of(place.machine, place.crowd.workers)
     return Search(bare, job, needs, task.request, ways, found, place.wire)
 
