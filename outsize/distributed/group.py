@@ -174,10 +174,10 @@ class Several(Group):
         last = len(self.arrangement.levels) if last is None else last
         start = shares.at(last).start
         for stage in range(first, last):
-            parts = [part[span.start - start : span.stop - start] for span in shares.stages[stage]]
             level = self._level(stage)
-            others = self.arrangement.others(level)
-            yield level, dict.fromkeys(others, parts[self.rank]), {other: parts[other] for other in others}
+            parts = self._parts(level, shares.stages[stage], part, start)
+            own = parts.pop(self.rank, None)
+            yield level, {} if own is None else dict.fromkeys(self.arrangement.others(level), own), parts
 
     def _aside(self, exchanges: list[tuple[Messages, Messages]]) -> Callable[[], None]:
         """Exchange one after the other, after all that went this way before; what is returned waits for it. Whoever has no
@@ -218,15 +218,20 @@ class Several(Group):
     ) -> tuple[torch.Tensor, ...]:
         """Of this worker's of the `spans`, in the order of the workers; each has added up `total`, from the element `start`
         on."""
-        parts = {
-            peer: total[spans[peer].start - start : spans[peer].stop - start] for peer in self.arrangement.circle(level)
-        }
-        own, others = parts.pop(self.rank), self.arrangement.others(level)
+        parts = self._parts(level, spans, total, start)
+        own = parts.pop(self.rank, total[:0])
+        others = self.arrangement.others(level) if own.numel() else []
         received = self._buffer(total, len(others) * own.numel()).view(len(others), own.numel())
         found = dict(zip(others, received, strict=True))
         self._exchange(level, "gradient", parts, found)
         found[self.rank] = own
-        return tuple(found[peer] for peer in self.arrangement.circle(level))
+        return tuple(found[peer] for peer in self.arrangement.circle(level) if peer in found)
+
+    def _parts(self, level: int, spans: tuple[range, ...], whole: torch.Tensor, start: int) -> dict[int, torch.Tensor]:
+        """By worker of the circle over links of `level`, what its span has of `whole`, whose first element is number `start`;
+        none for an empty span."""
+        circle = self.arrangement.circle(level)
+        return {peer: whole[spans[peer].start - start : spans[peer].stop - start] for peer in circle if spans[peer]}
 
     def _level(self, stage: int) -> int:
         """Of the links over which workers exchange after `stage`."""
