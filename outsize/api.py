@@ -146,7 +146,7 @@ def planning(
 
         if device_memory is not None:
             raise OptionError("--device-memory is for training; serving computes on the host. Leave it out.")
-        return partial(_needing, plan_service(model, machine=there, workers=workers or 1, **request), None, 1)
+        return partial(_needing, plan_service(model, machine=there.hosted, workers=workers or 1, **request), None, 1)
     device_bytes = device_bytes_of(there, device_memory)
     there = there if device_bytes else there.hosted
     nodes = there.nodes.count
