@@ -21,7 +21,7 @@ from outsize.machine.devices import CPU
 from outsize.machine.find import find_machine, this_machine
 from outsize.machine.machine import Machine
 from outsize.model.companions import COMPANIONS
-from outsize.model.load import open_model
+from outsize.model.load import ModelSource, open_model
 from outsize.model.units import find_units
 from outsize.plan import Plan
 from outsize.planner.beside import HOST_SHARE
@@ -54,9 +54,8 @@ def attach(
     activations: str = "auto",
     block_class: str | None = None,
 ) -> Job:
-    """Bind `model`, as it is, to a store of at most `memory` with its state under `directory`. `job.model` is `model`:
-    run it, call backward as often as you like, then `job.step()`. `job.detach()` gives back an ordinary module. The host
-    computes, whether there is a GPU or not.
+    """Bind `model`, as it is, to a store of at most `memory` with its state under `directory`. `job.model` is `model`: run
+    it, call backward as often as you like, then `job.step()`. `job.detach()` gives an ordinary module back. The host computes.
 
     `optimizer` is a class with `options`, or a rule (name, parameter) -> (class, options). `precision` "fp32" trains the
     numbers a plain loop would; "mixed" computes in bf16 with an fp32 master. `sequence_length` and `batch_size` are the
@@ -142,11 +141,7 @@ def planning(
     _check_asked(task, request, pipeline, line)
     there = _machine(machine, Path(directory))
     if task == "serve":
-        from outsize.serving import plan_service
-
-        if device_memory is not None:
-            raise OptionError("--device-memory is for training; serving computes on the host. Leave it out.")
-        return partial(_needing, plan_service(model, machine=there.hosted, workers=workers or 1, **request), None, 1)
+        return _planning_service(model, there.hosted, workers or 1, device_memory, request)
     device_bytes = device_bytes_of(there, device_memory)
     there = there if device_bytes else there.hosted
     nodes = there.nodes.count
@@ -158,10 +153,7 @@ def planning(
         asked = asked.divided(in_proportion(asked.batch_size * asked.accumulate, [1] * workers), nodes)
     source = open_model(model)
     tokenizer = source.tokenizer()  # a run will hold it
-    make = source.build if source.files.has_weights else source.outline
-    module = make(find_precision(asked.precision).compute).train()
-    for parameter in module.parameters():
-        parameter.requires_grad_(True)
+    module = _trained(source, find_precision(asked.precision).compute)
     rule = rule_of(optimizer, optimizer_options or {})
     units = find_units(module, block_class)
     each = workers // nodes
@@ -175,6 +167,24 @@ def planning(
     apart = [here.beside(machine, machine.capacity("disk") // each) for machine in machines]
     jobs = lines_of(job, workers, nodes, line) if pipeline else [job]
     return partial(_needing, partial(_each_within, jobs, apart, each, tokenizer), there, each)
+
+
+def _planning_service(
+    model: str, host: Machine, workers: int, device_memory: str | int | None, request: dict[str, Any]
+) -> Callable[[str | int | None], Plan]:
+    from outsize.serving import plan_service
+
+    if device_memory is not None:
+        raise OptionError("--device-memory is for training; serving computes on the host. Leave it out.")
+    return partial(_needing, plan_service(model, machine=host, workers=workers, **request), None, 1)
+
+
+def _trained(source: ModelSource, dtype: torch.dtype) -> nn.Module:
+    """The module whose weights are all trained, without their bytes; there may be none."""
+    module = (source.build if source.files.has_weights else source.outline)(dtype).train()
+    for parameter in module.parameters():
+        parameter.requires_grad_(True)
+    return module
 
 
 def device_bytes_of(machine: Machine, asked: str | int | None) -> int:

@@ -119,6 +119,7 @@ class _Training:
         self.memories = host_memories(settings, group)
         self.memory = self.memories[group.rank]
         self.device_memory = device_memory(settings, group)
+        self.device = find_device(self.device_memory)
         self.speaks = group.rank == 0  # and writes what there is one of
         self.folder = settings.out if self.speaks else state.directory
         self.wire, self.speeds, self.crowd = NO_WIRE, [1.0], Crowd()
@@ -195,11 +196,10 @@ class _Training:
 
     def _placed(self, model: nn.Module, units: list[Unit], plan: Plan, begin: OptimizerState | None) -> Job:
         """The job, with all weights and states in the store."""
-        device = find_device(plan.device_bytes)
-        self.group.meet_on(device)
-        store = open_store(plan, self.state, group=self.group, device=device)
+        self.group.meet_on(self.device)
+        store = open_store(plan, self.state, group=self.group, device=self.device)
         self.progress.message("bringing the weights into the store")
-        bound = partial(bind, model, units, plan, self.rule, store, device=device, group=self.group)
+        bound = partial(bind, model, units, plan, self.rule, store, device=self.device, group=self.group)
         job = bound(self.source.read) if self.moved is None else bring_back(self._states, self.moved, bound)
         if begin is not None:
             bring_optimizer(job.updater, job.weights, begin)

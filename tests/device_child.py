@@ -10,7 +10,6 @@ from outsize.cli import main
 from outsize.machine.devices import CPU
 from outsize.machine.find import find_machine, this_machine
 from outsize.machine.machine import Machine
-from outsize.train import budgets
 
 
 def with_a_card(directory: Path) -> Machine:
@@ -21,6 +20,6 @@ def with_a_card(directory: Path) -> Machine:
 
 
 if __name__ == "__main__":
-    outsize.training.find_device = budgets.find_device = lambda nbytes: CPU
+    outsize.training.find_device = lambda nbytes: CPU
     outsize.training.this_machine = with_a_card
     main()

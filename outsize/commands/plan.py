@@ -19,6 +19,13 @@ from outsize.sizes import format_size, parse_size
 if TYPE_CHECKING:
     from outsize.plan import Plan
 
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        help="Peak memory of the whole process, such as 3GiB or 800MiB. Of a described machine with devices it may be "
+        "left out: a worker's part of the host's."
+    ),
+]
 Machine = Annotated[
     str | None, typer.Option(help="A described machine by name, or the TOML file of one; otherwise this machine.")
 ]
@@ -45,13 +52,7 @@ SERVED = ["peak", "requests", "tokens/s", "together", "first token", "read"]
 def plan(
     command: typer.Context,
     model: Model,
-    memory: Annotated[
-        str | None,
-        typer.Option(
-            help="Peak memory of the whole process, such as 3GiB or 800MiB. Of a described machine with devices it may be "
-            "left out: a worker's part of the host's."
-        ),
-    ] = None,
+    memory: Memory = None,
     task: Annotated[str, typer.Option(help="What is planned: train or serve.")] = "train",
     machine: Machine = None,
     device_memory: options.DeviceMemory = None,
@@ -92,9 +93,7 @@ def plan(
     Example: outsize plan --task serve --model my-model --memory 2GiB --concurrency 16 --context 4096
     """
     asked = {name: value for name, value in locals().items() if name in ASKED.get(task, ())}
-    sizes = [size.strip() for size in compare.split(",")] if compare else []
-    for size in (memory, device_memory, *sizes):
-        parse_size(size or 0)
+    sizes = _sizes(compare, memory, device_memory)
     _check_task(task, command)
     _check_shown(task, sizes, pipeline, save, picture, trace)
     if task == "train":
@@ -109,6 +108,14 @@ def plan(
         found = planned(memory)
         _keep(found, save, picture, trace)
     print(found.to_json() if json_lines else str(found))
+
+
+def _sizes(compare: str | None, *others: str | None) -> list[str]:
+    """Those to compare. Raises OptionError for one of them, or of the `others`, that cannot be read."""
+    found = [size.strip() for size in compare.split(",")] if compare else []
+    for size in (*others, *found):
+        parse_size(size or 0)
+    return found
 
 
 def _check_task(task: str, command: typer.Context) -> None:

@@ -15,9 +15,7 @@ from dataclasses import dataclass
 from outsize.machine.heap import Change
 
 LEAST = 512  # bytes, of which all sizes are multiples
-SMALL = (
-    1 << 20
-)  # bytes: the largest tensor of the pool of small ones, and the least rest that a large block leaves free
+SMALL = 1 << 20  # bytes: the largest tensor of the small ones' pool, and the least rest that a large block leaves free
 SMALL_SEGMENT = 2 << 20
 LARGE = 10 << 20  # bytes, from which on a tensor that finds no room gets a segment of its own
 LARGE_SEGMENT = 20 << 20

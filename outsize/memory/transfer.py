@@ -66,9 +66,8 @@ class Transfers:
         self._queues = {"read": deque(), "write": deque()}
         self._failure: BaseException | None = None  # of the writer, or of somebody's `then`; it stays
         self._closing = False
-        self._device = (
-            torch.cuda.current_device() if torch.cuda.is_initialized() else None
-        )  # threads begin with the first
+        # A thread begins with the first device, and would make a context there.
+        self._device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
         names = ["read"] * readers + ["write"]
         self._threads = [threading.Thread(target=self._work, args=(name,), daemon=True) for name in names]
         for thread in self._threads:

@@ -25,10 +25,7 @@ from outsize.memory.host import allocate_slab
 from outsize.planner.known_prices import KnownPrices
 
 LARGEST_DONE = 256 << 20  # bytes that an operation may touch to be done for its price
-SAMPLES, ATTEMPTS = (
-    3,
-    8,
-)  # of an operation: samples that are enough if they agree, and those that may be taken till they do
+SAMPLES, ATTEMPTS = 3, 8  # of an operation: samples that are enough if they agree, and the most until they do
 AGREE = 1.5  # times the shortest, that half of the samples may take at most; a late thread makes more of it
 COLD = 128 << 20  # bytes, after which even 480 MiB of cache for many cores gives nothing back (docs/log.md)
 UPDATED = 28  # bytes of an element: its weight, low bits and two moments, each read and written, and its gradient

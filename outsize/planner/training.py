@@ -173,16 +173,16 @@ class Planning:
     that plans differ by their budgets alone."""
 
     def __init__(self, task: Task, place: Place) -> None:
-        self._task, self.place = task, place
+        self._task, self._place = task, place
         self._searches: dict[tuple[Activations, int, int], Search] = {}
 
     def within(self, memory_bytes: int) -> Plan:
         """As `plan_training`."""
-        if 2 * self._task.job.all_bytes > self.place.disk_free_bytes:
-            raise BudgetError(disk_too_small(2 * self._task.job.all_bytes, self.place.disk_free_bytes))
+        if 2 * self._task.job.all_bytes > self._place.disk_free_bytes:
+            raise BudgetError(disk_too_small(2 * self._task.job.all_bytes, self._place.disk_free_bytes))
         found: list[Search] = []
         fastest = inf
-        jobs = [job for job in self._task.jobs if self.place.wire or not job.ahead]
+        jobs = [job for job in self._task.jobs if self._place.wire or not job.ahead]
         ways = [(how, job) for job in jobs for how in self._considered]
         wall = self._task.request.device_bytes or memory_bytes
         possible = [(how, job) for how, job in ways if self._held(how) <= wall]
@@ -204,8 +204,8 @@ class Planning:
             tried = [self.search(how, job).within(memory_bytes) for how, job in possible or ways[-1:]]
             raise no_memory(min(tried, key=lambda search: (search.host_room < 0, search.least)).loosened())
         plan = _fastest(found)
-        check_disk(plan, self.place.disk_free_bytes)
-        return replace(plan, reasons=(*plan.reasons, of_machine(self.place.machine)))
+        check_disk(plan, self._place.disk_free_bytes)
+        return replace(plan, reasons=(*plan.reasons, of_machine(self._place.machine)))
 
     @cached_property
     def _considered(self) -> list[Activations]:
@@ -230,7 +230,7 @@ class Planning:
     def _held(self, how: Activations) -> int:
         """Bytes without which no budget does, told without a rehearsal."""
         request = self._task.request
-        held = CONTEXT if request.device_bytes else self.place.baseline_bytes
+        held = CONTEXT if request.device_bytes else self._place.baseline_bytes
         return held + (request.underway * self._left.nbytes if how == KEEP else 0)
 
     def _work(self, how: Activations, job: JobSizes) -> float:
@@ -244,7 +244,7 @@ class Planning:
     def _left(self) -> Left:
         """By one micro-batch."""
         task, dtype = self._task, find_precision(self._task.request.precision).compute
-        return left_behind(task.model, task.units, task.batches[0], self.place.prices, dtype)
+        return left_behind(task.model, task.units, task.batches[0], self._place.prices, dtype)
 
     def search(self, how: Activations, job: JobSizes | None = None) -> Search:
         """Ready to search; it need not fit. `job`: one of the task's."""
@@ -254,7 +254,7 @@ class Planning:
             names = [unit.name for unit in task.units if unit.repeated]
             plan = job.plan(task.request, tuple((name, how) for name in names))
             alike = next((found for known, found in self._searches.items() if known[:2] == key[:2]), None)
-            self._searches[key] = search_of(task, self.place, job, plan, alike and alike.rehearsed)
+            self._searches[key] = search_of(task, self._place, job, plan, alike and alike.rehearsed)
         return self._searches[key]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from outsize.distributed.group import Group
 from outsize.distributed.measure import leveled
 from outsize.machine.describe import describe, process_memory
-from outsize.machine.devices import find_device, free_bytes
+from outsize.machine.devices import free_bytes
 from outsize.train.settings import TrainSettings
 
 
@@ -19,9 +19,8 @@ def host_memories(settings: TrainSettings, group: Group) -> list[int]:
 
 
 def device_memory(settings: TrainSettings, group: Group) -> int:
-    """Of each worker's GPU, the same for all; 0: the host computes. Raises OptionError where there is none."""
+    """Of each worker's GPU, the same for all; 0: the host computes."""
     own = free_bytes() if settings.device_memory is None else settings.device_memory
-    find_device(own)
     return int(min(said for (said,) in group.each(own)))
 
 
