@@ -55,7 +55,7 @@ def attach(
     block_class: str | None = None,
 ) -> Job:
     """Bind `model`, as it is, to a store of at most `memory` with its state under `directory`. `job.model` is `model`: run
-    it, call backward as often as you like, then `job.step()`. `job.detach()` gives an ordinary module back. The host computes.
+    it, call backward as often as you like, then `job.step()`. `job.detach()` gives an ordinary module. The host computes.
 
     `optimizer` is a class with `options`, or a rule (name, parameter) -> (class, options). `precision` "fp32" trains the
     numbers a plain loop would; "mixed" computes in bf16 with an fp32 master. `sequence_length` and `batch_size` are the
