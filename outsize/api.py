@@ -82,7 +82,8 @@ def attach(
     baseline = max(process_memory().resident_bytes - in_memory, 0)
     task = Task(model, units, rule, request, block_class=block_class)
     try:
-        plan = plan_training(task, Place(this_machine(directory).hosted, baseline, describe(directory).disk_free_bytes))
+        here, disk = this_machine(directory).hosted, describe(directory).disk_free_bytes
+        plan = plan_training(task, Place(here, baseline, disk, room_bytes=request.memory_bytes - baseline))
     except OutsizeError:
         folder.abandon()
         folder.close()  # with another budget it may be tried again

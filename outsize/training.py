@@ -302,7 +302,7 @@ class _Training:
         settings = self.settings
         crowd = self.crowd.times(self.speeds[0] / max(self.speeds))  # this one's prices, and the fastest one's work
         found = alike_disks(machines)
-        place = Place(found[0], baseline, disks[0], self.wire, crowd)
+        place = Place(found[0], baseline, disks[0], self.wire, crowd, min(self.memories) - baseline)
         places = [place.beside(machine, disk) for machine, disk in zip(found, disks, strict=True)]
         workers = [Worker(memory, place) for memory, place in zip(self.memories, places, strict=True)]
         if tasks[0].request.legs:

@@ -5,13 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 
 from outsize.machine.find import find_machine
 from outsize.machine.machine import Machine
+from outsize.memory.block import make_block
 from outsize.memory.null import NullTier
 from outsize.memory.transfer import PIECE
 from outsize.planner.clock import HANDLING, Rates, SimulatedClock, SimulatedTicket, SimulatedTransfers, ways_of
-from outsize.planner.play import Nothing
+from outsize.planner.play import Nothing, play
+from outsize.planner.script import Begin, Create, Mark, Script, Spend, Touched
+from outsize.planner.thrashed import THRASHING
 
 GB = 10**9
 DISK = NullTier("disk", 1 << 60)
@@ -172,3 +176,25 @@ def test_processors_lose_to_transfers_only_where_they_compute() -> None:
     here, gpu = (ways_of(costly(find_machine(name)))["disk"] for name in ("two-cores", "rtx-4090"))
     assert (here.reading, here.writing) == (1 / (10 * GB), 1 / (10 * GB))
     assert (gpu.reading, gpu.writing) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("home", ["disk", "host"])
+def test_what_streams_leaves_nothing_in_the_caches(home: str) -> None:
+    """Compute that takes a second takes up to one more while blocks stream, by how many bytes they are."""
+    blocks = [make_block(name, [("all", "weight", torch.uint8, (THRASHING // 8,))]) for name in "ab"]
+    work = [
+        event
+        for block in blocks
+        for event in (Touched("take", block.name), Spend("compute", 0.5, beside=0.5), Touched("give", block.name))
+    ]
+    made = [
+        event
+        for block in blocks
+        for event in (Create(block, home, True), Touched("fresh", block.name), Touched("give", block.name))
+    ]
+    script = Script(tuple(made), ((Begin("step"), *work, Mark.END),))
+    ways = {"disk": Rates(GB, GB, 2 * GB, 0.0)}
+    before, step = play(script, THRASHING // 8, lambda name: home, ways, steps=3).steps[-2:]
+    streamed = sum(before.moved.values())
+    assert (streamed > 0) == (home == "disk")
+    assert step.lanes["compute"] == pytest.approx(1.0 + streamed / THRASHING)

@@ -14,8 +14,9 @@ from outsize.machine.find import DESCRIBED, find_machine
 from outsize.plan import Plan
 from outsize.planner.known_prices import TIMES, KnownPrices, Then, prices_file
 from outsize.planner.meeting import Timed, seconds_of_meeting
-from outsize.planner.prices import LEAST, Cooling, MeasuredPrices, RatedPrices, yardsticks
+from outsize.planner.prices import COLD, LEAST, Cooling, MeasuredPrices, RatedPrices, Thrashed, yardsticks
 from outsize.planner.rehearsal import rehearse
+from outsize.planner.thrashed import STEP, thrashed
 from outsize.planner.training import sample_batches
 from outsize.train.optimizers import uniform_rule
 
@@ -141,6 +142,28 @@ def test_operations_of_several_threads_wait_for_each_other() -> None:
     timed = Timed()
     timed.seconds = {"add": [1.0, 1.0, 1.0, 5.0], "mul": [2.0, 2.0]}
     assert timed.late() == pytest.approx(4.0 / 6)
+
+
+def test_cold_operands_cost_more_while_blocks_stream() -> None:
+    prices = MeasuredPrices(RatedPrices(LAPTOP), 1e-6, thrashed=Thrashed(longer=0.5, later=1e-6))
+    tensor = torch.ones(LEAST)
+    negated = partial(prices.of, torch.ops.aten.neg.default, (tensor,), {}, torch.ones(LEAST))
+    assert negated().beside == 0.0
+    cold = negated(lambda each: True)
+    assert cold.beside == pytest.approx(0.5 * (cold.seconds - 1e-6))
+    left, right = torch.ones(4, 8), torch.ones(8, 2)
+    product = prices.of(torch.ops.aten.mm.default, (left, right), {}, torch.ones(4, 2))
+    assert product.beside == pytest.approx(1e-6 * 4 * (4 * 8 + 8 * 2 + 4 * 2))
+
+
+def test_what_streaming_costs_is_measured_once_and_within_the_room_there_is() -> None:
+    known = KnownPrices()
+    least = 2 * COLD + 2 * STEP
+    assert thrashed(least - 1, known) == Thrashed() and not known.then.seconds
+    first = thrashed(least, known)
+    assert len(known.then.seconds) == 2 and first.longer >= 0.0 and first.later >= 0.0
+    known.then.seconds = dict.fromkeys(known.then.seconds, 0.25)
+    assert thrashed(least, known) == Thrashed(0.25, 0.25)
 
 
 def test_one_thread_waits_for_nobody() -> None:

@@ -28,6 +28,7 @@ PACKAGE = Path(__file__).parent.parent
 MEASURED = [
     PACKAGE / "planner/prices.py",
     PACKAGE / "planner/meeting.py",
+    PACKAGE / "planner/thrashed.py",
     PACKAGE / "planner/priced_update.py",
     PACKAGE / "train/update.py",
 ]

@@ -27,6 +27,7 @@ from outsize.planner.script import (
     Spend,
     Touched,
 )
+from outsize.planner.thrashed import THRASHING
 
 
 class Nothing:
@@ -113,6 +114,7 @@ class _Player:
         self.live: list[tuple[float, int]] = []
         self._live = self._steps = 0
         self._lane, self._due = "compute", 0.0
+        self._streaming = 0.0  # how much of what the caches held is gone by what streams through them
         self._leases: dict[str, list[Lease]] = {}
         self._ahead: deque[SimulatedTicket] = deque()  # exchanges that were begun, and not waited for yet
         self._act: dict[type, Callable[[Any], None]] = {
@@ -138,8 +140,10 @@ class _Player:
         self._live, self._again, started = 0, again, clock.time
         self.run(events)
         clock.settle()
+        moved = store.ledger.moved - moved
+        self._streaming = min(sum(nbytes for (*ways, _), nbytes in moved.items() if "disk" in ways) / THRASHING, 1.0)
         return PlayedStep(
-            moved=store.ledger.moved - moved,
+            moved=moved,
             seconds=clock.time - started,
             spans=tuple((lane, max(start - started, 0.0), end - started) for lane, start, end in clock.spans),
             lanes={lane: total - spent.get(lane, 0.0) for lane, total in clock.seconds.items()},
@@ -152,7 +156,7 @@ class _Player:
         """Stretches of one lane between two events of the store are one: time passes only where somebody may look."""
         for event in events:
             if isinstance(event, Spend) and event.lane == self._lane:
-                self._due += event.seconds
+                self._due += self._takes(event)
             elif isinstance(event, Live):
                 self._live += event.nbytes
                 self.live.append((self.clock.time + self._due, self._live))
@@ -162,7 +166,10 @@ class _Player:
         self._pass_time()
 
     def _spend(self, event: Spend) -> None:
-        self._lane, self._due = event.lane, event.seconds
+        self._lane, self._due = event.lane, self._takes(event)
+
+    def _takes(self, event: Spend) -> float:
+        return event.seconds + self._streaming * event.beside
 
     def _exchange(self, event: Exchanged) -> None:
         self.store.ledger.move(self.store.near, event.tier, {event.kind: event.sent})

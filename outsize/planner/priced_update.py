@@ -39,7 +39,8 @@ def priced_updater(prices: Prices) -> type[Updater]:
             )
             make = partial(_real_step, self, chunk, weight, gradient, state_of, group, scale, method)
             spent: Any = self.store
-            spent.spent("update", prices.update(chunk.stop - chunk.start, like, make))
+            price = prices.update(chunk.stop - chunk.start, like, make)
+            spent.spent("update", price.seconds, beside=price.beside)
 
     return PricedUpdater
 

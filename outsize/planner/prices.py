@@ -27,7 +27,7 @@ from outsize.planner.known_prices import KnownPrices
 LARGEST_DONE = 256 << 20  # bytes that an operation may touch to be done for its price
 SAMPLES, ATTEMPTS = 3, 8  # of an operation: samples that are enough if they agree, and the most until they do
 AGREE = 1.5  # times the shortest, that half of the samples may take at most; a late thread makes more of it
-COLD = 128 << 20  # bytes, after which even 480 MiB of cache for many cores gives nothing back (docs/log.md)
+COLD = 128 << 20  # bytes gone through until what was touched before is out of the caches of a core (docs/log.md)
 UPDATED = 28  # bytes of an element: its weight, low bits and two moments, each read and written, and its gradient
 RESULT = -1  # the place of what an operation gives, beside those of its operands
 LEAST = 1 << 15  # elements that torch gives to several threads (at::internal::GRAIN_SIZE); fewer are soon in a cache
@@ -36,8 +36,11 @@ DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 @dataclass(frozen=True)
 class Price:
+    """`beside`: seconds more that it takes while blocks stream."""
+
     seconds: float
     floating_operations: float = 0.0
+    beside: float = 0.0
 
 
 FREE = Price(0.0)
@@ -57,7 +60,7 @@ class Prices(Protocol):
         self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, cold: Cold = nothing
     ) -> Price: ...
 
-    def update(self, elements: int, like: Any, make: Callable[[], Callable[[], None]]) -> float:
+    def update(self, elements: int, like: Any, make: Callable[[], Callable[[], None]]) -> Price:
         """`make()` gives the same step of real numbers; those `like` each other, in the optimizer's class first, take as
         long."""
         ...
@@ -88,28 +91,38 @@ class RatedPrices:
         touched = sum(bytes_of(leaf) for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor))
         return Price(touched / processor.elementwise.at(max(touched, 1)) + processor.operation_seconds)
 
-    def update(self, elements: int, like: Any, make: Callable[[], Callable[[], None]]) -> float:
+    def update(self, elements: int, like: Any, make: Callable[[], Callable[[], None]]) -> Price:
         """The arithmetic on a chunk that is in a cache, and the bytes that come from memory and go back there."""
         processor = self.machine.compute
-        return elements / processor.update + elements * UPDATED / processor.copy
+        return Price(elements / processor.update + elements * UPDATED / processor.copy)
 
     def keep(self) -> None: ...
 
 
 class Cooling:
-    """Leaves nothing of use in the processor's caches. Its slab lies in huge pages, which come fast, but only once: it is
-    kept until `end`."""
+    """Goes through `nbytes`, which leaves nothing of use in the caches of a core. Its slab lies in huge pages, which come
+    fast, but only once: it is kept until `end`."""
 
-    def __init__(self) -> None:
+    def __init__(self, nbytes: int = COLD) -> None:
+        self.nbytes = nbytes
         self._slab: torch.Tensor | None = None
 
     def __call__(self) -> None:
         if self._slab is None:
-            self._slab = allocate_slab(COLD)
+            self._slab = allocate_slab(self.nbytes)
         self._slab.fill_(1)
 
     def end(self) -> None:
         self._slab = None
+
+
+@dataclass(frozen=True)
+class Thrashed:
+    """What cold operands cost more where all caches are gone through (`outsize.planner.thrashed`): `longer`, a part of what
+    an operation takes; of a product, `later` seconds for each byte."""
+
+    longer: float = 0.0
+    later: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -124,6 +137,7 @@ class MeasuredPrices:
     meeting: float = 0.0
     """And one that several threads share (`outsize.planner.meeting`)."""
     known: KnownPrices = field(default_factory=KnownPrices)
+    thrashed: Thrashed = Thrashed()
     cooling: Cooling = field(default_factory=Cooling)
     _prices: dict[Any, Price] = field(default_factory=dict)
     _done: set[Any] = field(default_factory=set)
@@ -157,7 +171,14 @@ class MeasuredPrices:
                 lambda: self._leave(key if product else function, do),
             )
         besides = self.passing + (self.meeting if is_shared(function, (args, result)) else 0.0)
-        return Price((rated.seconds if seconds is None else seconds) + besides, rated.floating_operations)
+        seconds = rated.seconds if seconds is None else seconds
+        return Price(seconds + besides, rated.floating_operations, self._beside(seconds, function, args, result, far))
+
+    def _beside(self, seconds: float, function: Any, args: tuple[Any, ...], result: Any, far: tuple[int, ...]) -> float:
+        if operations_of(function) is None:
+            return seconds * self.thrashed.longer if far else 0.0
+        touched = sum(bytes_of(leaf) for leaf in tree_leaves((args, result)) if isinstance(leaf, torch.Tensor))
+        return touched * self.thrashed.later
 
     def _before(self, done: partial[Any], far: tuple[int, ...]) -> Callable[[], Any]:
         """What leaves cold operands out of the caches, by their places, and all others in: the same is done with
@@ -182,15 +203,16 @@ class MeasuredPrices:
             self._done.add(what)
             do(lambda done: done())
 
-    def update(self, elements: int, like: Any, make: Callable[[], Callable[[], None]]) -> float:
+    def update(self, elements: int, like: Any, make: Callable[[], Callable[[], None]]) -> Price:
         key = str(like)
         if key not in self._prices:
             # Of a user's own class the name says little: who edits it has another one.
             known = self.known if like[0].__module__.startswith("torch.") else KnownPrices()
             with _disable_current_modes():  # the first step that is done makes the optimizer's state
                 seconds = known.find(key, lambda: usual_seconds(make(), self.cooling), lambda: make()())
-            self._prices[key] = Price(seconds or 0.0)
-        return self._prices[key].seconds
+            seconds = seconds or 0.0
+            self._prices[key] = Price(seconds, beside=seconds * self.thrashed.longer)
+        return self._prices[key]
 
     def keep(self) -> None:
         self.cooling.end()
@@ -209,10 +231,11 @@ class CrowdedPrices:
     ) -> Price:
         price = self.prices.of(function, args, kwargs, result, cold)
         slower = self.crowd.memory if operations_of(function) is None else self.crowd.products
-        return Price(slower * price.seconds, price.floating_operations)
+        return Price(slower * price.seconds, price.floating_operations, slower * price.beside)
 
-    def update(self, elements: int, like: Any, make: Callable[[], Callable[[], None]]) -> float:
-        return self.crowd.memory * self.prices.update(elements, like, make)
+    def update(self, elements: int, like: Any, make: Callable[[], Callable[[], None]]) -> Price:
+        price = self.prices.update(elements, like, make)
+        return Price(self.crowd.memory * price.seconds, beside=self.crowd.memory * price.beside)
 
     def keep(self) -> None:
         self.prices.keep()

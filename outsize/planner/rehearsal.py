@@ -88,7 +88,7 @@ class Priced(TorchDispatchMode):
     later ones are cold."""
 
     def __init__(
-        self, prices: Prices, spent: Callable[[str, float, float], None], live: LiveBytes | None = None
+        self, prices: Prices, spent: Callable[[str, float, float, float], None], live: LiveBytes | None = None
     ) -> None:
         super().__init__()
         self._prices, self._spent, self._live = prices, spent, live
@@ -106,7 +106,7 @@ class Priced(TorchDispatchMode):
         price = self._prices.of(func, args, kwargs, result, nothing if live is None else live.is_cold)
         if live is not None:
             live.touch((args, kwargs, result))
-        self._spent("compute", price.seconds, price.floating_operations)
+        self._spent("compute", price.seconds, price.floating_operations, price.beside)
         return result
 
 

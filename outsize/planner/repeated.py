@@ -54,7 +54,7 @@ class Repeated:
                     result = torch.empty(shape, dtype=dtype)
                 self._live.see(result)
             elif isinstance(event, Spend):
-                self._scribe.spent(event.lane, event.seconds, event.floating_operations)
+                self._scribe.spent(event.lane, event.seconds, event.floating_operations, event.beside)
             elif isinstance(event, Live):
                 if event.key not in keys:
                     keys[event.key] = self._live.number()

@@ -49,15 +49,16 @@ class Rows:
 
 @dataclass(frozen=True)
 class Spend:
-    """Compute or update took so long."""
+    """Compute or update took so long; and `beside` more while blocks stream."""
 
     lane: str
     seconds: float
     floating_operations: float = 0.0
+    beside: float = 0.0
 
     def __add__(self, other: Spend) -> Spend:
         operations = self.floating_operations + other.floating_operations
-        return Spend(self.lane, self.seconds + other.seconds, operations)
+        return Spend(self.lane, self.seconds + other.seconds, operations, self.beside + other.beside)
 
 
 @dataclass(frozen=True)
@@ -196,9 +197,9 @@ class Scribe(Store):
     def tell(self, event: Event) -> None:
         self.events.append(event)
 
-    def spent(self, lane: str, seconds: float, floating_operations: float = 0.0) -> None:
+    def spent(self, lane: str, seconds: float, floating_operations: float = 0.0, beside: float = 0.0) -> None:
         last = self.events[-1] if self.events else None
-        spend = Spend(lane, seconds, floating_operations)
+        spend = Spend(lane, seconds, floating_operations, beside)
         if isinstance(last, Spend) and last.lane == lane:
             self.events.pop()
             spend = last + spend

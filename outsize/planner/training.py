@@ -41,6 +41,7 @@ from outsize.planner.refusals import disk_too_small, no_memory
 from outsize.planner.rehearsal import Batch, Rehearsed, rehearse
 from outsize.planner.search import JobSizes, Search
 from outsize.planner.sizes_of import SMALL, sizes_of, split_weights
+from outsize.planner.thrashed import THRASHING, thrashed
 from outsize.planner.trial import Left, left_behind
 from outsize.train.job import always_near, users_of
 from outsize.train.optimizers import OptimizerRule
@@ -126,6 +127,8 @@ class Place:
     disk_free_bytes: int
     wire: Wire = field(default_factory=dict)
     crowd: Crowd = Crowd()
+    room_bytes: int = 2 * THRASHING
+    """Of memory in which operations may be measured."""
     _resident: int = field(default_factory=lambda: process_memory().resident_bytes, repr=False)
 
     @property
@@ -144,11 +147,11 @@ class Place:
         """Of a machine that is here: measured; but for a device, on which a rehearsal has no tensors."""
         rated = RatedPrices(self.machine)
         there = self.machine.origin == "described" or self.machine.compute.tier == "device"
-        found = rated if there else _measured(rated)
+        found = rated if there else _measured(rated, self.room_bytes)
         return found if self.crowd == Crowd() else CrowdedPrices(found, self.crowd)
 
 
-def _measured(rated: RatedPrices) -> MeasuredPrices:
+def _measured(rated: RatedPrices, room: int) -> MeasuredPrices:
     """With what is known of a time like now. Where nothing is, it is looked once more: to measure all anew takes seconds, and
     something may just have come between."""
     file, cooling = prices_file(rated.machine), Cooling()
@@ -158,7 +161,8 @@ def _measured(rated: RatedPrices) -> MeasuredPrices:
         if known.then.seconds or not known.others:
             break
     meeting = known.find("meeting", lambda: seconds_of_meeting(cooling))
-    return MeasuredPrices(rated, passing, meeting or 0.0, known, cooling)
+    cooling.end()  # to hold no more than what follows
+    return MeasuredPrices(rated, passing, meeting or 0.0, known, thrashed(room, known), cooling)
 
 
 def plan_training(task: Task, place: Place) -> Plan:

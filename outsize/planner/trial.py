@@ -123,7 +123,7 @@ class _Saved:
         self._made |= _storages(output)
         self.inside = False
 
-    def spent(self, lane: str, seconds: float, floating_operations: float) -> None:
+    def spent(self, lane: str, seconds: float, floating_operations: float, beside: float) -> None:
         self._since += seconds
 
     def keep(self, tensor: torch.Tensor) -> torch.Tensor:

@@ -166,9 +166,8 @@ class _Load:
     def of(cls, search: Search, worker: Worker) -> _Load:
         job, needs, request = search.job, search.needs, search.request
         elements = sum(size.weight.numel for size in job.sizes.values() if size.weight.trainable) / request.workers
-        update = worker.place.crowd.memory * RatedPrices(worker.place.machine).update(
-            int(elements), None, lambda: lambda: None
-        )
+        rated = RatedPrices(worker.place.machine).update(int(elements), None, lambda: lambda: None)
+        update = worker.place.crowd.memory * rated.seconds
         divided = _divided(job, set(job.sizes))
         away = _divided(job, job.sizes.keys() - job.always)
         beside = needs.beside
