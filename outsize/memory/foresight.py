@@ -161,7 +161,9 @@ class Foresight:
         length = len(self._trace)
         if self._virtual >= length * (2 if self._again and not self._recording else 1):
             return False
-        pinned = [replace(resident) for resident in self.layout.by_name.values() if resident.pins]
+        # A recording decides event by event, and lays nothing anew.
+        residents = () if self._recording else self.layout.by_name.values()
+        pinned = [replace(resident) for resident in residents if resident.pins]
         first = self._virtual % length
         self._decided.extend(self._decide(first))
         if len(self._decided) < length - first and not self._recording:
