@@ -25,7 +25,7 @@ from outsize.model.load import ModelSource, open_model
 from outsize.model.units import find_units
 from outsize.plan import Plan
 from outsize.planner.beside import HOST_SHARE
-from outsize.planner.cluster import places, wire_of
+from outsize.planner.cluster import close_of, places, wire_of
 from outsize.planner.pipeline import fullest, lines_of, plan_line
 from outsize.planner.training import Place, Planning, Task, plan_training
 from outsize.planner.workers import Worker, plan_workers
@@ -147,7 +147,8 @@ def planning(
     there = there if device_bytes else there.hosted
     nodes = there.nodes.count
     workers = workers or (nodes * places(there) if nodes > 1 else 1)
-    asked = Request(0, device_bytes=device_bytes, **request)
+    each = workers // nodes
+    asked = Request(0, device_bytes=device_bytes, close=close_of(there, each), **request)
     if pipeline and workers == 1:
         raise OptionError("A pipeline is of several workers. Give --workers 2 or more, or leave out --pipeline.")
     if not pipeline:
@@ -157,7 +158,6 @@ def planning(
     module = _trained(source, find_precision(asked.precision).compute)
     rule = rule_of(optimizer, optimizer_options or {})
     units = find_units(module, block_class)
-    each = workers // nodes
     crowd = Crowd(workers=each).times(max(1.0, each / places(there)))
     disk = there.capacity("disk") // each
     here = Place(there, process_memory().resident_bytes, disk, wire_of(there, each), crowd)

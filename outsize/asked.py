@@ -58,8 +58,8 @@ class PipelineRequest:
 @dataclass(frozen=True)
 class Request(Divided):
     """What a user asks of a training job; "auto" leaves a choice to the planner. Bytes; sizes per micro-batch. With several
-    `workers`, equally many on each of `nodes`, it is what each does; `zero` is what they divide: optimizer state (1),
-    gradients too (2), weights too (3).
+    `workers`, equally many on each of `nodes`, of whom `close` neighbours at a time have links faster than the node's, it is
+    what each does; `zero` is what they divide: optimizer state (1), gradients too (2), weights too (3).
 
     `keeper`: memory that outlives the process is to hold the last step. `weight_copies`: how many there are already, as a
     plan has it, and `gather_ahead_bytes`, `sequences` and `shares`, too. `rank`: the worker that is planned for. `legs`:
@@ -81,6 +81,7 @@ class Request(Divided):
     keeper: bool = False
     workers: int = 1
     nodes: int = 1
+    close: int = 1
     zero: int = 3
     weight_copies: int | None = None
     gather_ahead_bytes: int | None = None

@@ -143,14 +143,14 @@ class Plan(Divided):
     the head and its loss are computed over blocks of the vocabulary. `shared_bytes`: all blocks together, when they
     stay near in memory that outlives the process, each with a twin; 0: they do not. Of several `workers` each has its
     share of every optimizer state; from the level `zero` 2 on also of gradients that wait, and of `split_weights`. Of
-    these all together have `weight_copies`: one, or one on each of several `nodes`; up to `gather_ahead_bytes` of them are
-    gathered before they are needed, while compute goes on. What is divided is so in proportion to
-    `shares`, equally if there are none, and so are a step's sequences to `sequences`; the plan is that of worker `rank`.
-    With `legs` they are a pipeline: each leg has so many of the repeated units, and micro-batches go from one to the next in
-    the order of `schedule` (gpipe, 1f1b, interleaved, v or zero-bubble); of several workers of a leg each has its share, as
-    said, and of more legs than workers each has several, as `legs_shape` says. `packed`: weights near,
-    in groups that are multiplied at once, which are held as the processor's matrix products read them. `serving`: what a
-    plan for serving says beside, and `served` what that means for requests."""
+    these all together have `weight_copies`: one, or one on each of several `nodes`, or for each `close` neighbours there;
+    up to `gather_ahead_bytes` of them are gathered before they are needed, while compute goes on. What is divided is so
+    in proportion to `shares`, equally if there are none, and so are a step's sequences to `sequences`; the plan is that
+    of worker `rank`. With `legs` they are a pipeline: each leg has so many of the repeated units, and micro-batches go
+    from one to the next in the order of `schedule` (gpipe, 1f1b, interleaved, v or zero-bubble); of several workers of a
+    leg each has its share, as said, and of more legs than workers each has several, as `legs_shape` says. `packed`:
+    weights near, in groups that are multiplied at once, which are held as the processor's matrix products read them.
+    `serving`: what a plan for serving says beside, and `served` what that means for requests."""
 
     precision: str
     arena_bytes: int
@@ -173,6 +173,7 @@ class Plan(Divided):
     shared_bytes: int = 0
     workers: int = 1
     nodes: int = 1
+    close: int = 1
     zero: int = 3
     split_weights: frozenset[str] = frozenset()
     weight_copies: int = 1

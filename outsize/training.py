@@ -32,7 +32,7 @@ from outsize.model.load import ModelSource, open_model
 from outsize.model.units import Unit, find_units
 from outsize.plan import Plan
 from outsize.planner.check import check_plan, read_plan
-from outsize.planner.from_settings import request_of
+from outsize.planner.from_settings import check_arranged, request_of
 from outsize.planner.pipeline import leave_legs, lines_of, plan_line
 from outsize.planner.remembered import circumstances, recall, recall_slowness, remember, remember_slowness
 from outsize.planner.training import Place, Task, check_disk, plan_training
@@ -67,7 +67,7 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     find_precision(settings.precision)
     if settings.replan and settings.plan is not None:
         raise OptionError("--replan may leave the plan that --plan gives. Give one of them.")
-    group = find_group(settings.worker_timeout)
+    group = find_group(settings.worker_timeout, close=settings.close)
     try:
         report = _train(settings, rule, group)
     except OutsizeError as problem:
@@ -212,11 +212,8 @@ class _Training:
         self.wire = measure_wire(group, self.crowd.workers)
         committed = self.state.read()
         begun = {} if committed is None else committed.facts
-        if committed is not None and begun.get("nodes", 1) != group.nodes:
-            raise RunError(
-                f"The {group.size} workers of {settings.out} were on {begun.get('nodes', 1)} nodes, and now they are on "
-                f"{group.nodes}. Start them on as many as before, or another number of workers."
-            )
+        if committed is not None:
+            check_arranged(settings.out, begun, group)
         task = Task(
             *(model, units, self.rule, self._asked(begun, committed is not None), []),
             *(self.source.stored_dtype, settings.block_class),

@@ -114,7 +114,7 @@ def make_batches(steps: int, accumulate: int, sequences: int = 2, length: int = 
     def batch(index: int) -> Batch:
         ids = torch.randint(3, VOCABULARY, (sequences, length), generator=generator)
         labels = ids.clone()
-        labels[0, : 3 * index] = -100
+        labels[0, : 3 * index % 15] = -100
         return {"input_ids": ids, "labels": labels}
 
     return [[batch(index) for index in range(accumulate)] for _ in range(steps)]

@@ -144,6 +144,8 @@ WRONG = [
     ('copy = "10GB/s"', 'copies = "10GB/s"', ["processors[0].copies", "copy"]),
     ('copy = "10GB/s"', "", ["processors[0] lacks copy"]),
     ("[limits]", "[nodes]\ncount = 4\n[limits]", ["4 nodes need bytes_per_second"]),
+    ("[limits]", "[close]\ncount = 2\n[limits]", ["2 devices that are close need bytes_per_second"]),
+    ("[limits]", "[close]\nsize = 2\n[limits]", ["close.size", "count"]),
     ("[limits]", "[[unlike]]\nhost = '5GiB'\n[limits]", ["of 1 nodes 1 cannot be unlike the first one"]),
     ("[limits]", "[[limits]]", ["limits", "a table"]),
     ("[limits]", "[limits", ["is not a TOML file", "line"]),

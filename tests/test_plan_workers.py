@@ -16,7 +16,7 @@ from outsize.distributed.arrangement import Arrangement
 from outsize.errors import BudgetError, OptionError
 from outsize.machine.file import read_machine, write_machine
 from outsize.machine.find import find_machine
-from outsize.machine.machine import Link, Machine, Nodes, Unlike, steady
+from outsize.machine.machine import Close, Link, Machine, Nodes, Unlike, steady
 from outsize.model.units import find_units
 from outsize.plan import Plan
 from outsize.planner.cluster import wire_of
@@ -66,6 +66,20 @@ def test_a_slow_link_is_waited_for_and_each_node_gets_a_copy_of_the_weights(mode
     assert "exchanging with other workers" in str(slow)
 
 
+def test_pairs_have_links_of_their_own(model: str, tmp_path: Path) -> None:
+    """Of weights each pair has a copy: leases gather over its links alone."""
+    machine = replace(cluster(1e8), close=Close(2, 50e9, 1e-6))
+    plan = outsize.plan(model, memory="8GiB", machine=machine, workers=8, sequence_length=32, accumulate=8)
+    assert (plan.nodes, plan.close, plan.weight_copies) == (2, 2, 4)
+    assert received(plan, "close") > received(plan, "peer") > received(plan, "remote") > 0
+    assert "each of 4 groups of 2 workers has a copy" in str(plan)
+    assert "46.57 GiB/s and 1 us to the workers that are close" in str(plan)
+    odd = outsize.plan(model, memory="8GiB", machine=machine, workers=6, sequence_length=32, accumulate=8)
+    assert odd.close == 1 and received(odd, "close") == 0
+    write_machine(machine, tmp_path / "pairs.toml")
+    assert read_machine(tmp_path / "pairs.toml") == machine
+
+
 def test_a_cluster_has_a_worker_on_each_node_and_one_machine_a_single_one(model: str) -> None:
     assert planned(model, cluster(1e9, nodes=3), None).workers == 3
     alone = planned(model, LAPTOP, None)
@@ -77,6 +91,8 @@ def test_what_cannot_be_divided_is_refused(model: str) -> None:
     for copies in (3, 4):
         with pytest.raises(OptionError, match=f"4 workers on 2 nodes cannot have {copies} copies"):
             Arrangement.of(0, 4, 2).stage_of(copies)
+    with pytest.raises(OptionError, match="4 workers of a node cannot be groups of 3 that are close"):
+        Arrangement.of(0, 8, 2, 3)
     with pytest.raises(OptionError, match="3 workers cannot be equally many on each of 2 nodes"):
         planned(model, cluster(1e9), 3)
     with pytest.raises(OptionError, match="A step of 4 sequences leaves nothing to do for some of 8 workers"):

@@ -13,7 +13,7 @@ from worker_child import batches_of, in_line, optimizer, plan_of
 from workers import Case, Crew, Found
 
 from outsize.distributed.ahead import Ahead
-from outsize.distributed.arrangement import PEER, REMOTE, WIRE
+from outsize.distributed.arrangement import CLOSE, PEER, REMOTE, WIRE
 from outsize.distributed.wire import Link
 from outsize.machine.find import find_machine
 from outsize.memory.block import ALIGNMENT
@@ -28,7 +28,7 @@ from outsize.train.job import always_near
 
 LAPTOP = find_machine("laptop")
 LATENCY = 1e-3
-WIRED = {PEER: Link(1e9, LATENCY), REMOTE: Link(1e7, LATENCY)}
+WIRED = {CLOSE: Link(1e10, LATENCY), PEER: Link(1e9, LATENCY), REMOTE: Link(1e7, LATENCY)}
 
 
 def assert_same(found: Found, expected: Found, rounds: bool = False) -> None:
@@ -77,6 +77,7 @@ def test_zero_1_2_and_3_and_a_second_run_give_the_same_bits(gang: Crew, tmp_path
         Case(workers=3, sequences=5, batch=2, clip=0.5),
         Case(batch=2, tied=True),
         Case(workers=4, nodes=2, copies=2),
+        Case(workers=4, close=2, copies=2),
     ],
     ids=str,
 )
@@ -139,6 +140,23 @@ def test_copies_of_weights_on_each_node_do_not_show_in_the_numbers(gang: Crew, t
     found = gang.run(replace(ON_NODES, copies=2), tmp_path / "copies")
     assert_same(gang.run(replace(ON_NODES, copies=1), tmp_path / "shares"), found)
     assert_same(gang.run(replace(ON_NODES, zero=2), tmp_path / "whole"), found)
+
+
+ON_PAIRS = Case(workers=8, nodes=2, close=2, hidden=512, steps=2, sequences=8, precision="mixed", split=0)
+
+
+@pytest.mark.parametrize("copies", [1, 4])
+def test_the_faster_a_link_the_more_crosses_it(gang: Crew, tmp_path: Path, copies: int) -> None:
+    """Two nodes of two pairs: at each level half of what a worker has at the one before is exchanged. Gradients are added up
+    in fp32 after the first; weights are leased within a pair where each has a copy, and cross the others after the update."""
+    found = gang.run(replace(ON_PAIRS, copies=copies), tmp_path / "run")
+    whole = sum(weight.nbytes for weight in found.weights.values())
+    leased = 2 * whole - found.weights["model.embed_tokens.weight"].nbytes
+    for rank in range(ON_PAIRS.workers):
+        for level, (tier, width) in enumerate({"close": 1, "peer": 2, "remote": 2}.items()):
+            part, weights = 2 ** (level + 1), leased if tier == "close" or copies == 1 else whole
+            assert moved(found, rank, "weight", tier) == (ON_PAIRS.steps * weights // part,) * 2
+            assert moved(found, rank, "gradient", tier) == (ON_PAIRS.steps * width * whole // part,) * 2
 
 
 @pytest.mark.parametrize(
@@ -205,6 +223,7 @@ def test_shares_of_any_size_do_not_show_in_the_numbers(gang: Crew, tmp_path: Pat
         Case(workers=4, legs=(2, 2), nodes=2),
         Case(workers=2, sequences=2, ahead=40_000),
         replace(ON_NODES, ahead=1 << 30),
+        replace(ON_PAIRS, copies=2),
         Case(legs=(1, 1, 1, 1), schedule="interleaved", steps=2, tied=True, table_rows=40),
         Case(legs=(1, 1, 1, 1), legs_shape="v", schedule="v", steps=2, tied=True, table_rows=40),
         Case(legs=(1, 1, 1, 1), legs_shape="v", schedule="zero-bubble", steps=2, activations="keep"),

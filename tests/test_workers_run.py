@@ -190,7 +190,11 @@ def test_workers_on_two_nodes_train_as_one_does_and_stay_on_two(
     shutil.rmtree(tmp_path / "run" / "model")
     assert gang.attempt("run", 4, tmp_path, told) == [1] * 4
     for text in said(tmp_path, 4):
-        assert "were on 2 nodes, and now they are on 1" in text
+        assert "were on 2 nodes, and now they are on 1 nodes" in text
+    told["settings"]["close"] = 2
+    assert gang.attempt("run", 4, tmp_path, told | {"nodes": 2}) == [1] * 4
+    for text in said(tmp_path, 4):
+        assert "were groups of 1 that are close, and now they are groups of 2 that are close" in text
 
 
 def assert_close(run: Path, expected: Path, steps: int) -> None:

@@ -133,6 +133,7 @@ def plan_of(model: nn.Module, case: Case) -> Plan:
     return replace(
         plan,
         nodes=case.nodes,
+        close=case.close,
         zero=case.zero,
         split_weights=split,
         weight_copies=case.copies,
@@ -156,7 +157,7 @@ def in_line(model: nn.Module, plan: Plan, rank: int) -> Plan:
 
 
 def _train(folder: Path, told: dict[str, Any]) -> None:
-    case, group = Case(**told), find_group()
+    case, group = Case(**told), find_group(close=told["close"])
     model = make_model(case.family, case.tied, case.layers, case.hidden)
     plan = plan_of(model, case)
     if case.legs:

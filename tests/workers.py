@@ -42,6 +42,7 @@ class Case:
     split: int = 256
     activations: str = "recompute"
     nodes: int = 1
+    close: int = 1
     copies: int = 1
     ahead: int = 0
     parts: tuple[int, ...] = ()

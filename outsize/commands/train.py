@@ -56,6 +56,7 @@ def train(
     plan: options.PlanFile = None,
     replan: options.Replan = False,
     workers: options.Workers = 1,
+    close: options.Close = 1,
     pipeline: options.Pipeline = False,
     legs: options.Legs = None,
     legs_shape: options.LegsShape = None,

@@ -80,6 +80,13 @@ DeviceMemory = Annotated[
 Workers = Annotated[
     int, typer.Option(min=1, help="Processes on this machine that divide state and batch; --memory is for each.")
 ]
+Close = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        help="So many neighbouring workers of a node have faster links to each other than to its others (pairs: 2).",
+    ),
+]
 Pipeline = Annotated[
     bool,
     typer.Option(help="Each of the workers has a run of layers, and micro-batches go from one to the next."),

@@ -7,22 +7,29 @@ from math import prod
 
 from outsize.errors import OptionError
 
-PEER, REMOTE = "peer", "remote"  # tiers: what other workers of this node hold, and those of other nodes
-WIRE = (PEER, REMOTE)  # all that is on the other side of a wire
+CLOSE, PEER, REMOTE = "close", "peer", "remote"
+"""Tiers: what workers hold who have faster links to this one than its node has; others of the node; those of other nodes."""
+WIRE = (CLOSE, PEER, REMOTE)  # all that is on the other side of a wire
 
 
 @dataclass(frozen=True)
 class Arrangement:
     """The place of worker `rank`. `levels` are (tier, how many groups of the level before make one of this), the fastest
-    links first: 8 workers of a node, 4 nodes. Neighbours have successive ranks."""
+    links first: 2 workers that are close, 4 such pairs in a node, 4 nodes. Neighbours have successive ranks."""
 
     rank: int = 0
     levels: tuple[tuple[str, int], ...] = ()
 
     @classmethod
-    def of(cls, rank: int, workers: int, nodes: int = 1) -> Arrangement:
-        """So many workers, on as many nodes with equally many each."""
-        levels = ((PEER, workers // nodes), (REMOTE, nodes))
+    def of(cls, rank: int, workers: int, nodes: int = 1, close: int = 1) -> Arrangement:
+        """So many workers, on as many nodes with equally many each, of whom `close` neighbours at a time have faster links to
+        each other. Raises OptionError when a node's workers cannot be divided so."""
+        here = workers // nodes
+        if here % close:
+            raise OptionError(
+                f"{here} workers of a node cannot be groups of {close} that are close. Give another --close."
+            )
+        levels = ((CLOSE, close), (PEER, here // close), (REMOTE, nodes))
         return cls(rank, tuple((tier, size) for tier, size in levels if size > 1))
 
     @property
@@ -33,6 +40,10 @@ class Arrangement:
     @property
     def nodes(self) -> int:
         return dict(self.levels).get(REMOTE, 1)
+
+    @property
+    def close(self) -> int:
+        return dict(self.levels).get(CLOSE, 1)
 
     @property
     def copies(self) -> list[int]:
@@ -69,9 +80,11 @@ class Arrangement:
         return self.levels[level][0]
 
     def tier_of(self, peer: int) -> str:
-        """Where what another worker holds is, seen from here."""
-        near = dict(self.levels).get(PEER, 1)
-        return PEER if peer // near == self.rank // near else REMOTE
+        """Where what another worker holds is, seen from here: over the slowest links on the way."""
+        apart = (
+            level for level in range(len(self.levels)) if self._digit(peer, level) != self._digit(self.rank, level)
+        )
+        return self.tier(max(apart))
 
     def circle(self, level: int, rank: int | None = None) -> range:
         """Those who exchange with this worker over the links of `level`, itself among them, in order: each stands in its own

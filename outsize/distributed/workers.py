@@ -29,7 +29,15 @@ class Workers(Several):
     """Several workers, connected by `torch.distributed`."""
 
     def __init__(
-        self, rank: int, size: int, local: int, here: int, patience: float, afterwards: str, answer: timedelta
+        self,
+        rank: int,
+        size: int,
+        local: int,
+        here: int,
+        close: int,
+        patience: float,
+        afterwards: str,
+        answer: timedelta,
     ) -> None:
         """`here` is how many there are on this machine, of which this is number `local`; the rest as `find_group` has it.
         Raises RunError when they do not all come."""
@@ -39,7 +47,7 @@ class Workers(Several):
         self._across: Across = ()
         self._patience = answer
         meeting, places = meet(rank, size, f"{rank - local} {here}")
-        super().__init__(_arranged(rank, size, here, places))
+        super().__init__(_arranged(rank, size, here, close, places))
         try:
             self._watch = Watch(meeting, rank, size, patience, afterwards)
             distributed.init_process_group("gloo", store=meeting, rank=rank, world_size=size, timeout=answer)
@@ -154,10 +162,12 @@ class Workers(Several):
         self.waiting_seconds += self.clock.note("wire", started)
 
 
-def find_group(patience: float = 30.0, afterwards: str = CONTINUES, answer: timedelta = TO_ANSWER) -> Group:
+def find_group(
+    patience: float = 30.0, afterwards: str = CONTINUES, answer: timedelta = TO_ANSWER, close: int = 1
+) -> Group:
     """The group that a launcher has put this process into by environment variables, or a worker alone. `patience`, in
     seconds, is for a worker that does not move, and `answer` for one that does and says nothing; `afterwards` is the end of
-    the message when one is lost.
+    the message when one is lost. Of `close` neighbours on a node the links are faster than between others there.
 
     Raises OptionError when these are incomplete, RunError when the others cannot be reached."""
     if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
@@ -170,11 +180,13 @@ def find_group(patience: float = 30.0, afterwards: str = CONTINUES, answer: time
             "--workers."
         )
     rank, size, local, here = (int(os.environ[name]) for name in names[:4])
-    return Workers(rank, size, local, here, patience, afterwards, answer) if size > 1 else Group()
+    if size == 1:
+        return Group()
+    return Workers(rank, size, local, here, close, patience, afterwards, answer)
 
 
-def _arranged(rank: int, size: int, here: int, places: list[str]) -> Arrangement:
+def _arranged(rank: int, size: int, here: int, close: int, places: list[str]) -> Arrangement:
     """By node, if these have equally many workers, with successive ranks; else all links are taken for slow ones."""
     if places == [f"{peer // here * here} {here}" for peer in range(size)]:
-        return Arrangement.of(rank, size, size // here)
+        return Arrangement.of(rank, size, size // here, close)
     return Arrangement(rank, ((REMOTE, size),))

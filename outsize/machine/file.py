@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import tomli_w
 
 from outsize.errors import OptionError
-from outsize.machine.machine import Capacity, Limit, Link, Machine, Nodes, Processor, Spread, Unlike
+from outsize.machine.machine import Capacity, Close, Limit, Link, Machine, Nodes, Processor, Spread, Unlike
 from outsize.machine.quantities import (
     BYTE_RATE,
     COUNT,
@@ -29,7 +29,7 @@ from outsize.machine.quantities import (
     Quantity,
 )
 
-Value = TypeVar("Value", Machine, Link, Processor, Nodes, Unlike, Spread)
+Value = TypeVar("Value", Machine, Link, Processor, Nodes, Close, Unlike, Spread)
 LINK = {
     "source": TEXT,
     "target": TEXT,
@@ -48,9 +48,9 @@ PROCESSOR = {
     "update": UPDATE_RATE,
     "operation_seconds": DURATION,
 }
-NODES = {"count": COUNT, "bytes_per_second": NODE_RATE, "latency": LATENCY}
+NODES = {"count": COUNT, "bytes_per_second": NODE_RATE, "latency": LATENCY}  # and of devices that are close
 UNLIKE = {"count": COUNT, "host": SIZE, "disk": SIZE, "disk_bytes_per_second": BYTE_RATE}
-TOP = ("name", "origin", "notes", "capacities", "limits", "links", "processors", "nodes", "unlike", "spreads")
+TOP = ("name", "origin", "notes", "capacities", "limits", "links", "processors", "nodes", "close", "unlike", "spreads")
 
 
 def read_machine(path: Path) -> Machine:
@@ -97,6 +97,7 @@ def as_table(machine: Machine) -> dict[str, Any]:
         "capacities": {capacity.tier: SIZE.write(capacity.nbytes) for capacity in machine.capacities},
         "limits": {limit.name: BYTE_RATE.write(limit.bytes_per_second) for limit in machine.limits},
         "nodes": _written(machine.nodes, NODES) if machine.nodes != Nodes() else {},
+        "close": _written(machine.close, NODES) if machine.close != Close() else {},
         "unlike": [_written(unlike, UNLIKE) for unlike in machine.unlike],
         "links": [_written(link, LINK) for link in machine.links],
         "processors": [_written_processor(processor) for processor in machine.processors],
@@ -159,6 +160,7 @@ def _machine(table: _Table) -> Machine:
             "links": tuple(_read(link, Link, LINK) for link in table.tables("links")),
             "processors": tuple(_processor(processor) for processor in table.tables("processors")),
             "nodes": _read(table.table("nodes"), Nodes, NODES),
+            "close": _read(table.table("close"), Close, NODES),
             "unlike": tuple(_read(unlike, Unlike, UNLIKE) for unlike in table.tables("unlike")),
             "spreads": tuple(_spread(spread) for spread in table.tables("spreads")),
         },

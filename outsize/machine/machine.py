@@ -124,6 +124,22 @@ class Nodes:
 
 
 @dataclass(frozen=True)
+class Close:
+    """How many neighbouring devices of a node at a time have faster links to each other than to its others, and what one of
+    them sends there a second: pairs with a bridge, for instance.
+
+    Raises OptionError when there are several and nothing between them."""
+
+    count: int = 1
+    bytes_per_second: float = 0.0
+    latency: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.count > 1 and self.bytes_per_second == 0:
+            raise OptionError(f"{self.count} devices that are close need bytes_per_second between them.")
+
+
+@dataclass(frozen=True)
 class Unlike:
     """`count` nodes of a cluster that are otherwise than the first ones, the last of them: what they have of `host` and
     `disk`, and how fast that disk is in any direction."""
@@ -181,6 +197,7 @@ class Machine:
     processors: tuple[Processor, ...]
     limits: tuple[Limit, ...] = ()
     nodes: Nodes = Nodes()
+    close: Close = Close()
     origin: str = "described"
     notes: tuple[str, ...] = ()
     spreads: tuple[Spread, ...] = ()

@@ -141,6 +141,7 @@ def _compare_with_request(plan: Plan, request: Request) -> None:
         ("moments", request.moments),
         ("workers", request.workers),
         ("nodes", request.nodes),
+        ("close", request.close),
         ("zero", request.zero),
         ("sequences", request.sequences if plan.sequences else ()),
         ("shares", request.shares or ()),

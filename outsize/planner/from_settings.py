@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 from outsize.asked import Request
 from outsize.distributed.group import Group
 from outsize.distributed.launch import is_worker
-from outsize.errors import OptionError
+from outsize.errors import OptionError, RunError
 from outsize.train.settings import TrainSettings
 
 
@@ -65,4 +68,16 @@ def _check_pipeline(settings: TrainSettings, group: Group) -> None:
         if settings.pipeline and given is not None:
             raise OptionError(
                 f"{option} is for a whole model on each worker, and --pipeline divides it. Leave one of them out."
+            )
+
+
+def check_arranged(out: Path, begun: dict[str, Any], group: Group) -> None:
+    """What is divided lies where it does by which workers are near each other; `begun` is what the last committed step says.
+    Raises RunError when these are others now."""
+    for name, those in (("nodes", "on {} nodes"), ("close", "groups of {} that are close")):
+        was, now = begun.get(name, 1), getattr(group.arrangement, name)
+        if was != now:
+            raise RunError(
+                f"The {group.size} workers of {out} were {those.format(was)}, and now they are {those.format(now)}. Start "
+                "them as before (--close), or another number of workers."
             )

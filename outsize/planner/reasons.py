@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 
-from outsize.distributed.arrangement import PEER
+from outsize.distributed.arrangement import CLOSE, PEER, REMOTE
 from outsize.machine.machine import Machine
 from outsize.plan import KEEP, MOVE, MOVE_TO_HOST, RECOMPUTE, Activations, Plan
 from outsize.planner.predict import host_bytes, near_bytes, predicted
@@ -19,6 +19,12 @@ SAID = {
     MOVE_TO_HOST: "moved to the host's memory",
     Activations("products"): "all but products recomputed",
     Activations("products", "disk"): "products moved to disk and the rest recomputed",
+}
+
+NEIGHBOURS = {
+    CLOSE: "the workers that are close",
+    PEER: "workers of the same node",
+    REMOTE: "workers of other nodes",
 }
 
 
@@ -115,11 +121,13 @@ def _say_sharers(search: Search) -> tuple[str, ...]:
         else f"{request.workers} on {request.nodes} nodes,"
     )
     divided = ", ".join(("optimizer state", "gradients", "weights")[: request.zero])
-    copies = f"; of the weights each of {plan.weight_copies} nodes has a copy" if plan.weight_copies > 1 else ""
+    holders = (
+        "nodes" if plan.weight_copies == request.nodes else f"groups of {request.workers // plan.weight_copies} workers"
+    )
+    copies = f"; of the weights each of {plan.weight_copies} {holders} has a copy" if plan.weight_copies > 1 else ""
     ahead = f"; {format_size(plan.gather_ahead_bytes)} of them are gathered before they are needed"
     links = (
-        f"{format_size(int(link.bytes_per_second))}/s and {1e6 * link.latency:.0f} us to workers of "
-        + ("the same node" if tier == PEER else "other nodes")
+        f"{format_size(int(link.bytes_per_second))}/s and {1e6 * link.latency:.0f} us to {NEIGHBOURS[tier]}"
         for tier, link in search.wire.items()
     )
     return (

@@ -157,7 +157,7 @@ class Rehearsal:
         wire: Wire = NO_WIRE,
     ) -> None:
         self.mode, self.prices = Fakes(allow_non_fake_inputs=True), prices
-        self.group = self._group(Arrangement.of(plan.rank, plan.workers, plan.nodes), wire)
+        self.group = self._group(Arrangement.of(plan.rank, plan.workers, plan.nodes, plan.close), wire)
         self.scribe = self._store(self.group.row(plan.sharers), plan.near)
         self.live = LiveBytes(self.scribe.tell)
         self.priced = Priced(prices, self.scribe.spent, self.live)

@@ -71,6 +71,7 @@ class JobSizes:
             moments=request.moments,
             workers=request.workers,
             nodes=request.nodes,
+            close=request.close,
             zero=request.zero,
             split_weights=self.split,
             weight_copies=self.copies,

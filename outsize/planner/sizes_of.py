@@ -80,7 +80,7 @@ def sizes_of(
     Raises OptionError when the optimizer refuses a weight."""
     endless = 1 << 60
     transfers = Transfers(readers=0)
-    everyone = Imagined(Arrangement.of(request.rank, request.workers, request.nodes))
+    everyone = Imagined(Arrangement.of(request.rank, request.workers, request.nodes, request.close))
     group = everyone.row(request.sharers)
     store = ShardedStore(
         group,

@@ -108,7 +108,7 @@ class Task:
             return [1]
         if request.weight_copies is not None:
             return [request.weight_copies]
-        possible = Arrangement.of(0, request.workers, request.nodes).copies[:-1]
+        possible = Arrangement.of(0, request.workers, request.nodes, request.close).copies[:-1]
         return possible[::-1] if request.zero == 3 and possible else [1]
 
     @property

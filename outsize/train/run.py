@@ -145,6 +145,7 @@ class Run:
             "optimizer": self.job.updater.facts(),
             "near": self.job.plan.near,
             "nodes": self.job.plan.nodes,
+            "close": self.job.plan.close,
             "weight_copies": self.job.plan.weight_copies,
             "sequences": self.job.plan.sequences,
             "shares": self.job.plan.shares,

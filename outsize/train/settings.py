@@ -16,7 +16,7 @@ from outsize.train.state import REMEMBERED, replace_file
 VERSION = 1  # of run.json
 FREE = {
     "memory", "device_memory", "out", "activations", "commit_every", "keeper", "keep_last", "keep_every", "eval_data",
-    "eval_every", "sample_prompt", "sample_every", "plan", "replan", "workers", "pipeline", "legs", "legs_shape",
+    "eval_every", "sample_prompt", "sample_every", "plan", "replan", "workers", "close", "pipeline", "legs", "legs_shape",
     "zero_bubble", "worker_timeout", "json",
 }  # fmt: skip
 """What may differ when a run is continued; all else must stay as it was."""
@@ -64,6 +64,7 @@ class TrainSettings:
     replan: bool = False
     optimizer_state: Path | None = None
     workers: int = 1
+    close: int = 1
     pipeline: bool = False
     legs: int | None = None
     legs_shape: str | None = None
@@ -120,11 +121,14 @@ def continues(settings: TrainSettings) -> bool:
 
 
 def continued(known: TrainSettings, told: dict[str, Any]) -> TrainSettings:
-    """`known`, but for what is told now. Another number of workers has legs of its own, and one worker has all layers."""
+    """`known`, but for what is told now. Another number of workers has legs and neighbours of its own, and one worker has
+    all layers."""
     workers = told.get("workers", known.workers)
     without: dict[str, Any] = {}
     if workers != known.workers or told.get("pipeline") is False:
         without = dict(NO_PIPELINE)
+    if workers != known.workers:
+        without["close"] = 1
     if workers == 1 and known.workers > 1:
         without["pipeline"] = False
     return replace(known, **(without | told))
