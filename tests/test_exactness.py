@@ -23,6 +23,8 @@ from exactness import (
     assert_idle,
     assert_same_weights,
     make_batches,
+    make_job,
+    make_model,
     make_pair,
     read_gradients,
 )
@@ -147,6 +149,23 @@ def test_an_encoder_decoder_learns_its_first_label(accumulate: int, tmp_path: Pa
         pair.step(micro_batches)
     pair.assert_equal()
     assert_idle(pair.job)
+
+
+@pytest.mark.parametrize("table_rows", [None, 40])
+def test_a_micro_batch_that_teaches_nothing_changes_nothing(table_rows: int | None, tmp_path: Path) -> None:
+    """As a long prompt does, whose answer is cut off."""
+    weights = []
+    for count in (1, 2):
+        model = make_model("llama")
+        job = make_job(
+            model, OPTIMIZERS["adamw"], Setting(table_rows=table_rows, accumulate=count), tmp_path / str(count)
+        )
+        learnt = make_batches(1, 1)[0][0]
+        nothing = {**learnt, "labels": torch.full_like(learnt["labels"], -100)}
+        job.train_step([learnt, nothing][:count])
+        weights.append({name: job.read(name, 0, weight.shape[0]) for name, weight in job.weights.items()})
+        job.close()
+    assert all(torch.equal(weight, weights[1][name]) for name, weight in weights[0].items())
 
 
 @pytest.mark.parametrize("activations", ACTIVATIONS_OF)

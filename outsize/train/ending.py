@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from outsize.train.data import NOT_LEARNT
 from outsize.train.loss import Head, blocked_cross_entropy, blocked_sums, next_tokens
 
 Batch = dict[str, torch.Tensor]
@@ -52,12 +53,17 @@ class Ending(Protocol):
 
 
 class ModuleLoss:
-    """The module's own head and loss, of which each micro-batch has its share of the learnt tokens."""
+    """The module's own head and loss, of which each micro-batch has its share of the learnt tokens. One that has none (a long
+    prompt) learns a token for nothing: the mean of no losses is no number, and times zero it would not be one either."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
 
     def forward(self, batch: Batch) -> torch.Tensor:
+        if not count_learnt(self._model, batch["labels"]):
+            labels = batch["labels"].clone()
+            labels[:, -1] = 0
+            batch = {**batch, "labels": labels}
         return self._model(**batch).loss
 
     def ends(self, outputs: Sequence[torch.Tensor], batches: Sequence[Batch], counts: Counts, first: int = 0) -> Ends:
@@ -99,6 +105,12 @@ class BlockedLoss:
     def evaluate(self, batch: Batch) -> float:
         hidden, targets, _ = next_tokens(self.forward(batch), batch["labels"])
         return float(blocked_cross_entropy([hidden], [targets], self._head(range(0), 0), gradient=False)[0])
+
+
+def count_learnt(model: nn.Module, labels: torch.Tensor) -> int:
+    """How many labels count in the loss: a decoder shifts them, and so loses the first; an encoder-decoder does not."""
+    shifted = not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return int(((labels[:, 1:] if shifted else labels) != NOT_LEARNT).sum())
 
 
 def hidden_states(model: nn.Module, batch: Batch) -> torch.Tensor:

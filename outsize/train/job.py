@@ -33,7 +33,7 @@ from outsize.model.weights import (
 )
 from outsize.plan import Plan
 from outsize.train.course import Course, LegByLeg, UnitByUnit
-from outsize.train.ending import Begin, BlockedLoss, Counts, Ending, ModuleLoss
+from outsize.train.ending import Begin, BlockedLoss, Counts, Ending, ModuleLoss, count_learnt
 from outsize.train.gradients import Gradients
 from outsize.train.loss import Head, HeadBlock, Repeat, each_time
 from outsize.train.optimizers import OptimizerRule
@@ -129,7 +129,7 @@ class Job:
         """One optimizer step over all micro-batches, unit by unit. `again`: another step follows at once.
 
         Raises RunError when the loss or a gradient is not finite; nothing of the step is then kept."""
-        learnt = [_learnt(self.model, batch["labels"]) for batch in micro_batches]
+        learnt = [count_learnt(self.model, batch["labels"]) for batch in micro_batches]
         tokens = sum(batch["input_ids"].numel() for batch in micro_batches)
         everyone = self.updater.group.each(sum(learnt), tokens)
         counts = Counts(learnt, int(sum(said[0] for said in everyone)))
@@ -223,7 +223,7 @@ class Job:
         with torch.no_grad(), self.evaluation_mode():
             coming = next(batches, None)
             while (batch := coming) is not None:
-                coming, learnt = next(batches, None), _learnt(self.model, batch["labels"])
+                coming, learnt = next(batches, None), count_learnt(self.model, batch["labels"])
                 # After the last nothing is read ahead: nobody would want it.
                 with self.store.phase("evaluate", again=coming is not None), self.attachment.traversal():
                     total += self.course.evaluate(self.bring(batch), self.ending) * learnt
@@ -327,12 +327,6 @@ class Job:
 def always_near(units: list[Unit]) -> set[str]:
     """Weights of modules that enclose others: they are in use for as long as the whole model runs."""
     return {name for unit in units if unit.encloses for name, _ in unit.parameters}
-
-
-def _learnt(model: nn.Module, labels: torch.Tensor) -> int:
-    """How many labels count in the loss: a decoder shifts them, and so loses the first; an encoder-decoder does not."""
-    shifted = not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    return int(((labels[:, 1:] if shifted else labels) != -100).sum())
 
 
 def users_of(model: nn.Module, parameter: nn.Parameter) -> list[nn.Module]:
