@@ -1,46 +1,39 @@
-"""What others have published of large models on small machines, beside what the planner finds: python bench/published.py
+"""What others have published of large models on small machines, beside plans for the same: python bench/published.py
 
-Prints the table of docs/foresight.md. The planner rehearses each step on fake tensors, with what forward leaves for backward
-recomputed, so but for units' inputs that move, and all moved: what its tensors, leases and buffers take of a device, how
-long its operations take at the described rates, what it moves. Of what fits the fastest counts, and the best mixture of some
-layers moved and the others recomputed. Steps are not played yet, though plans for devices would be: a step's time here is
-the longest of compute and each link alone, a bound.
+Each model is planned on the machine described in `outsize/machine/described/`, its step played under the simulated clock:
+with what forward leaves for backward recomputed, and moved to the host's memory. Plans are kept in published.json in the
+folder and not made again; docs/foresight.md gets the table.
 
-python bench/published.py --only Fuyou        those rows whose paper or machine has this in its name
+python bench/published.py --minutes 7         a portion: after so long no further plan begins
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import json
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from itertools import accumulate
-from math import inf
+from datetime import date
+from pathlib import Path
+from time import monotonic
+from typing import Any
 
-from outsize.asked import Request
-from outsize.machine.devices import CONTEXT
+from outsize.api import planning
+from outsize.errors import BudgetError
 from outsize.machine.find import find_machine
 from outsize.machine.machine import Machine, Rate
-from outsize.memory.block import Block
-from outsize.plan import MOVE, RECOMPUTE, Activations
-from outsize.planner.needs import LOOSE, pinned_peak
-from outsize.planner.prices import RatedPrices
-from outsize.planner.rehearsal import homes, rehearse
-from outsize.planner.script import Create, Live, Script, Spend, Touched
-from outsize.planner.search import JobSizes
-from outsize.planner.training import Task, sample_batches
 
-SPARED = 0.9  # of the host's memory may hold state; assumed
-FEW = 2  # layers
+HERE = Path(__file__).parent
+BEGIN, END = "<!-- begin: written by bench/published.py -->", "<!-- end: written by bench/published.py -->"
 VOCABULARY = 51200
-READ, WRITTEN = 2, 1  # times a step that a weight passes a link; state does once each way
-WAYS = {"recomputed": RECOMPUTE, "inputs moved": Activations("input", "disk"), "all moved": MOVE}
-"""What becomes of what a unit's forward leaves for its backward."""
+WAYS = {"recompute": "recomputed", "move": "moved"}
+GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Row:
-    """A GPT-2 of `layers` x `hidden`, `batch` x `tokens` on each device; `published` is what the paper says."""
+    """A GPT-2 of `layers` x `hidden`, `batch` x `tokens` on each device; `published` is what the paper says, and `seconds`
+    a step of that if a parameter and token count 6 FLOP."""
 
     who: str
     machine: str
@@ -49,37 +42,27 @@ class Row:
     batch: int
     tokens: int
     published: str
+    seconds: float | None = None
+
+    @property
+    def parameters(self) -> int:
+        """Without embeddings."""
+        return 12 * self.layers * self.hidden**2
+
+    @property
+    def name(self) -> str:
+        return f"{self.who}, {self.parameters / 1e9:,.0f} B"
 
 
 ROWS = [
-    Row("ZeRO-Offload", "v100-32gb", 50, 4096, 10, 1024, "10 B in 15.5 s (20.6)"),
+    Row("ZeRO-Offload", "v100-32gb", 50, 4096, 10, 1024, "15.5 s (20.6)", 15.5),
     Row("ZeRO-Offload", "v100-32gb", 65, 4096, 4, 1024, "13 B is the largest"),
-    Row("ZeRO-Infinity", "dgx-2", 50, 4096, 8, 1024, "10 B below 12.4 s (16.5)"),
-    Row("ZeRO-Infinity", "dgx-2", 125, 8192, 24, 1024, "100 B below 371 s (495)"),
+    Row("ZeRO-Infinity", "dgx-2", 50, 4096, 8, 1024, "below 12.4 s (16.5)", 12.4),
+    Row("ZeRO-Infinity", "dgx-2", 125, 8192, 24, 1024, "below 371 s (495)", 371.0),
     Row("ZeRO-Infinity", "dgx-2", 128, 25600, 7, 1024, "1 T is the largest"),
-    Row("Fuyou", "rtx-4090-12-ssd", 40, 5120, 32, 1024, "13 B in 16.4 s (21.8)"),
+    Row("Fuyou", "rtx-4090-12-ssd", 40, 5120, 32, 1024, "16.4 s (21.8)", 16.4),
     Row("Fuyou", "rtx-4090-12-ssd", 96, 12288, 8, 1024, "175 B is the largest"),
 ]
-
-
-@dataclass(frozen=True)
-class Found:
-    """Bytes on each device; bytes of all state, and of what moves out of all devices and back in a step; and seconds of
-    compute and of each link."""
-
-    parameters: int
-    device_bytes: int
-    state_bytes: int
-    moved_bytes: int
-    seconds: dict[str, float]
-
-    @property
-    def slowest(self) -> str:
-        return max(self.seconds, key=lambda name: self.seconds[name])
-
-    @property
-    def bound(self) -> float:
-        return self.seconds[self.slowest]
 
 
 def in_half_precision(machine: Machine) -> Machine:
@@ -92,16 +75,13 @@ def in_half_precision(machine: Machine) -> Machine:
     return replace(machine, processors=tuple(processors))
 
 
-def task_of(row: Row, layers: int) -> Task:
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from outsize.model.units import find_units
-    from outsize.train.recipe import rule_of
+def write_model(row: Row, folder: Path) -> Path:
+    """A folder with the model's config.json, and no weights."""
+    from transformers import AutoConfig
 
     config = AutoConfig.for_model(
         "gpt2",
-        n_layer=layers,
+        n_layer=row.layers,
         n_embd=row.hidden,
         n_head=row.hidden // 128,
         n_positions=row.tokens,
@@ -110,133 +90,88 @@ def task_of(row: Row, layers: int) -> Task:
         embd_pdrop=0.0,
         attn_pdrop=0.0,
         activation_function="gelu_pytorch_tanh",  # the same function in one kernel, as the papers have it
+        dtype="bfloat16",
     )
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).train()
-    return Task(model, find_units(model), rule_of("adamw", {}), Request(1 << 60, row.tokens, row.batch))
+    config.architectures = ["GPT2LMHeadModel"]
+    place = folder / f"{row.layers}x{row.hidden}"
+    config.save_pretrained(place)
+    return place
 
 
-def find(row: Row, machine: Machine, how: Activations, job: JobSizes) -> Found:
-    """Rehearsed with few layers and with twice as many: what those of the difference add, all others add too. `job` is that
-    of all layers."""
-    scripts: list[Script] = []
-    held = 0
-    for layers in (FEW, 2 * FEW):
-        task = task_of(row, layers)
-        plan = task.job.plan(task.request, tuple((unit.name, how) for unit in task.units if unit.repeated))
-        batches = sample_batches(task.model, task.request)
-        scripts.append(rehearse(task.model, plan, task.rule, RatedPrices(machine), batches).whole)
-        held = LOOSE * pinned_peak(scripts[-1], homes(plan, task.job.always))
-
-    def whole(of: Callable[[Script], float]) -> float:
-        few, many = map(of, scripts)
-        return few + (many - few) * (row.layers - FEW) / FEW
-
-    held += sum(job.sizes[name].bytes + job.sizes[name].state_bytes for name in job.always)
-    state = sum(size.state_bytes for size in job.sizes.values())
-    weights = sum(size.bytes for size in job.sizes.values())
-    moved = int(whole(moved_out)) * machine.compute.count
-    return Found(
-        sum(size.weight.numel for size in job.sizes.values()),
-        int(held + whole(most_alive)) + CONTEXT,
-        weights + state,
-        moved,
-        seconds_of(machine, whole, weights, state, moved),
+def plan(row: Row, way: str, folder: Path) -> dict[str, Any]:
+    """What the plan foretells of each device, or what it lacks; bytes and seconds."""
+    machine, started = in_half_precision(find_machine(row.machine)), monotonic()
+    workers = machine.compute.count
+    made = planning(
+        str(write_model(row, folder)),
+        machine=machine,
+        workers=workers,
+        batch_size=row.batch * workers,
+        sequence_length=row.tokens,
+        activations=way,
     )
+    try:
+        found = made(None).predicted
+    except BudgetError as problem:
+        return {"refused": str(problem), "planned_in": monotonic() - started}
+    assert found is not None
+    keys = ("seconds_per_step", "compute_seconds", "update_seconds", "read_wait_seconds", "write_wait_seconds")
+    keys += ("wire_wait_seconds", "device_peak_bytes", "host_peak_bytes", "disk_bytes")
+    return {key: getattr(found, key) for key in keys} | {"workers": workers, "planned_in": monotonic() - started}
 
 
-def mixed(one: Found, other: Found, layers: int) -> tuple[int, Found]:
-    """How many layers are best done as in `other`, and all others as in `one`; and what that takes. Of a device it takes what
-    the worse one does."""
-
-    def at(count: int) -> Found:
-        seconds = {
-            name: (one.seconds[name] * (layers - count) + other.seconds[name] * count) / layers for name in one.seconds
-        }
-        moved = (one.moved_bytes * (layers - count) + other.moved_bytes * count) // layers
-        most = max(one.device_bytes, other.device_bytes)
-        return replace(one, seconds=seconds, moved_bytes=moved, device_bytes=most)
-
-    return min(((count, at(count)) for count in range(layers + 1)), key=lambda found: found[1].bound)
-
-
-def most_alive(script: Script) -> int:
-    """The most bytes of a step's tensors alive at once."""
-    return max(accumulate((event.nbytes for event in script.steps[-1] if isinstance(event, Live)), initial=0))
-
-
-def moved_out(script: Script) -> float:
-    """Bytes of activations that one device moves out in a step, and in again."""
-    blocks: dict[str, Block] = {}
-    for event in (*script.setup, *(event for step in script.steps for event in step)):
-        if isinstance(event, Create) and "activation" in event.block.bytes_by_kind:
-            blocks[event.block.name] = event.block
-    written = (event.name for event in script.steps[-1] if isinstance(event, Touched) and event.what == "fresh")
-    return sum(blocks[name].nbytes for name in written if name in blocks)
+def line(row: Row, way: str, found: dict[str, Any]) -> str:
+    what = [row.who, f"`{row.machine}`", f"{row.parameters / 1e9:,.0f} B, {row.batch} x {row.tokens}", WAYS[way]]
+    if "refused" in found:
+        cells = ["refused: " + found["refused"].split(": ")[0], *[""] * 6, row.published, ""]
+    else:
+        waits = sum(found[f"{cause}_wait_seconds"] for cause in ("read", "write", "wire"))
+        times = (found["seconds_per_step"], found["compute_seconds"], found["update_seconds"], waits)
+        sizes = (
+            found["device_peak_bytes"],
+            found["host_peak_bytes"] * found["workers"],
+            found["disk_bytes"] * found["workers"],
+        )
+        ratio = f"{found['seconds_per_step'] / row.seconds:.2f}" if row.seconds else ""
+        cells = [
+            *(f"{seconds:.1f}" for seconds in times),
+            *(f"{nbytes / GIB:,.0f} GiB" for nbytes in sizes),
+            row.published,
+            ratio,
+        ]
+    return "| " + " | ".join([*what, *cells, f"{found['planned_in']:.0f} s"]) + " |"
 
 
-def seconds_of(
-    machine: Machine, whole: Callable[[Callable[[Script], float]], float], weights: int, state: int, activations: int
-) -> dict[str, float]:
-    """Of compute, of each device's own link or what all together are limited to, and of the disk."""
-
-    def spent(lane: str) -> float:
-        return whole(lambda script: sum(e.seconds for e in script.steps[-1] if isinstance(e, Spend) and e.lane == lane))
-
-    count, link = machine.compute.count, machine.link("host", "device")
-    most = inf if link.shared is None else machine.limit(link.shared)
-    bus = min(count * link.bytes_per_second, most)
-    disk = machine.limit("disk")
-    room = SPARED * machine.capacity("host") - activations
-    away = max(weights + state - max(room, 0.0), 0.0) / (weights + state)
-    moved = away * ((READ + WRITTEN) * weights + 2 * state) + 2 * max(-room, 0.0)
-    return {
-        "compute": spent("compute") + spent("update") / count,
-        "bus": max(READ * weights + state + activations, WRITTEN * weights + state + activations) / bus,
-        "disk": moved / disk,
-    }
-
-
-def line(row: Row) -> str:
-    machine = in_half_precision(find_machine(row.machine))
-    rest = SPARED * machine.capacity("host") + machine.capacity("disk") / 2  # a block on disk has two extents
-
-    def fits(found: Found) -> bool:
-        return found.device_bytes <= machine.capacity("device") and found.state_bytes + found.moved_bytes <= rest
-
-    job = task_of(row, row.layers).job
-    tried = {what: find(row, machine, how, job) for what, how in WAYS.items()}
-    count, best = mixed(tried["inputs moved"], tried["all moved"], row.layers)
-    tried["mixed"] = best
-    what, found = min(tried.items(), key=lambda one: (not fits(one[1]), one[1].bound))
-    room = machine.capacity("device") - found.device_bytes
-    cells = [
-        row.who,
-        f"`{row.machine}`",
-        f"{found.parameters / 1e9:,.0f} B, {row.batch} x {row.tokens}",
-        what if fits(found) else "does not fit",
-        f"{found.device_bytes / 2**30:.1f} GiB",
-        f"{max(room, 0) / 2e9:.1f} B" if machine.compute.count == 1 else "",
-        f"{rest / found.state_bytes * found.parameters / 1e9:,.0f} B",
-        *(f"{each.bound:.1f} ({each.slowest})" for each in tried.values()),
-        f"{count} of {row.layers}",
-        row.published,
-    ]
-    return "| " + " | ".join(cells) + " |"
+def table(known: dict[str, dict[str, Any]]) -> str:
+    head = (
+        "| who | machine | model, batch x sequence of a device | activations | s/step | compute | update | waiting "
+        "| device's peak | host | disk | published | planned / published | planned in |"
+    )
+    done = ((row, way, known.get(f"{row.name}, {way}")) for row in ROWS for way in WAYS)
+    lines: Iterable[str] = (line(row, way, found) for row, way, found in done if found is not None)
+    return "\n".join([head, "|---|---|---|---|" + "---:|" * 7 + "---|---:|---:|", *lines])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="rows whose paper or machine has this in its name")
-    only = parser.parse_args().only
-    print(
-        "| who | machine | model, batch x sequence | the fastest that fits | on a device | weights on it | state "
-        "| s/step at least, recomputed | inputs moved | all moved | the best of both | layers moved | published |"
-    )
-    print("|---|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---|")
+    parser.add_argument("--minutes", type=float, default=60.0, help="after so long no further plan begins")
+    parser.add_argument("--folder", type=Path, default=Path("build/published"), help="where models and plans are kept")
+    parser.add_argument("--docs", type=Path, default=HERE.parent / "docs")
+    arguments = parser.parse_args()
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    kept, until = arguments.folder / "published.json", monotonic() + 60 * arguments.minutes
+    known = json.loads(kept.read_text()) if kept.exists() else {}
     for row in ROWS:
-        if only in row.who or only in row.machine:
-            print(line(row), flush=True)
+        for way in WAYS:
+            name = f"{row.name}, {way}"
+            if name not in known and monotonic() < until:
+                known[name] = plan(row, way, arguments.folder)
+                kept.write_text(json.dumps(known))
+                print(line(row, way, known[name]), flush=True)
+    page = arguments.docs / "foresight.md"
+    before, rest = page.read_text().split(BEGIN)
+    head = f"`python bench/published.py`, {date.today()}. {len(known)} of {len(ROWS) * len(WAYS)} plans are done.\n\n"
+    page.write_text(f"{before}{BEGIN}\n{head}{table(known)}\n{END}{rest.split(END)[1]}")
 
 
 if __name__ == "__main__":

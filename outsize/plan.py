@@ -77,7 +77,7 @@ class Activations:
 
 
 KEEP, RECOMPUTE, MOVE = Activations(), Activations("input"), Activations("all", "disk")
-MOVE_TO_HOST = Activations("all", "host")  # from a device
+MOVE_TO_HOST, INPUT_TO_HOST = Activations("all", "host"), Activations("input", "host")  # from a device
 
 
 @dataclass(frozen=True)

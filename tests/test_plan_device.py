@@ -21,7 +21,7 @@ from outsize.machine.devices import CONTEXT
 from outsize.machine.find import find_machine
 from outsize.machine.machine import Link, Machine
 from outsize.model.units import find_units
-from outsize.plan import MOVE, MOVE_TO_HOST, RECOMPUTE, SPARE, Plan
+from outsize.plan import INPUT_TO_HOST, MOVE, MOVE_TO_HOST, RECOMPUTE, SPARE, Plan
 from outsize.planner.beside import LIBRARIES
 from outsize.planner.check import check_plan
 from outsize.planner.clock import ways_of
@@ -100,6 +100,23 @@ def test_a_plan_names_what_lives_where(tight: Request) -> None:
     (said,) = [reason for reason in plan.reasons if reason.startswith("host: ")]
     assert "live in the memory of the device's host" in said and "live on disk alone" in said
     assert re.search(r"\ndevice +its memory peaks at [\d.]+ GiB of [\d.]+ GiB\n +1.00 GiB the driver", str(plan))
+
+
+def test_inputs_of_layers_move_to_the_host_where_the_device_has_no_room_for_them_all() -> None:
+    request = replace(ROOMY, sequence_length=512, batch_size=16)
+    roomy = planned(replace(request, activations="recompute"), layers=12)
+    assert {how for _, how in roomy.activations} == {RECOMPUTE}
+    with pytest.raises(BudgetError, match="of the device's memory are too few") as refused:
+        planned(replace(request, device_bytes=CONTEXT + MIB), layers=12)
+    (least,) = re.findall(r"--device-memory (\d+)MiB", str(refused.value))
+    plan = planned(replace(request, device_bytes=int(least) * MIB), layers=12)
+    assert {how for _, how in plan.activations} == {INPUT_TO_HOST} and plan.predicted is not None
+    moved = sum(
+        nbytes for *ways, kind, nbytes in plan.predicted.moved if (*ways, kind) == ("device", "host", "activation")
+    )
+    inputs = 12 * 512 * 16 * 512 * 2  # of layers, in 16 bits
+    assert moved == inputs
+    assert any("recomputed from the input, which moves to the host's memory" in reason for reason in plan.reasons)
 
 
 def test_activations_move_to_the_hosts_memory_where_it_has_room_for_them() -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from outsize.distributed.arrangement import CLOSE, PEER, REMOTE
 from outsize.machine.machine import Machine
-from outsize.plan import KEEP, MOVE, MOVE_TO_HOST, RECOMPUTE, Activations, Plan
+from outsize.plan import INPUT_TO_HOST, KEEP, MOVE, MOVE_TO_HOST, RECOMPUTE, Activations, Plan
 from outsize.planner.predict import host_bytes, near_bytes, predicted
 from outsize.planner.search import Choice, Placement, Search
 from outsize.sizes import format_size
@@ -17,6 +17,7 @@ SAID = {
     RECOMPUTE: "recomputed from the input",
     MOVE: "moved to disk",
     MOVE_TO_HOST: "moved to the host's memory",
+    INPUT_TO_HOST: "recomputed from the input, which moves to the host's memory",
     Activations("products"): "all but products recomputed",
     Activations("products", "disk"): "products moved to disk and the rest recomputed",
 }

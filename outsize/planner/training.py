@@ -21,7 +21,7 @@ from outsize.machine.devices import CONTEXT
 from outsize.machine.machine import Machine
 from outsize.model.units import Unit
 from outsize.model.vocabulary import Table
-from outsize.plan import KEEP, MOVE, MOVE_TO_HOST, RECOMPUTE, Activations, Plan
+from outsize.plan import INPUT_TO_HOST, KEEP, MOVE, MOVE_TO_HOST, RECOMPUTE, Activations, Plan
 from outsize.planner.beside import LIBRARIES
 from outsize.planner.clock import ways_of
 from outsize.planner.known_prices import KnownPrices, prices_file
@@ -47,7 +47,11 @@ from outsize.train.job import always_near, users_of
 from outsize.train.optimizers import OptimizerRule
 from outsize.train.precision import find_precision
 
-SETTLED = {"move to host": MOVE_TO_HOST, "move to disk": MOVE}  # by another worker's plan
+SETTLED = {
+    "move to host": MOVE_TO_HOST,
+    "move to disk": MOVE,
+    "inputs to host": INPUT_TO_HOST,
+}  # by another worker's plan
 TABLE_BLOCK = 4 << 20  # elements of a vocabulary's table in one block, at most
 LOOKS = 3  # at how fast the machine is, before all is measured anew
 TABLE_ROWS = 2048  # and rows: the logits of 512 tokens against them are 4 MiB
@@ -191,7 +195,7 @@ class Planning:
         wall = self._task.request.device_bytes or memory_bytes
         possible = [(how, job) for how, job in ways if self._held(how) <= wall]
         for how, job in possible:
-            if self._work(how, job) >= fastest:
+            if self._work(how, job) >= fastest or (found and how == INPUT_TO_HOST):  # which is for want of room alone
                 continue
             search = self.search(how, job).within(memory_bytes)
             if not search.fits or search.rehearsed.work >= fastest:
@@ -216,7 +220,9 @@ class Planning:
         """Ways in which activations may wait, the least compute first."""
         request = self._task.request
         device = request.device_bytes > 0
-        choices = {"keep": [KEEP], "recompute": [RECOMPUTE], "move": [MOVE_TO_HOST, MOVE] if device else [MOVE]}
+        choices = {"keep": [KEEP], "recompute": [RECOMPUTE], "move": [MOVE]}
+        if device:
+            choices |= {"recompute": [RECOMPUTE, INPUT_TO_HOST], "move": [MOVE_TO_HOST, MOVE]}
         if request.activations in SETTLED:
             return [SETTLED[request.activations]]
         if request.activations not in ("auto", *choices):
@@ -224,12 +230,12 @@ class Planning:
         if request.activations != "auto":
             return choices[request.activations]
         halves = request.schedule == HALVES  # in each of which it would be computed again
-        return [KEEP] if halves else [KEEP, RECOMPUTE]
+        return [KEEP] if halves else [KEEP, *choices["recompute"]]
 
     @property
     def least(self) -> Search:
-        """In the way that needs the least memory."""
-        return self.search(self._considered[-1])
+        """In the way that needs the least memory of the host."""
+        return self.search(next(how for how in reversed(self._considered) if how != INPUT_TO_HOST))
 
     def _held(self, how: Activations) -> int:
         """Bytes without which no budget does, told without a rehearsal."""
