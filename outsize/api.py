@@ -83,7 +83,7 @@ def attach(
     task = Task(model, units, rule, request, block_class=block_class)
     try:
         here, disk = this_machine(directory).hosted, describe(directory).disk_free_bytes
-        plan = plan_training(task, Place(here, baseline, disk, room_bytes=request.memory_bytes - baseline))
+        plan = plan_training(task, Place(here, baseline, disk, room_bytes=request.memory_bytes - baseline - in_memory))
     except OutsizeError:
         folder.abandon()
         folder.close()  # with another budget it may be tried again

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from outsize.errors import OptionError
 from outsize.machine.file import read_machine, write_machine
 from outsize.machine.find import DESCRIBED, described_machines, find_machine
-from outsize.machine.machine import Capacity, Limit, Link, Machine, Nodes, Processor, Rate, Spread, steady
+from outsize.machine.machine import Capacity, Close, Limit, Link, Machine, Nodes, Processor, Rate, Spread, steady
 
 NAMES = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8)
 RATES = st.floats(1e-3, 1e18)
@@ -49,6 +49,7 @@ def machines(draw: st.DrawFn) -> Machine:
         tuple(draw(processors(tier)) for tier in tiers[:2] if tier in ("host", "device")),
         tuple(Limit(name, draw(RATES)) for name in limits),
         draw(st.builds(Nodes, st.integers(1, 99), RATES, SECONDS)),
+        draw(st.builds(Close, st.integers(1, 99), RATES, SECONDS)),
         draw(NAMES),
         tuple(draw(st.lists(NAMES, max_size=2))),
         tuple(draw(st.lists(SPREADS, max_size=2))),
