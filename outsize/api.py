@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from outsize.machine.allocator import recycle_up_to
 from outsize.machine.describe import describe, process_memory
 from outsize.machine.devices import CPU
 from outsize.machine.find import find_machine, this_machine
-from outsize.machine.machine import Machine
+from outsize.machine.machine import Close, Machine
 from outsize.model.companions import COMPANIONS
 from outsize.model.load import ModelSource, open_model
 from outsize.model.units import find_units
@@ -142,7 +142,7 @@ def planning(
     _check_asked(task, request, pipeline, line)
     there = _machine(machine, Path(directory))
     if task == "serve":
-        return _planning_service(model, there.hosted, workers or 1, device_memory, request)
+        return _planning_service(model, replace(there.hosted, close=Close()), workers or 1, device_memory, request)
     device_bytes = device_bytes_of(there, device_memory)
     there = there if device_bytes else there.hosted
     nodes = there.nodes.count
@@ -230,7 +230,17 @@ def _needing(
 def _check_asked(task: str, request: dict[str, Any], pipeline: bool, line: PipelineRequest) -> None:
     known = {
         "train": {field.name for field in fields(Request)}
-        - {"memory_bytes", "hold", "workers", "nodes", "weight_copies", "gather_ahead_bytes", "sequences", "shares"}
+        - {
+            "memory_bytes",
+            "hold",
+            "workers",
+            "nodes",
+            "close",
+            "weight_copies",
+            "gather_ahead_bytes",
+            "sequences",
+            "shares",
+        }
         - {"device_bytes", "rank", "legs", "legs_shape", "zero_bubble"},
         "serve": {"context", "concurrency", "step_tokens", "weights"},
     }.get(task)

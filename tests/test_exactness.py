@@ -154,7 +154,7 @@ def test_an_encoder_decoder_learns_its_first_label(accumulate: int, tmp_path: Pa
 @pytest.mark.parametrize("table_rows", [None, 40])
 def test_a_micro_batch_that_teaches_nothing_changes_nothing(table_rows: int | None, tmp_path: Path) -> None:
     """As a long prompt does, whose answer is cut off."""
-    weights = []
+    weights, losses = [], []
     for count in (1, 2):
         model = make_model("llama")
         job = make_job(
@@ -164,8 +164,10 @@ def test_a_micro_batch_that_teaches_nothing_changes_nothing(table_rows: int | No
         nothing = {**learnt, "labels": torch.full_like(learnt["labels"], -100)}
         job.train_step([learnt, nothing][:count])
         weights.append({name: job.read(name, 0, weight.shape[0]) for name, weight in job.weights.items()})
+        losses.append(job.evaluate(iter([learnt, nothing][:count])))
         job.close()
     assert all(torch.equal(weight, weights[1][name]) for name, weight in weights[0].items())
+    assert losses[0] == losses[1] > 0
 
 
 @pytest.mark.parametrize("activations", ACTIVATIONS_OF)

@@ -74,6 +74,11 @@ def test_pairs_have_links_of_their_own(model: str, tmp_path: Path) -> None:
     assert received(plan, "close") > received(plan, "peer") > received(plan, "remote") > 0
     assert "each of 4 groups of 2 workers has a copy" in str(plan)
     assert "46.57 GiB/s and 1 us to the workers that are close" in str(plan)
+    served = outsize.plan(model, memory="8GiB", task="serve", machine=machine, workers=2, context=64)
+    assert served.served is not None
+    assert replace(find_machine("h200"), close=machine.close).hosted.close == Close(), "of devices"
+    with pytest.raises(OptionError, match="plan of train has no option 'close'"):
+        outsize.plan(model, memory="8GiB", close=2)
     odd = outsize.plan(model, memory="8GiB", machine=machine, workers=6, sequence_length=32, accumulate=8)
     assert odd.close == 1 and received(odd, "close") == 0
     write_machine(machine, tmp_path / "pairs.toml")

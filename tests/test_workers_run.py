@@ -197,6 +197,23 @@ def test_workers_on_two_nodes_train_as_one_does_and_stay_on_two(
         assert "were groups of 1 that are close, and now they are groups of 2 that are close" in text
 
 
+def test_pairs_are_planned_as_they_exchange_and_go_on_as_pairs(
+    gang: Crew, settings: dict[str, Any], alone: Path, tmp_path: Path
+) -> None:
+    """Plan, wire and committed step all know of them: else a run could not go on by the command that began it."""
+    told = {"settings": settings | {"out": str(tmp_path / "run"), "close": 2}}
+    codes = gang.attempt("run", 4, tmp_path, told | {"kill": {"rank": 0, "line": 4, "signal": "SIGKILL"}})
+    assert codes[0] == -signal.SIGKILL
+    assert gang.attempt("run", 4, tmp_path, told) == [0] * 4, said(tmp_path, 4)
+    assert_close(tmp_path / "run", alone, STEPS)
+    plan = json.loads((tmp_path / "run" / "planned.json").read_text())["plan"]
+    assert plan["close"] == 2
+    planned = {(f"from {source}", kind): nbytes for source, _, kind, nbytes in plan["predicted"]["moved"]}
+    measured = json.loads((tmp_path / "run" / "report.json").read_text())["moved"]
+    for tier in ("from close", "from peer"):
+        assert measured[tier]["gradient"] == planned[tier, "gradient"] > 0
+
+
 def assert_close(run: Path, expected: Path, steps: int) -> None:
     assert steps >= 3
     assert losses_of(run)[:steps] == pytest.approx(losses_of(expected)[:steps], rel=1e-4)

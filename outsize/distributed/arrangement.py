@@ -60,7 +60,7 @@ class Arrangement:
             if count % inner or left % inner:
                 raise OptionError(
                     f"{size} workers of a leg cannot be alike on {self.nodes} nodes of {self.size // self.nodes} workers. "
-                    "Give another --legs or --workers."
+                    f"Give another --legs or --workers{', or leave out --close' * (self.close > 1)}."
                 )
             left //= inner
             levels += [(tier, inner)] * (inner > 1)
@@ -84,7 +84,7 @@ class Arrangement:
         apart = (
             level for level in range(len(self.levels)) if self._digit(peer, level) != self._digit(self.rank, level)
         )
-        return self.tier(max(apart))
+        return self.tier(max(apart, default=0))
 
     def circle(self, level: int, rank: int | None = None) -> range:
         """Those who exchange with this worker over the links of `level`, itself among them, in order: each stands in its own

@@ -189,4 +189,9 @@ def _arranged(rank: int, size: int, here: int, close: int, places: list[str]) ->
     """By node, if these have equally many workers, with successive ranks; else all links are taken for slow ones."""
     if places == [f"{peer // here * here} {here}" for peer in range(size)]:
         return Arrangement.of(rank, size, size // here, close)
+    if close > 1:
+        raise OptionError(
+            f"Workers can be close in groups of {close} where all nodes have equally many of them, with successive ranks. "
+            "Start them so, or leave out --close."
+        )
     return Arrangement(rank, ((REMOTE, size),))

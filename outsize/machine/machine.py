@@ -241,6 +241,7 @@ class Machine:
             capacities=tuple(each for each in self.capacities if each.tier != "device"),
             links=tuple(link for link in self.links if "device" not in (link.source, link.target)),
             processors=tuple(each for each in self.processors if each.tier != "device"),
+            close=Close(),
         )
 
     def node(self, index: int) -> Machine:

@@ -46,6 +46,7 @@ def request_of(
         activations=settings.activations,
         commit_every=settings.commit_every,
         keeper=settings.keeper,
+        close=group.arrangement.close,
         zero=settings.zero,
         weight_copies=copies,
         shares=shares,

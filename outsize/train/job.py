@@ -226,7 +226,8 @@ class Job:
                 coming, learnt = next(batches, None), count_learnt(self.model, batch["labels"])
                 # After the last nothing is read ahead: nobody would want it.
                 with self.store.phase("evaluate", again=coming is not None), self.attachment.traversal():
-                    total += self.course.evaluate(self.bring(batch), self.ending) * learnt
+                    loss = self.course.evaluate(self.bring(batch), self.ending)
+                total += loss * learnt if learnt else 0.0  # else the loss is the mean of nothing
                 count += learnt
         return total / max(count, 1)
 
