@@ -238,6 +238,7 @@ def _check_asked(task: str, request: dict[str, Any], pipeline: bool, line: Pipel
             "close",
             "weight_copies",
             "gather_ahead_bytes",
+            "parts",
             "sequences",
             "shares",
         }

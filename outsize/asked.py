@@ -62,10 +62,10 @@ class Request(Divided):
     what each does; `zero` is what they divide: optimizer state (1), gradients too (2), weights too (3).
 
     `keeper`: memory that outlives the process is to hold the last step. `weight_copies`: how many there are already, as a
-    plan has it, and `gather_ahead_bytes`, `sequences` and `shares`, too. `rank`: the worker that is planned for. `legs`:
-    how many of the repeated units each leg has, in a pipeline, `legs_shape` the way through them; with `zero_bubble` their
-    backward is in halves. With `device_bytes` each computes on a device, and uses up to so many of its memory; with 0 the
-    host does."""
+    plan has it, and `gather_ahead_bytes`, `parts`, `sequences` and `shares`, too. `rank`: the worker that is planned for.
+    `legs`: how many of the repeated units each leg has, in a pipeline, `legs_shape` the way through them; with
+    `zero_bubble` their backward is in halves. With `device_bytes` each computes on a device, and uses up to so many of its
+    memory; with 0 the host does."""
 
     memory_bytes: int
     sequence_length: int = 512
@@ -85,6 +85,7 @@ class Request(Divided):
     zero: int = 3
     weight_copies: int | None = None
     gather_ahead_bytes: int | None = None
+    parts: tuple[str, ...] | None = None
     sequences: tuple[int, ...] = ()
     shares: tuple[int, ...] | None = None
     rank: int = 0

@@ -136,9 +136,11 @@ class Plan(Divided):
     `host_weights` and `host_states` live in the memory of a device's host, all others on disk. `arena_bytes` is the near
     memory through which those stream. `activations` says what is done with those of each unit it names, the others
     keep theirs; of what moves, tensors smaller than `moved_tensor_bytes`
-    stay. `table_rows` says how many rows of a vocabulary's table make a block; a weight that is not in it is one
-    block. `hold`: gradients wait in `gradient_home` until the step's end, and the update is a second pass that
-    overlaps the next forward. `recycle_bytes`: the C library keeps freed memory of tensors up to this size, until the
+    stay. `parts` are modules of repeated units, as they are called there, that are leased one after the other while the
+    unit runs, which leases the rest; none: it leases all at once. `table_rows` says how many rows of a vocabulary's table
+    make a block; a weight that is not in it is one block. `hold`: gradients wait in `gradient_home` until the step's end,
+    and the update is a second pass that overlaps the next forward. `recycle_bytes`: the C library keeps freed memory of
+    tensors up to this size, until the
     process holds what is `predicted`; until it is looked again `headroom_bytes` more may come. `blocked_loss`:
     the head and its loss are computed over blocks of the vocabulary. `shared_bytes`: all blocks together, when they
     stay near in memory that outlives the process, each with a twin; 0: they do not. Of several `workers` each has its
@@ -161,6 +163,7 @@ class Plan(Divided):
     gradient_home: str = "disk"
     activations: tuple[tuple[str, Activations], ...] = ()
     moved_tensor_bytes: int = 256 << 10
+    parts: tuple[str, ...] = ()
     table_rows: tuple[tuple[str, int], ...] = ()
     blocked_loss: bool = False
     accumulate: int = 1
@@ -205,6 +208,12 @@ class Plan(Divided):
                 f"A plan's shares cannot be {list(self.shares)} for {self.workers} workers; each has one, of at least 1."
             )
 
+        nested = [name for name in self.parts if name.startswith(tuple(f"{other}." for other in self.parts))]
+        if nested or "" in self.parts:
+            raise OptionError(
+                f"A plan's parts cannot have {(nested or [''])[0]!r}, which lies in another one or is the unit itself. "
+                "Leave it out."
+            )
         if self.gather_ahead_bytes and len(set(self.sequences)) > 1:
             raise OptionError(
                 "A plan's gather_ahead_bytes is for workers who take equally many sequences, and they take "
@@ -243,7 +252,7 @@ class Plan(Divided):
         if self.legs:
             return self.legs, self.legs_shape, self.schedule, self.blocked_loss, self.hold, self.commit_every
         return (
-            *(self.activations, self.table_rows, self.blocked_loss, self.hold, self.commit_every),
+            *(self.activations, self.parts, self.table_rows, self.blocked_loss, self.hold, self.commit_every),
             *(
                 tuple(sorted(self.split_weights)),
                 self.weight_copies,

@@ -27,7 +27,7 @@ from outsize.memory.disk import DiskTier
 from outsize.memory.host import HostTier, allocate_slab
 from outsize.memory.tier import Tier, pages
 from outsize.memory.transfer import Transfers
-from outsize.model.units import find_units
+from outsize.model.units import find_units, parts_of
 from outsize.plan import KEEP, MOVE, MOVE_TO_HOST, RECOMPUTE, Activations, Plan
 from outsize.train.job import Job, bind
 from outsize.train.optimizers import OptimizerRule
@@ -232,6 +232,8 @@ class Setting:
     table_rows: int | None = None
     moments: str = "fp32"
     arena: int | None = None
+    parts: bool = False
+    """Modules of layers are leased one after the other, small ones too."""
 
 
 def make_plan(model: nn.Module, setting: Setting) -> Plan:
@@ -255,6 +257,7 @@ def make_plan(model: nn.Module, setting: Setting) -> Plan:
         gradient_home=setting.gradient_home,
         activations=choose(model, setting.activations),
         moved_tensor_bytes=1,
+        parts=parts_of(find_units(model), ()) if setting.parts else (),
         table_rows=tuple((name, setting.table_rows) for name in tables if setting.table_rows),
         blocked_loss=bool(tables),
         accumulate=setting.accumulate,

@@ -41,6 +41,7 @@ CHOICES = {
     "accumulate": (1, 4),
     "norm": ("not known", "held", "clipped"),
     "activations": tuple(ACTIVATIONS_OF),
+    "leased": ("whole", "by parts"),
 }
 OPTIMIZERS: dict[str, OptimizerRule] = {
     "adamw": default_rule("adamw", {"lr": 1e-3, "weight_decay": 0.1}),
@@ -88,6 +89,7 @@ def setting_of(case: dict) -> Setting:
         clip=CLIP if case["norm"] == "clipped" else None,
         activations=ACTIVATIONS_OF[case["activations"]],
         gradient_home="host" if case["placement"] in ("near", "device") else "disk",
+        parts=case["leased"] == "by parts",
     )
 
 

@@ -49,6 +49,8 @@ SETTINGS = {
     ),
     "on a device": Setting(placement="device", precision="mixed", clip=1.0, gradient_home="host"),
     ON_DEVICE: Setting(placement="device", activations=MOVE_TO_HOST),
+    "by parts": Setting(parts=True),
+    "by parts, two micro-batches of kept activations": Setting(parts=True, accumulate=2, activations=KEEP),
     "bf16 moments": Setting(precision="mixed", moments="bf16"),
 }
 
@@ -108,7 +110,9 @@ def test_rehearsal_moves_what_the_real_run_moves(
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
-@pytest.mark.parametrize("name", ["all on disk", "kept activations", "clipped", "blocks of the vocabulary", ON_DEVICE])
+@pytest.mark.parametrize(
+    "name", ["all on disk", "kept activations", "clipped", "blocks of the vocabulary", ON_DEVICE, "by parts"]
+)
 def test_four_units_stand_for_all(family: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """They ask the same of the store, in the same order; tensors alive are counted a little too high."""
     setting, most = SETTINGS[name], 1.1 if name == ON_DEVICE else 1.06  # of what has moved little is alive

@@ -177,6 +177,21 @@ def test_what_is_gathered_ahead_shows_neither_in_the_numbers_nor_on_the_wire(
     assert [on_wire(ledger["moved"]) for ledger in found.ledgers] == [on_wire(one["moved"]) for one in expected.ledgers]
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(clip=0.1, ahead=40_000),
+        Case(sequences=2, precision="mixed", activations="keep"),
+        Case(workers=4, legs=(1, 1, 1, 1), steps=2),
+        Case(legs=(1, 1, 1, 1), legs_shape="v", schedule="zero-bubble", steps=2, activations="keep"),
+    ],
+    ids=str,
+)
+def test_layers_that_are_leased_by_parts_give_the_same_bits(gang: Crew, tmp_path: Path, case: Case) -> None:
+    found = gang.run(replace(case, by_parts=True), tmp_path / "parts")
+    assert_same(found, gang.run(case, tmp_path / "whole"))
+
+
 def test_what_a_step_that_failed_has_gathered_ahead_is_let_go(gang: Crew, tmp_path: Path) -> None:
     """And nothing is learnt from it: the next one is as if it had not been."""
     case = Case(workers=2, sequences=2, ahead=1 << 30)
@@ -222,6 +237,7 @@ def test_shares_of_any_size_do_not_show_in_the_numbers(gang: Crew, tmp_path: Pat
         Case(legs=(1, 3), tied=True, table_rows=40, precision="mixed"),
         Case(workers=4, legs=(2, 2), nodes=2),
         Case(workers=2, sequences=2, ahead=40_000),
+        Case(workers=2, sequences=2, ahead=40_000, by_parts=True),
         replace(ON_NODES, ahead=1 << 30),
         replace(ON_PAIRS, copies=2),
         Case(legs=(1, 1, 1, 1), schedule="interleaved", steps=2, tied=True, table_rows=40),

@@ -119,6 +119,7 @@ def plan_of(model: nn.Module, case: Case) -> Plan:
         clip=case.clip,
         table_rows=case.table_rows,
         activations=ACTIVATIONS_OF[case.activations],
+        parts=case.by_parts,
     )
     plan = make_plan(model, setting)
     if case.workers == 1:

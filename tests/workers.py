@@ -24,7 +24,7 @@ class Case:
     `split`: of ZeRO 3, weights of more elements than this, of which there are so many `copies`, and so many bytes are
     gathered `ahead`. `parts`: in which proportion they divide state. `legs`: of how many layers, in a pipeline; as many
     workers have each, or each worker as many, on a way of that shape. `fails`: the step at whose beginning the last layer
-    fails on all workers, before it is tried again."""
+    fails on all workers, before it is tried again. `by_parts`: layers are leased so."""
 
     workers: int = 2
     zero: int = 3
@@ -51,6 +51,7 @@ class Case:
     schedule: str = "1f1b"
     layers: int = 4
     fails: int | None = None
+    by_parts: bool = False
 
 
 @dataclass

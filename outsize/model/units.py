@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -48,6 +49,41 @@ def find_units(model: nn.Module, block_class: str | None = None) -> list[Unit]:
         if own:
             units.append(Unit(path, module, tuple((names[id(p)], p) for p in own), repeated, encloses))
     return units
+
+
+def divide(unit: Unit, parts: Collection[str]) -> list[Unit]:
+    """A repeated unit with what it uses for as long as it runs, and after it each of its modules that `parts` names, as they
+    are called in it, with what that alone uses: parameters that lie in it and in no other module of the unit."""
+    modules = dict(unit.module.named_modules()) if unit.repeated else {}
+    found: list[Unit] = []
+    for name in parts:
+        if name in modules:
+            inside = set(modules[name].modules())
+            own = _owned(inside) - _owned(set(modules.values()) - inside)
+            parameters = tuple((known, p) for known, p in unit.parameters if id(p) in own)
+            found.append(Unit(f"{unit.name}.{name}", modules[name], parameters, False, False))
+    divided = {id(parameter) for part in found for _, parameter in part.parameters}
+    return [replace(unit, parameters=tuple((n, p) for n, p in unit.parameters if id(p) not in divided)), *found]
+
+
+def _owned(modules: set[nn.Module]) -> set[int]:
+    return {id(parameter) for module in modules for parameter in module.parameters(recurse=False)}
+
+
+def parts_of(units: Sequence[Unit], small: Collection[str]) -> tuple[str, ...]:
+    """What repeated units can be divided into: each outermost module within one that owns parameters of its own, not all of
+    them among the `small` ones. None, where that would leave a unit in one piece."""
+    found: dict[str, None] = {}
+    names = {id(p): name for unit in units for name, p in unit.parameters}
+    for unit in (unit for unit in units if unit.repeated):
+        inside: tuple[str, ...] = ()
+        for path, module in unit.module.named_modules():
+            if path and not path.startswith(inside) and any(True for _ in module.parameters(recurse=False)):
+                inside = (*inside, path + ".")
+                if any(names[id(parameter)] not in small for parameter in module.parameters()):
+                    found[path] = None
+    outermost = [name for name in found if not name.startswith(tuple(other + "." for other in found))]
+    return tuple(outermost) if len(outermost) > 1 else ()
 
 
 def _repeated_blocks(model: nn.Module) -> set[str]:

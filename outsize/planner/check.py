@@ -41,6 +41,8 @@ def check_plan(plan: Plan, task: Task, place: Place) -> Plan:
     _refuse_unknown("host_states", plan.host_states, known.sizes)
     _check_device(plan, request)
     _refuse_unknown("activations", [name for name, _ in plan.activations], [unit.name for unit in task.units])
+    modules = [name for unit in task.units if unit.repeated for name, _ in unit.module.named_modules()]
+    _refuse_unknown("parts", plan.parts, modules)
     _refuse_unknown("table_rows", [name for name, _ in plan.table_rows], known.rows)
     if {name for name, _ in plan.table_rows} != (known.rows.keys() if plan.blocked_loss else set()):
         raise OptionError(
@@ -48,7 +50,7 @@ def check_plan(plan: Plan, task: Task, place: Place) -> Plan:
         )
     job = sizes_of_job(task, dict(plan.table_rows), plan.blocked_loss, plan.hold, plan.weight_copies)
     small = always_near(task.units)  # other small weights, too, are where the plan says
-    job = replace(job, always=small, ahead=plan.gather_ahead_bytes)
+    job = replace(job, always=small, ahead=plan.gather_ahead_bytes, parts=plan.parts)
     if request.keeper and not plan.shared_bytes:
         raise OptionError("The plan has no keeper (shared_bytes is 0). Make it with --keeper, or leave --keeper out.")
     _check_shared(plan, job)

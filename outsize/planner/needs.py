@@ -15,7 +15,7 @@ from outsize.machine.heap import Change, heap_peak
 from outsize.memory.disk import BOUNCE
 from outsize.memory.tier import pages
 from outsize.model.activations import ACTIVATION
-from outsize.model.units import Unit
+from outsize.model.units import Unit, divide
 from outsize.plan import Plan
 from outsize.planner.beside import BUFFERS, COPIES, WORKSPACE, Beside
 from outsize.planner.rehearsal import Rehearsed, homes
@@ -79,13 +79,14 @@ def find_needs(
     largest_chunk = max((size.largest_state for size in sizes.values()), default=0)
     scratch = _updating(sizes, bare) + _exchanged(sizes, bare)
     least = pages(int(LOOSE * (pinned_peak(rehearsed.script, homes(bare, always), bare.near) + 2 * largest_chunk)))
-    largest_unit = max((_unit_bytes(unit, sizes, rows, always) for unit in units), default=0)
+    together = [piece for unit in units for piece in divide(unit, bare.parts)]
+    largest = max((_unit_bytes(piece, sizes, rows, always) for piece in together), default=0)
     here = Needs(
         baseline=baseline,
         tensors=tensor_bytes(rehearsed, bare),
         scratch=scratch + THREADS + KERNELS + (3 * BOUNCE if rows else 0),
         least_arena=least,
-        good_arena=pages(least + int(1.2 * largest_unit) + READ_AHEAD * largest_chunk),
+        good_arena=pages(least + int(1.2 * largest) + READ_AHEAD * largest_chunk),
         always=sum(sizes[name].bytes + sizes[name].state_bytes for name in always),
         headroom=Ceiling.WORTH + PACKED * _largest_matrix(sizes, rows),
     )

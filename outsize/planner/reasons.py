@@ -59,6 +59,7 @@ def _reasons(search: Search, choice: Choice, seconds: float) -> tuple[str, ...]:
         f"near: {format_size(near_bytes(search, placement))} stay in {_where(search)}, {placement.filled} first: {why}",
         *_say_host(search, placement),
         f"arena: {format_size(placement.arena_bytes)} for what streams; {format_size(needs.least_arena)} is the least",
+        *_say_parts(search.bare.parts),
         f"activations: {told(search.bare.activations)}; a step's tensors take " + format_size(needs.tensors),
         "loss: over blocks of the vocabulary (rounding)" if search.job.blocked else "loss: the module's own",
         f"update: second pass, gradients wait in {placement.gradient_home}"
@@ -90,6 +91,12 @@ def _say_host(search: Search, placement: Placement) -> tuple[str, ...]:
         f"host: {format_size(host_bytes(search, placement))} live in the memory of the device's host, "
         f"{len(placement.host_weights)} weights and the state of {len(placement.host_states)}{waiting}; {rest}",
     )
+
+
+def _say_parts(parts: tuple[str, ...]) -> tuple[str, ...]:
+    if not parts:
+        return ()
+    return (f"parts: of each layer {', '.join(parts)} are leased one after the other: it need not be near whole",)
 
 
 def of_machine(machine: Machine) -> str:

@@ -27,7 +27,7 @@ def no_memory(search: Search) -> BudgetError:
     parts = (
         f"{format_size(needs.baseline)} for Python and its libraries, {format_size(needs.tensors)} tensors of a "
         f"step at {request.batch_size} x {request.sequence_length} tokens, "
-        f"{format_size(needs.least_arena)} for the largest layer on its way, "
+        f"{format_size(needs.least_arena)} for {_largest(search)} on its way, "
         f"{format_size(needs.always + needs.scratch)} small weights and buffers"
     )
     return BudgetError(
@@ -43,8 +43,8 @@ def _device_too_small(search: Search) -> BudgetError:
     return BudgetError(
         f"{format_size(request.device_bytes)} of the device's memory are too few: this job needs at least "
         f"{format_size(least)} of it ({format_size(needs.baseline)} for the driver, {format_size(needs.tensors)} tensors of "
-        f"a step at {request.batch_size} x {request.sequence_length} tokens, {format_size(needs.least_arena)} for the "
-        f"largest layer on its way, {format_size(needs.always + needs.scratch)} small weights and buffers). Give "
+        f"a step at {request.batch_size} x {request.sequence_length} tokens, {format_size(needs.least_arena)} for "
+        f"{_largest(search)} on its way, {format_size(needs.always + needs.scratch)} small weights and buffers). Give "
         f"--device-memory {least >> 20}MiB if the device has it, a smaller batch or a shorter sequence, or --device-memory "
         "0 to compute on the host."
     )
@@ -62,6 +62,10 @@ def _host_too_small(search: Search) -> BudgetError:
         f"for CUDA's{moved}, {format_size(beside.scratch + beside.headroom)} buffers). Give --memory {least >> 20}MiB.",
         least,
     )
+
+
+def _largest(search: Search) -> str:
+    return "the largest part of a layer" if search.bare.parts else "the largest layer"
 
 
 def _round_up(nbytes: int) -> int:

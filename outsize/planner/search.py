@@ -35,7 +35,7 @@ TIGHT = 0.05  # by so much a small arena must be faster: where the disk is not a
 @dataclass(frozen=True)
 class JobSizes:
     """What a job is made of, whatever is decided. `hold`: gradients wait for the step's end. `ahead`: bytes of split weights
-    that are gathered before they are needed."""
+    that are gathered before they are needed. `parts`: of units, that are leased one after the other."""
 
     sizes: dict[str, WeightSize]
     rows: dict[str, int]
@@ -45,6 +45,7 @@ class JobSizes:
     split: frozenset[str] = frozenset()
     copies: int = 1
     ahead: int = 0
+    parts: tuple[str, ...] = ()
 
     @cached_property
     def everything(self) -> int:
@@ -63,6 +64,7 @@ class JobSizes:
             precision=request.precision,
             arena_bytes=0,
             activations=activations,
+            parts=self.parts,
             table_rows=tuple(self.rows.items()),
             blocked_loss=self.blocked,
             accumulate=request.accumulate,

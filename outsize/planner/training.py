@@ -19,7 +19,7 @@ from outsize.machine.allocator import give_back
 from outsize.machine.describe import process_memory
 from outsize.machine.devices import CONTEXT
 from outsize.machine.machine import Machine
-from outsize.model.units import Unit
+from outsize.model.units import Unit, divide, parts_of
 from outsize.model.vocabulary import Table
 from outsize.plan import INPUT_TO_HOST, KEEP, MOVE, MOVE_TO_HOST, RECOMPUTE, Activations, Plan
 from outsize.planner.beside import LIBRARIES
@@ -91,18 +91,33 @@ class Task:
     @cached_property
     def jobs(self) -> list[JobSizes]:
         """By how many copies of split weights there are: the most, and so the fewest bytes on slow links, first; and by how
-        much of them is gathered ahead: a unit, or nothing."""
+        much of them is gathered ahead: what is leased at once, or nothing. Units are leased whole, unless other workers do
+        otherwise."""
+        return self._jobs(self.request.parts or ())
+
+    @cached_property
+    def jobs_by_parts(self) -> list[JobSizes]:
+        """The same where units are leased by parts, as many as they have; none, where they have no choice."""
+        parts = parts_of(self.units, self._sized[0].always) if self.request.parts is None else ()
+        return self._jobs(parts) if parts else []
+
+    def _jobs(self, parts: tuple[str, ...]) -> list[JobSizes]:
+        jobs = [replace(job, parts=parts) for job in self._sized]
+        return [replace(job, ahead=ahead) for job in jobs for ahead in self._aheads(job)]
+
+    @cached_property
+    def _sized(self) -> list[JobSizes]:
         blocked, rows = self.loss
         hold = self.request.hold or self.request.clip is not None
-        jobs = [sizes_of_job(self, rows, blocked, hold, copies) for copies in self._copies()]
-        return [replace(job, ahead=ahead) for job in jobs for ahead in self._aheads(job)]
+        return [sizes_of_job(self, rows, blocked, hold, copies) for copies in self._copies()]
 
     def _aheads(self, job: JobSizes) -> list[int]:
         if len(set(self.request.sequences)) > 1:
             return [0]  # who has one micro-batch gives weights back sooner than others, and what is held is not begun
         if self.request.gather_ahead_bytes is not None:
             return [self.request.gather_ahead_bytes]
-        split = [[name for name, _ in unit.parameters if name in job.split] for unit in self.units]
+        together = [piece for unit in self.units for piece in divide(unit, job.parts)]
+        split = [[name for name, _ in piece.parameters if name in job.split] for piece in together]
         largest = max((sum(job.sizes[name].whole for name in names) for names in split), default=0)
         return [largest, 0] if largest else [0]
 
@@ -182,19 +197,42 @@ class Planning:
 
     def __init__(self, task: Task, place: Place) -> None:
         self._task, self._place = task, place
-        self._searches: dict[tuple[Activations, int, int], Search] = {}
+        self._searches: dict[tuple[Activations, int, tuple[str, ...], int], Search] = {}
 
     def within(self, memory_bytes: int) -> Plan:
-        """As `plan_training`."""
+        """As `plan_training`. Units are leased by parts only where there is no room for whole ones: parts are more leases,
+        and less is read ahead."""
         if 2 * self._task.job.all_bytes > self._place.disk_free_bytes:
             raise BudgetError(disk_too_small(2 * self._task.job.all_bytes, self._place.disk_free_bytes))
-        found: list[Search] = []
-        fastest = inf
-        jobs = [job for job in self._task.jobs if self._place.wire or not job.ahead]
+        problem: BudgetError | None = None
+        for jobs in (self._task.jobs, self._task.jobs_by_parts):
+            try:
+                if found := self._found(jobs, memory_bytes):
+                    plan = _fastest(found)
+                    check_disk(plan, self._place.disk_free_bytes)
+                    return replace(plan, reasons=(*plan.reasons, of_machine(self._place.machine)))
+            except BudgetError as error:
+                problem = error
+        raise problem or self._refusal(memory_bytes)
+
+    def _refusal(self, memory_bytes: int) -> BudgetError:
+        """What would do, in the way that needs the least."""
+        ways = self._possible([*self._task.jobs, *self._task.jobs_by_parts], memory_bytes)
+        tried = [self.search(how, job).within(memory_bytes) for how, job in ways]
+        return no_memory(min(tried, key=lambda search: (search.host_room < 0, search.least)).loosened())
+
+    def _possible(self, jobs: list[JobSizes], memory_bytes: int) -> list[tuple[Activations, JobSizes]]:
+        """What may fit; or else the last, which needs the least."""
+        jobs = [job for job in jobs if self._place.wire or not job.ahead]
         ways = [(how, job) for job in jobs for how in self._considered]
         wall = self._task.request.device_bytes or memory_bytes
-        possible = [(how, job) for how, job in ways if self._held(how) <= wall]
-        for how, job in possible:
+        return [(how, job) for how, job in ways if self._held(how) <= wall] or ways[-1:]
+
+    def _found(self, jobs: list[JobSizes], memory_bytes: int) -> list[Search]:
+        """The searches of all that fits, played."""
+        found: list[Search] = []
+        fastest = inf
+        for how, job in self._possible(jobs, memory_bytes):
             if self._work(how, job) >= fastest or (found and how == INPUT_TO_HOST):  # which is for want of room alone
                 continue
             search = self.search(how, job).within(memory_bytes)
@@ -208,12 +246,7 @@ class Planning:
                 fastest = min(fastest, best.cost)
                 if best.forecast.hides_all:
                     break  # what comes computes or exchanges more
-        if not found:
-            tried = [self.search(how, job).within(memory_bytes) for how, job in possible or ways[-1:]]
-            raise no_memory(min(tried, key=lambda search: (search.host_room < 0, search.least)).loosened())
-        plan = _fastest(found)
-        check_disk(plan, self._place.disk_free_bytes)
-        return replace(plan, reasons=(*plan.reasons, of_machine(self._place.machine)))
+        return found
 
     @cached_property
     def _considered(self) -> list[Activations]:
@@ -245,7 +278,7 @@ class Planning:
 
     def _work(self, how: Activations, job: JobSizes) -> float:
         """Seconds that a step computes at least, told without another rehearsal: what is not kept is computed again."""
-        kept = self._searches.get((KEEP, job.copies, job.ahead))
+        kept = self._searches.get(_key(KEEP, job))
         if kept is None or how != RECOMPUTE:
             return 0.0
         return kept.rehearsed.work + len(self._task.batches) * self._left.seconds
@@ -259,13 +292,17 @@ class Planning:
     def search(self, how: Activations, job: JobSizes | None = None) -> Search:
         """Ready to search; it need not fit. `job`: one of the task's."""
         task, job = self._task, job or self._task.job
-        key = how, job.copies, job.ahead
+        key = _key(how, job)
         if key not in self._searches:
             names = [unit.name for unit in task.units if unit.repeated]
             plan = job.plan(task.request, tuple((name, how) for name in names))
-            alike = next((found for known, found in self._searches.items() if known[:2] == key[:2]), None)
+            alike = next((found for known, found in self._searches.items() if known[:3] == key[:3]), None)
             self._searches[key] = search_of(task, self._place, job, plan, alike and alike.rehearsed)
         return self._searches[key]
+
+
+def _key(how: Activations, job: JobSizes) -> tuple[Activations, int, tuple[str, ...], int]:
+    return how, job.copies, job.parts, job.ahead
 
 
 def _fastest(found: list[Search]) -> Plan:

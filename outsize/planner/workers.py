@@ -71,7 +71,7 @@ def _plan(task: Task, worker: Worker, rank: int, make: Make, named: bool) -> Pla
 def _settled(plan: Plan) -> dict[str, object]:
     """Of a request, what all workers must do alike, as in `plan`."""
     how = NAMES.get(next((choice for _, choice in plan.activations), KEEP), "auto")
-    told = ("weight_copies", "gather_ahead_bytes", "commit_every")
+    told = ("weight_copies", "gather_ahead_bytes", "parts", "commit_every")
     return {"activations": how, **{name: getattr(plan, name) for name in told}}
 
 

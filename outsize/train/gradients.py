@@ -79,7 +79,7 @@ class Gradients:
             self._add(weight, block, gradient)
             if arrived == expected:
                 self._complete(weight, block)
-            elif self._apart:
+            elif self._apart or weight.name in self.attachment.in_parts:  # whose lanes come one after the other
                 self.pause_block(block)
             return
         self._complete(weight, block, gradient)
