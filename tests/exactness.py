@@ -314,8 +314,10 @@ def bind_job(
     plan: Plan,
     directory: Path,
     group: Group | None = None,
+    sources: dict[str, torch.Tensor] | None = None,
 ) -> Job:
-    sources = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    """`sources`: the weights of a model that has none itself."""
+    sources = sources or {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     tiers: dict[str, Tier] = {"host": HostTier(1 << 30), "disk": DiskTier(directory / "blocks", 1 << 30)}
     if plan.device_bytes:
         tiers["device"] = DeviceTier(plan.device_bytes, torch.device("cpu"))

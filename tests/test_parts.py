@@ -5,6 +5,7 @@ ask of the store is foretold, in test_rehearsal.py."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -59,14 +60,17 @@ def test_parts_are_outermost_modules_with_weights_worth_it() -> None:
 
 @pytest.mark.parametrize("activations", [RECOMPUTE, KEEP])
 def test_what_is_too_little_for_a_layer_is_enough_for_its_parts(activations: Activations, tmp_path: Path) -> None:
-    """The head takes 64 KiB, the largest matrix of a layer as much, and a layer more than the arena."""
+    """The head takes 64 KiB, the largest matrix of a layer 32, and a layer more than the arena."""
     rule = uniform_rule(torch.optim.SGD, {"lr": 0.1})
     model = make_model("llama", tied=False)
     plan = make_plan(model, Setting(activations=activations, arena=96 << 10))
     plain = PlainLoop(tiny_copy(model), rule)
     with pytest.raises(BudgetError, match="No room near compute"):
         bind_job(tiny_copy(model), rule, plan, tmp_path / "whole").train_step(make_batches(1, 1)[0])
-    job = bind_job(model, rule, replace(plan, parts=parts_of(find_units(model), ())), tmp_path / "parts")
+    by_parts = replace(plan, parts=parts_of(find_units(model), ()))
+    weights = {id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in model.parameters()}
+    bare = copy.deepcopy(model, weights)  # as from files: these become other objects when they leave the meta device
+    job = bind_job(bare, rule, by_parts, tmp_path / "parts", sources=dict(model.named_parameters()))
     pair = Pair(plain, job)
     for micro_batches in make_batches(3, 1):
         pair.step(micro_batches)

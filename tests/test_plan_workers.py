@@ -13,19 +13,25 @@ from transformers import AutoModelForCausalLM
 import outsize
 from outsize.asked import PipelineRequest, Request
 from outsize.distributed.arrangement import Arrangement
+from outsize.distributed.group import Several
 from outsize.errors import BudgetError, OptionError
 from outsize.machine.file import read_machine, write_machine
 from outsize.machine.find import find_machine
 from outsize.machine.machine import Close, Link, Machine, Nodes, Unlike, steady
+from outsize.memory.tier import pages
 from outsize.model.units import find_units
 from outsize.plan import Plan
 from outsize.planner.cluster import wire_of
 from outsize.planner.pipeline import _Line, fullest, lines_of, plan_line
-from outsize.planner.training import Place, Task
+from outsize.planner.prices import RatedPrices
+from outsize.planner.rehearsal import Rehearsal
+from outsize.planner.training import Place, Task, sample_batches
 from outsize.planner.workers import Worker, plan_workers
+from outsize.train.optimizers import uniform_rule
 from outsize.train.recipe import rule_of
 
 LAPTOP = find_machine("laptop")
+RULE = uniform_rule(torch.optim.AdamW, {"lr": 1e-3})
 
 
 @pytest.fixture(scope="module")
@@ -259,3 +265,27 @@ def test_the_fastest_pipeline_is_chosen(link: float) -> None:
     seconds = {plan.schedule: plan.predicted.seconds_per_step for plan in alone if plan.predicted is not None}
     assert seconds[found.schedule] == min(seconds.values())
     assert any(reason.startswith(f"schedule: {found.schedule};") for reason in found.reasons)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        Request(0, workers=2, precision="mixed"),
+        Request(0, workers=4, nodes=2, precision="mixed", clip=1.0),
+        Request(0, workers=8, nodes=2, close=2, accumulate=2),
+        Request(0, workers=3, zero=1, precision="mixed", clip=1.0),
+        Request(0, workers=3, rank=1, precision="mixed", shares=(1, 4, 1)),
+    ],
+    ids=lambda asked: f"{asked.workers} on {asked.nodes}, rank {asked.rank}, zero {asked.zero}, clip {asked.clip}",
+)
+def test_what_comes_of_gradients_takes_as_much_as_foretold(asked: Request) -> None:
+    """Here of four layers; with a head in blocks, whose gradients are in fp32."""
+    asked = replace(asked, batch_size=1, sequence_length=32)
+    made = tiny_model("llama", tied=True, layers=4, hidden=256)
+    job = Task(made, find_units(made), RULE, asked).job
+    plan = job.plan(asked, ())
+    batches = sample_batches(made, asked)
+    rehearsal = Rehearsal(made, plan, RULE, RatedPrices(LAPTOP), torch.bfloat16)
+    rehearsal.run(batches)
+    foretold, group = max(size.exchanged for size in job.sizes.values()), rehearsal.job.updater.group
+    assert isinstance(group, Several) and group._scratch.numel() == pages(foretold) > 0

@@ -54,16 +54,19 @@ def find_units(model: nn.Module, block_class: str | None = None) -> list[Unit]:
 def divide(unit: Unit, parts: Collection[str]) -> list[Unit]:
     """A repeated unit with what it uses for as long as it runs, and after it each of its modules that `parts` names, as they
     are called in it, with what that alone uses: parameters that lie in it and in no other module of the unit."""
-    modules = dict(unit.module.named_modules()) if unit.repeated else {}
+    if not unit.repeated or not parts:
+        return [unit]
+    modules = dict(unit.module.named_modules())
+    # Other objects than in the unit, perhaps, since they left the meta device; in the same order.
+    left = dict(zip(map(id, unit.module.parameters()), unit.parameters, strict=True))
     found: list[Unit] = []
     for name in parts:
         if name in modules:
             inside = set(modules[name].modules())
             own = _owned(inside) - _owned(set(modules.values()) - inside)
-            parameters = tuple((known, p) for known, p in unit.parameters if id(p) in own)
+            parameters = tuple(left.pop(key) for key in list(left) if key in own)
             found.append(Unit(f"{unit.name}.{name}", modules[name], parameters, False, False))
-    divided = {id(parameter) for part in found for _, parameter in part.parameters}
-    return [replace(unit, parameters=tuple((n, p) for n, p in unit.parameters if id(p) not in divided)), *found]
+    return [replace(unit, parameters=tuple(left.values())), *found]
 
 
 def _owned(modules: set[nn.Module]) -> set[int]:

@@ -189,7 +189,7 @@ def _updating(sizes: dict[str, WeightSize], plan: Plan) -> int:
 
 def _exchanged(sizes: dict[str, WeightSize], plan: Plan) -> int:
     """What comes of a gradient from other workers; the sum is among the step's tensors."""
-    return max(max(size.largest_gradient, size.exchanged) for size in sizes.values()) if plan.sharers > 1 else 0
+    return max(size.exchanged for size in sizes.values()) if plan.sharers > 1 else 0
 
 
 def _largest_matrix(sizes: dict[str, WeightSize], rows: dict[str, int]) -> int:

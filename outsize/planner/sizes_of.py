@@ -92,17 +92,19 @@ def sizes_of(
     kind = find_precision(request.precision)
     updater = Updater(store, kind, rule, torch.bfloat16 if request.moments == "bf16" else None, group=group)
     found: dict[str, WeightSize] = {}
-    known: dict[
-        Any, WeightSize
-    ] = {}  # one of each shape stands for all: of large models there are many, of many blocks
+    # one of each shape stands for all: of large models there are many, of many blocks
+    known: dict[Any, WeightSize] = {}
+    summed = request.accumulate > 1 or ((request.hold or request.clip is not None) and request.zero == 1)
     for name, parameter in model.named_parameters():
         dtype = kind.compute if parameter.requires_grad else parameter.dtype
         shares = shares_for(rule, name, parameter, group, request.shares or ())
         stage = group.arrangement.stage_of(copies) if name in split else None
         weight = make_weight(name, parameter, dtype, "disk", table_rows.get(name), shares, stage)
+        sent = 4 if summed or name in table_rows else dtype.itemsize
         looks = (
             weight.shape,
             dtype,
+            sent,
             _stepped(updater, weight),
             tuple((b.shares, b.stage, b.start) for b in weight.blocks),
         )
@@ -110,7 +112,7 @@ def sizes_of(
             create_blocks(store, weight)
             if weight.trainable:
                 updater.add(weight, "disk")
-            known[looks] = _size(store, updater, weight, group.arrangement)
+            known[looks] = _size(store, updater, weight, group.arrangement, sent)
         found[name] = replace(known[looks], weight=weight)
     transfers.close()
     return found
@@ -121,7 +123,8 @@ def _stepped(updater: Updater, weight: Weight) -> int | None:
     return id(find_kind(updater.kinds, *updater.rule(weight.name, weight.parameter))) if weight.trainable else None
 
 
-def _size(store: Store, updater: Updater, weight: Weight, arrangement: Arrangement) -> WeightSize:
+def _size(store: Store, updater: Updater, weight: Weight, arrangement: Arrangement, sent: int) -> WeightSize:
+    """`sent`: bytes of an element of its gradient, as workers exchange it first; over further links sums go, in fp32."""
     blocks = [store.entries[block.home].block.nbytes for block in weight.blocks]
     wholes = [store.entries[block.name].block.nbytes for block in weight.blocks]
     leased = [store.entries[name].block.nbytes for block in weight.blocks for name in {block.name, block.home}]
@@ -130,11 +133,13 @@ def _size(store: Store, updater: Updater, weight: Weight, arrangement: Arrangeme
     kinds = sum((Counter(block.bytes_by_kind) for block in states), Counter())
     gradient = max(torch.Size(weight.block_shape(block)).numel() * 4 for block in weight.blocks)
     largest_state = max((block.nbytes for block in states), default=0)
+    first = len(arrangement.levels) - 1
     exchanged = max(
         (
-            4 * (circle - 1) * len(block.shares.at(stage))
+            (sent if stage == first else 4) * (circle - 1) * len(block.shares.at(stage))
             for block in weight.blocks
             for stage, (_, circle) in enumerate(reversed(arrangement.levels))
+            if weight.trainable
         ),
         default=0,
     )

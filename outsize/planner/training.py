@@ -225,8 +225,14 @@ class Planning:
         """What may fit; or else the last, which needs the least."""
         jobs = [job for job in jobs if self._place.wire or not job.ahead]
         ways = [(how, job) for job in jobs for how in self._considered]
-        wall = self._task.request.device_bytes or memory_bytes
-        return [(how, job) for how, job in ways if self._held(how) <= wall] or ways[-1:]
+        return [(how, job) for how, job in ways if self._held(how) <= self._wall(memory_bytes)] or ways[-1:]
+
+    def _wall(self, memory_bytes: int) -> int:
+        return self._task.request.device_bytes or memory_bytes
+
+    def _fixed(self, how: Activations) -> int:
+        """Bytes beside those for what is leased, as far as that way is rehearsed."""
+        return min((search.needs.fixed for known, search in self._searches.items() if known[0] == how), default=0)
 
     def _found(self, jobs: list[JobSizes], memory_bytes: int) -> list[Search]:
         """The searches of all that fits, played."""
@@ -234,6 +240,8 @@ class Planning:
         fastest = inf
         for how, job in self._possible(jobs, memory_bytes):
             if self._work(how, job) >= fastest or (found and how == INPUT_TO_HOST):  # which is for want of room alone
+                continue
+            if job.parts and self._fixed(how) > self._wall(memory_bytes):  # what is leased is not what is too much
                 continue
             search = self.search(how, job).within(memory_bytes)
             if not search.fits or search.rehearsed.work >= fastest:
@@ -306,7 +314,20 @@ def _key(how: Activations, job: JobSizes) -> tuple[Activations, int, tuple[str, 
 
 
 def _fastest(found: list[Search]) -> Plan:
-    """Of what was tried, the fastest that is still found to have room when it is played closely."""
+    """Of what was tried, the fastest that is still found to have room when it is played closely. Where nothing is, so with
+    larger arenas."""
+    try:
+        return _first_with_room(found)
+    except BudgetError:
+        looser = [search for search in (search.loosened() for search in found) if search.fits]
+        if not looser:
+            raise
+    for search in looser:
+        search.best()
+    return _first_with_room(looser)
+
+
+def _first_with_room(found: list[Search]) -> Plan:
     problem: BudgetError | None = None
     tried = [(choice, search) for search in found for choice in search.tried]
     for choice, search in sorted(tried, key=lambda pair: pair[0].cost):
