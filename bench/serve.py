@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from serve_table import FEWER_BITS, write_part
+from serve_table import FEWER_BITS, in_turn, write_part
 from shapes import LLAMA, TINY, Shape, stack
 from train import HERE, STREAMED, Bench
 
@@ -37,7 +37,7 @@ class Trial:
     budget: int
     curve: tuple[float, ...]
     offloaded: int
-    rounds: int = 3
+    rounds: int = 3  # by turns
     new: int = 64  # tokens of the resident model
     talks: int = 32
 
@@ -49,23 +49,28 @@ SMALL = Trial(stack(12), 1_000_000_000, 850_000_000, (1.5, 0.8), 150_000_000, ro
 def resident(bench: Bench, trial: Trial, model: str) -> None:
     options = {"memory": 3 << 30, "batches": BATCHES, "new": trial.new, "rounds": trial.rounds}
     bench.measure("resident", "served", "resident", STREAMED, model=model, **options)
+    bench.measure("without attention", "served", "without_attention", STREAMED, model=model, **options)
     for weights in FEWER_BITS:
         bench.measure(f"resident, {weights}", "served", "resident", STREAMED, model=model, weights=weights, **options)
     bench.measure("losses", "served", "losses", model=model, tokens=32 * 512)
 
 
 def past(bench: Bench, trial: Trial, model: str) -> None:
+    """Everybody in the cgroup by turns, as the disk of a virtual machine is another one ten minutes later."""
     place = bench.prepare(trial.shape)
-    cgroup = {"place": place, "limit": trial.limit}
-    options = {"memory": trial.budget, "batches": BATCHES, "new": 12, "rounds": trial.rounds}
-    bench.measure("cgroup", "served", "streamed", STREAMED, **options, **cgroup)
-    for weights in FEWER_BITS:
-        bench.measure(f"cgroup, {weights}", "served", "streamed", STREAMED, weights=weights, **options, **cgroup)
     bench.measure("gguf", "to_gguf", "write", place=place)
-    bench.measure("llama.cpp", "rivals", "llama_cpp", batches=[1, 8], new=5, **cgroup)
-    bench.measure("accelerate", "rivals", "accelerate", memory=trial.offloaded, batches=[1, 8], new=4, **cgroup)
     apart = {"PYTHONPATH": f"{os.environ.get('PYTHONPATH', '')}:{bench.folder / 'airllm'}"}
-    bench.measure("airllm", "rivals", "airllm", apart, batches=[1], new=3, **cgroup)
+    ours = {"memory": trial.budget, "batches": BATCHES, "new": 12}
+    for turn in range(trial.rounds):
+        within = {"place": place, "limit": trial.limit}
+        bench.measure(in_turn("cgroup", turn), "served", "streamed", STREAMED, **ours, **within)
+        bench.measure(in_turn("llama.cpp", turn), "rivals", "llama_cpp", batches=[1, 8], new=5, **within)
+        offloaded = {"memory": trial.offloaded, "batches": [1, 8], "new": 4, **within}
+        bench.measure(in_turn("accelerate", turn), "rivals", "accelerate", **offloaded)
+        bench.measure(in_turn("airllm", turn), "rivals", "airllm", apart, batches=[1], new=3, **within)
+        for weights in FEWER_BITS:
+            name = in_turn(f"cgroup, {weights}", turn)
+            bench.measure(name, "served", "streamed", STREAMED, weights=weights, **ours, **within)
     for budget in trial.curve:
         memory = int(budget * 2**30)
         options = {"place": place, "memory": memory, "batches": [1, 8], "new": 12}
@@ -76,9 +81,13 @@ def conversations(bench: Bench, trial: Trial, model: str) -> None:
     exact = str(bench.folder / "float32")
     bench.measure("float32", "served", "write_float32", model=model, folder=exact)
     for what, of, count in (("conversations", model, trial.talks), ("in float32", exact, 8)):
-        for name, far in (("moved", True), ("computed again", False)):
-            options = {"memory": 3 << 30, "count": count, "room": count // 4, "turns": 3, "far": far}
-            bench.measure(f"{what}, {name}", "served", "conversations", STREAMED, model=of, **options)
+        options = {"memory": 3 << 30, "count": count, "room": count // 4, "turns": 3}
+        for name, how in (
+            ("moved", {}),
+            ("computed again", {"far": False}),
+            ("all near, no more at once", {"near": True}),
+        ):
+            bench.measure(f"{what}, {name}", "served", "conversations", STREAMED, model=of, **options, **how)
 
 
 GROUPS: dict[str, Callable[[Bench, Trial, str], None]] = {

@@ -45,30 +45,25 @@ def streamed(
     memory: int,
     batches: list[int],
     new: int,
-    rounds: int = 1,
     limit: int | None = None,
     weights: str = "stored",
 ) -> dict[str, Any]:
-    """Decode with what fits near `memory` bytes, the rest streamed; batches by turns, and after each of one sequence the
-    same bytes are read alone. `near`: part of the weights that stay; `roofline`: seconds of reading alone for one of a step
-    that reads them."""
+    """Decode with what fits near `memory` bytes, the rest streamed; after one sequence the same bytes are read alone.
+    `near`: part of the weights that stay; `roofline`: seconds of reading alone for one of a step that reads them."""
     make_cold(Path(place))
     with memory_cgroup(limit):
         model, most = str(Path(place) / "model"), max(batches)
         options = {"context": len(WORDS) + new, "concurrency": most, "step_tokens": len(WORDS) * most, "scratch": place}
         with open_engine(model, memory=memory, weights=weights, **options) as engine:
             found: dict[str, Any] = {"near": _near(engine), "planned_peak_bytes": engine.plan.predicted.host_peak_bytes}
-            rates: dict[str, list[float]] = {}
-            for _ in range(rounds):
-                for batch in batches:
-                    before, steps = _read_so_far(engine), engine.engine.totals.steps
-                    rate = decode(engine, [[40 + n, *WORDS[1:]] for n in range(batch)], new)
-                    rates.setdefault(f"b{batch}", []).append(rate)
-                    read = (_read_so_far(engine) - before) // (engine.engine.totals.steps - steps)
-                    if batch == 1 and read:
-                        found["bytes_read"] = read
-                        rates.setdefault("roofline", []).append(rate * seconds_to_read(place, read))
-            return found | {name: statistics.median(values) for name, values in rates.items()}
+            for batch in batches:
+                before, steps = _read_so_far(engine), engine.engine.totals.steps
+                rate = decode(engine, [[40 + n, *WORDS[1:]] for n in range(batch)], new)
+                found[f"b{batch}"] = rate
+                read = (_read_so_far(engine) - before) // (engine.engine.totals.steps - steps)
+                if batch == 1 and read:
+                    found |= {"bytes_read": read, "roofline": rate * seconds_to_read(place, read)}
+            return found
 
 
 def _near(engine: Any) -> float:
@@ -149,6 +144,34 @@ def resident(
             1, lambda: tokens / _seconds_of(engine, work), lambda: tokens / theirs.generate(static)
         )
     return found
+
+
+def without_attention(model: str, memory: int, batches: list[int], new: int, rounds: int) -> dict[str, Any]:
+    """As `resident`, and nobody attends: keys and values are neither written nor read. What is left are the unchanged
+    module's own operations, which whoever runs them as they are has to wait for."""
+    import torch
+
+    from outsize.serve import attention
+
+    def nothing(query: Any, *arguments: Any) -> Any:
+        if torch.overrides.has_torch_function((query,)):
+            return torch.overrides.handle_torch_function(nothing, (query,), query, *arguments)
+        return query.transpose(1, 2)
+
+    attention.paged_attention = nothing
+    draw = random.Random(0)
+    with open_engine(model, memory=memory, context=1024) as engine:
+        decode(engine, _prompts(draw, 1, PROMPT, engine.vocabulary), 4)  # to warm up
+        found: dict[str, list[float]] = {}
+        for _ in range(rounds):
+            for batch in batches:
+                rate = decode(engine, _prompts(draw, batch, PROMPT, engine.vocabulary), new)
+                found.setdefault(f"b{batch}", []).append(rate)
+            prompt = _prompts(draw, 1, 512, engine.vocabulary)
+            found.setdefault("reading", []).append(
+                512 / seconds(functools.partial(engine.generate, prompt, max_new_tokens=1))
+            )
+    return {key: statistics.median(rates) for key, rates in found.items()}
 
 
 def _by_turns(rounds: int, ours: Callable[[], float], theirs: Callable[[], float]) -> list[float]:
@@ -266,8 +289,11 @@ def write_float32(model: str, folder: str) -> dict[str, Any]:
     return {}
 
 
-def conversations(model: str, memory: int, count: int, room: int, turns: int, far: bool) -> dict[str, Any]:
-    """`count` conversations in turns, with pages near for `room` of them: seconds in all, and what was said."""
+def conversations(
+    model: str, memory: int, count: int, room: int, turns: int, far: bool = True, near: bool = False
+) -> dict[str, Any]:
+    """`count` conversations in turns, with pages near for `room` of them: seconds in all, and what was said. `far`: what does
+    not fit is kept further away; `near`: everything fits, and `room` of them run at once."""
     from outsize import serving
 
     length = turns * (PROMPT + 32)
@@ -275,12 +301,15 @@ def conversations(model: str, memory: int, count: int, room: int, turns: int, fa
 
     def plan(*arguments: Any) -> Any:
         found = plan_serving(*arguments)
-        pages = room * -(-length // found.serving.page_tokens)
-        return replace(found, serving=replace(found.serving, pages=pages, far_pages=8 * pages if far else 0))
+        pages = (count if near else room) * -(-length // found.serving.page_tokens)
+        return replace(
+            found, serving=replace(found.serving, pages=pages, far_pages=8 * pages if far and not near else 0)
+        )
 
     serving.plan_serving = plan
     draw = random.Random(2)
-    with open_engine(model, memory=memory, context=length + 16, concurrency=count) as engine:
+    seats = room if near else count
+    with open_engine(model, memory=memory, context=length + 16, concurrency=seats) as engine:
         said = _prompts(draw, count, PROMPT, engine.vocabulary)
         spent, new = 0.0, 0
         for _ in range(turns):
