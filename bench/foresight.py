@@ -30,6 +30,8 @@ from train import GIB, HERE, STREAMED, Bench
 BEGIN, END = "<!-- begin: written by bench/foresight.py -->", "<!-- end: written by bench/foresight.py -->"
 OFF = {"peak": 0.05, "step": 0.15, "median step": 0.08}
 """How far measurement may be from prediction."""
+EVEN = 0.1
+"""So much more or less than the probe says may the disk take for a step's bytes, to be called the disk that was probed."""
 LONGER = 1.35  # times the time of a token, at most, with four times as long a sequence in the memory of keep-all
 KEPT = 3.5  # GiB, enough to keep everything of SmolLM2 over 2 x 512 tokens
 KNOWN = "foresight.json"
@@ -100,11 +102,14 @@ def off(found: dict[str, Any], what: str) -> float:
 
 
 def rows(results: dict[str, dict[str, Any]]) -> Iterator[str]:
-    yield "| job | peak, predicted | measured | | s/step, predicted | measured | | read, predicted = measured |"
-    yield "|---|---:|---:|---:|---:|---:|---:|---|"
+    yield (
+        "| job | peak, predicted | measured | | s/step, predicted | measured | | read, predicted = measured "
+        "| its bytes alone, to the probe |"
+    )
+    yield "|---|---:|---:|---:|---:|---:|---:|---|---:|"
     for name, found in results.items():
         if "planned" not in found:
-            yield f"| {name} | {found['failed'][:160].replace(chr(10), ' ')} |||||||"
+            yield f"| {name} | {found['failed'][:160].replace(chr(10), ' ')} ||||||||"
             continue
         planned, measured = found["planned"], found["measured"]
         same = planned["bytes_read"] == measured["bytes_read"]
@@ -112,7 +117,8 @@ def rows(results: dict[str, dict[str, Any]]) -> Iterator[str]:
         seconds = (f"{each['seconds_per_step']:.2f}" for each in (planned, measured))
         read = f"{planned['bytes_read'] / 1e9:.2f} GB" + ("" if same else f", {measured['bytes_read'] / 1e9:.2f}")
         cells = [name, *peaks, _signed(off(found, "host_peak_bytes"))]
-        cells += [*seconds, _signed(off(found, "seconds_per_step")), read]
+        drift = found.get("drift")
+        cells += [*seconds, _signed(off(found, "seconds_per_step")), read, "" if drift is None else _signed(drift)]
         yield "| " + " | ".join(cells) + " |"
 
 
@@ -133,6 +139,10 @@ def verdicts(results: dict[str, dict[str, Any]]) -> Iterator[str]:
     yield _verdict("largest error of a peak", OFF["peak"], max(map(abs, peaks)))
     yield _verdict("largest error of a step", OFF["step"], max(map(abs, steps)))
     yield _verdict("median error of a step", OFF["median step"], statistics.median(map(abs, steps)))
+    even = [step for found, step in zip(done, steps, strict=True) if abs(found.get("drift", 0.0)) <= EVEN]
+    if even:
+        what = f"largest error of the {len(even)} steps whose bytes alone took what the probe says, within {EVEN:.0%}"
+        yield _verdict(what, OFF["step"], max(map(abs, even)))
     yield f"| peaks above the budget | 0 of {len(done)} | {len(over)} | {'**missed**' if over else 'reached'} |"
 
 
@@ -179,7 +189,22 @@ class Portion:
                 return None
             place = self.bench.prepare(job.shape)
             self.bench.measure(job.name, "streamed", "foretell", self.settings, place=place, **job.options)
-        return self.bench.results[job.name]
+        found = self.bench.results[job.name]
+        moved = found.get("measured", {})
+        if not moved.get("bytes_written"):
+            return found
+        alone = f"{job.name}: its bytes alone"
+        amounts = {"read": int(moved["bytes_read"]), "written": int(moved["bytes_written"])}
+        self.bench.measure(alone, "floors", "disk", self.settings, place=str(self.bench.folder), steps=3, **amounts)
+        return found | {"drift": self.bench.results[alone]["seconds"] / self._probed(**amounts) - 1}
+
+    def _probed(self, read: int, written: int) -> float:
+        """Seconds of so many bytes, by the disk's rates in the machine's file."""
+        from outsize.machine.file import read_machine
+
+        machine = read_machine(Path(self.settings["OUTSIZE_MACHINE"]))
+        alone, both = machine.link("disk", "host").bytes_per_second, machine.limit("disk")
+        return max(read - written, 0) / alone + 2 * written / both
 
 
 def main() -> None:
