@@ -20,7 +20,7 @@ from outsize.memory.tier import Tier
 from outsize.memory.transfer import Transfers
 from outsize.model.attach import Attachment
 from outsize.model.route import Leg
-from outsize.model.units import find_units
+from outsize.model.units import find_units, parts_of
 from outsize.plan import KvLayer, Plan, Serving
 from outsize.planner.legs import find_route
 from outsize.planner.serving import discover, page_size
@@ -107,7 +107,7 @@ class Bound:
 
 @contextmanager
 def bound(family: Family, streamed: bool = False) -> Iterator[Bound]:
-    """`streamed`: no weight of a layer stays near."""
+    """`streamed`: no weight of a layer stays near, and one part of it after the other comes."""
     with bound_model(lambda: tiny_model(family, tied=False).eval(), streamed) as found:
         yield found
 
@@ -128,7 +128,7 @@ def bound_model(
     weights = {name: parameter.detach() for name, parameter in whole.named_parameters()}
     model = make()
     use_paged_attention(model)
-    units, (layers, _), leg, relay = find_units(model), discover(model), None, None
+    units, (layers, _, _), leg, relay = find_units(model), discover(model), None, None
     if group is not None and lengths:
         leg, relay = find_route(model).leg(lengths, group.rank), Ring(group)
         units, layers = [unit for unit in units if leg.has(unit.name)], layers[slice(*leg.layers)]
@@ -136,7 +136,7 @@ def bound_model(
     with tempfile.TemporaryDirectory() as folder:
         tiers: dict[str, Tier] = {"host": HostTier(8 << 30), "disk": DiskTier(Path(folder) / "blocks")}
         store = Store(tiers, 1 << 20, allocate_slab, Transfers(), ledger=group.ledger if group is not None else None)
-        plan = Plan("stored", 1 << 20, frozenset(near))
+        plan = Plan("stored", 1 << 20, frozenset(near), parts=parts_of(units, ()) if streamed else ())
 
         def read(name: str, start: int, stop: int) -> torch.Tensor:
             return weights[name][start:stop] if weights[name].dim() else weights[name]

@@ -6,15 +6,23 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from models import tiny_model
 from transformers import LlamaConfig
 
 import outsize
+from outsize.asked import ServeRequest
 from outsize.errors import BudgetError, OptionError
+from outsize.model.units import find_units
 from outsize.plan import Plan
+from outsize.planner.serving import plan_serving
+from outsize.serve.attention import use_paged_attention
 from outsize.sizes import parse_size
 
 
@@ -53,6 +61,37 @@ def test_more_memory_serves_more_and_faster(folder: Path) -> None:
     assert small.served.requests < large.served.requests == 16
     assert small.served.alone < large.served.alone < large.served.together
     assert "16 at once with 256 tokens each" in str(large) and "first token" in str(large)
+
+
+def test_layers_stream_by_parts(folder: Path) -> None:
+    """So that one matrix and two to come are near, and weights have the room of the rest."""
+    plan = planned(folder, smallest(folder), context=256)
+    projections = [f"self_attn.{name}_proj" for name in "qkvo"]
+    assert [*plan.parts] == [*projections, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+    config = LlamaConfig.from_pretrained(folder)
+    assert plan.serving is not None and plan.serving.layers[0].dtype == "float32"
+    largest = 4 * config.hidden_size * config.intermediate_size
+    assert largest <= plan.arena_bytes <= 3 * largest + (4 << 10)
+    assert "one part of a layer after the other" in " ".join(str(plan).split())
+
+
+def test_what_is_not_called_is_no_part() -> None:
+    """Its weight is somebody else's to use, who would find nothing there."""
+    model = tiny_model("llama", tied=False, hidden=512).eval()
+    for layer in model.model.layers:
+        layer.mlp.forward = partial(_by_hand, layer.mlp)
+    use_paged_attention(model)
+    request = ServeRequest(0, context=32, concurrency=1, step_tokens=32)
+    with pytest.raises(BudgetError) as refused:
+        plan_serving(model, find_units(model), request, 0, 1 << 40)
+    assert refused.value.least is not None
+    enough = replace(request, memory_bytes=refused.value.least + (1 << 20))
+    plan = plan_serving(model, find_units(model), enough, 0, 1 << 40)
+    assert "mlp.up_proj" in plan.parts and "mlp.down_proj" not in plan.parts
+
+
+def _by_hand(mlp: Any, hidden: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.linear(mlp.act_fn(mlp.gate_proj(hidden)) * mlp.up_proj(hidden), mlp.down_proj.weight)
 
 
 def test_who_says_how_many_gets_room_for_them_before_weights_do(folder: Path, tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def test_a_product_is_the_layers_beside_each_other_bit_for_bit(rows: int, bias: 
 def test_what_is_called_with_one_input_is_found() -> None:
     model = tiny_model("llama", tied=False).eval()
     use_paged_attention(model)
-    _, groups = discover(model)
+    _, groups, _ = discover(model)
     first = [".".join(name.split(".")[3:-1]) for group in groups[:4] for name in group]
     assert [len(group) for group in groups] == 3 * [3, 1, 2, 1] + [1]
     assert first == [

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +16,7 @@ from outsize.errors import BudgetError, OptionError
 from outsize.machine.allocator import LARGEST_RECYCLED, Ceiling
 from outsize.memory.tier import pages
 from outsize.model.route import Leg
-from outsize.model.units import Unit
+from outsize.model.units import Unit, divide, parts_of
 from outsize.model.vocabulary import Table
 from outsize.plan import STORED, KvLayer, Plan, Predicted, Serving
 from outsize.planner.needs import KERNELS, PACKED, THREADS, changes_of, held_for
@@ -34,6 +36,7 @@ PAGE_TOKENS = 16
 COMPILED = 96 << 20  # bytes: kernels that oneDNN compiles, one for each shape it meets, and never lets go; docs/log.md
 BESIDE = THREADS + KERNELS + COMPILED
 FOR_MANY = 4  # of what is free while weights stream, one part in so many goes to pages if nobody said for how many
+PARTS_AT_ONCE, UNITS_AT_ONCE = 3.0, 2.3  # that near memory holds while they stream: more do not keep the disk busier
 FAR_TIMES = 8  # as many pages as near may lie on disk, at most
 FAR_DISK = 4  # and take one part in so many of what the disk has free
 BASELINE, TENSORS, KERNEL, WEIGHTS, STREAM, CACHE = (
@@ -62,7 +65,7 @@ def plan_serving(
 
     Raises BudgetError with the smallest budget that works, OptionError for a context longer than the model's, ModelError
     when the model cannot be served."""
-    layers, groups = discover(model)
+    layers, groups, called = discover(model)
     if leg is not None:
         units, layers = [unit for unit in units if leg.has(unit.name)], layers[slice(*leg.layers)]
     sizes, context = _sizes(units), context_of(model, request)
@@ -71,7 +74,7 @@ def plan_serving(
     room = _Room(request, context, page_size(layers), headroom)
     room.taken.update({BASELINE: baseline_bytes, TENSORS: tensors, KERNEL: BESIDE})
     whole = room.left >= sum(sizes.values()) + room.least_pages
-    placed = _all_near(model, sizes, groups, room) if whole else _streaming(model, units, sizes, groups, room)
+    placed = _all_near(model, sizes, groups, room) if whole else _streaming(model, units, sizes, groups, called, room)
     far = sum(nbytes for name, nbytes in sizes.items() if name not in placed.near)
     if far > disk_free_bytes:
         raise BudgetError(
@@ -87,6 +90,7 @@ def plan_serving(
         request.weights,
         room.taken[STREAM],
         frozenset(placed.near),
+        parts=placed.parts,
         table_rows=tuple(placed.rows.items()),
         blocked_loss=bool(placed.rows),
         packed=placed.packed,
@@ -97,7 +101,7 @@ def plan_serving(
         serving=serving,
         reasons=(
             *_about_rounded(model, request),
-            _about_weights(sum(sizes.values()) - far, far),
+            _about_weights(sum(sizes.values()) - far, far, placed.parts),
             _about_pages(serving),
         ),
     )
@@ -182,12 +186,14 @@ class _Room:
 
 @dataclass(frozen=True)
 class _Placed:
-    """`near` weights, of which some are `packed` products; `rows` in a block of the tables that stream; `pages` near."""
+    """`near` weights, of which some are `packed` products; `rows` in a block of the tables that stream; `pages` near; `parts`
+    of repeated units that stream one after the other."""
 
     near: set[str]
     rows: dict[str, int]
     packed: tuple[tuple[str, ...], ...]
     pages: int
+    parts: tuple[str, ...] = ()
 
 
 def _all_near(model: nn.Module, sizes: dict[str, int], groups: list[tuple[str, ...]], room: _Room) -> _Placed:
@@ -198,29 +204,38 @@ def _all_near(model: nn.Module, sizes: dict[str, int], groups: list[tuple[str, .
 
 
 def _streaming(
-    model: nn.Module, units: list[Unit], sizes: dict[str, int], groups: list[tuple[str, ...]], room: _Room
+    model: nn.Module,
+    units: list[Unit],
+    sizes: dict[str, int],
+    groups: list[tuple[str, ...]],
+    called: set[str],
+    room: _Room,
 ) -> _Placed:
     near = _near(model, units) & sizes.keys()
     rows = {name: count for name, count in _tables(model).items() if name in sizes}
     largest = max((nbytes for name, nbytes in sizes.items() if name not in near | rows.keys()), default=0)
     room.taken.update({WEIGHTS: sum(sizes[name] for name in near), KERNEL: PACKED * largest})
-    wanted, least = _arena(units, sizes, near, rows)
+    parts = tuple(part for part in parts_of(units, near) if _is_called(part, units, called))
+    wanted, least = _arena(units, parts, sizes, near, rows)
     if room.left < least + room.least_pages:
         raise room.too_small(least)
     room.taken[STREAM] = min(wanted, room.left - room.least_pages) // pages(1) * pages(1)
     count = room.take_pages(room.for_pages)
     free = [{n: sizes[n] for n, _ in unit.parameters if n not in near and n not in rows} for unit in units]
     near |= room.take_weights(free)
-    return _Placed(near, rows, _packed(model, groups, near - set(rows), 0), count)
+    return _Placed(near, rows, _packed(model, groups, near - set(rows), 0), count, parts)
 
 
-def discover(model: nn.Module) -> tuple[tuple[KvLayer, ...], list[tuple[str, ...]]]:
-    """What each layer keeps of a token, and which linear layers are called with one input one after the other, by their
-    weights' names; learnt by running the module on fake tensors. Raises ModelError when it keeps what cannot be paged."""
-    found, calls = Discovery(), LinearCalls()
+def discover(model: nn.Module) -> tuple[tuple[KvLayer, ...], list[tuple[str, ...]], set[str]]:
+    """What each layer keeps of a token, which linear layers are called with one input one after the other, by their
+    weights' names, and which modules are called at all; learnt by running the module on fake tensors. Raises ModelError
+    when it keeps what cannot be paged."""
+    found, calls, called = Discovery(), LinearCalls(), set[str]()
 
     def run(fake: nn.Module) -> None:
         ids = torch.zeros((1, 2), dtype=torch.long)
+        for name, module in fake.named_modules():
+            module.register_forward_pre_hook(functools.partial(_note, called, name))
         with calls.watching(fake):
             fake(input_ids=ids, position_ids=ids, use_cache=False, paged=found)
 
@@ -233,7 +248,17 @@ def discover(model: nn.Module) -> tuple[tuple[KvLayer, ...], list[tuple[str, ...
         with on_fake_tensors(plain) as fake:
             run(fake)
     found.complete(model)
-    return _in(_dtype(model), tuple(found.layers)), calls.groups()
+    return _in(_dtype(model), tuple(found.layers)), calls.groups(), called
+
+
+def _note(called: set[str], name: str, module: nn.Module, args: Any) -> None:
+    called.add(name)
+
+
+def _is_called(part: str, units: list[Unit], called: set[str]) -> bool:
+    """Wherever there is such a module: of one that is not, somebody else uses the weights."""
+    there = [f"{unit.name}.{part}" for unit in units if unit.repeated and part in dict(unit.module.named_modules())]
+    return called >= set(there)
 
 
 def measure_step(
@@ -274,10 +299,11 @@ def context_of(model: nn.Module, request: ServeRequest) -> int:
     return request.context or min(most, 4096)
 
 
-def _about_weights(near: int, far: int) -> str:
+def _about_weights(near: int, far: int, parts: tuple[str, ...]) -> str:
     if not far:
         return f"weights: all stay near, {format_size(near)}"
-    return f"weights: {format_size(near)} stay near, {format_size(far)} stream past in each step"
+    how = ", one part of a layer after the other" if parts else ""
+    return f"weights: {format_size(near)} stay near, {format_size(far)} stream past in each step{how}"
 
 
 def _about_rounded(model: nn.Module, request: ServeRequest) -> list[str]:
@@ -324,12 +350,18 @@ def _near(model: nn.Module, units: list[Unit]) -> set[str]:
     return {name for name, p in model.named_parameters() if p.numel() <= SMALL} | always_near(units)
 
 
-def _arena(units: list[Unit], sizes: dict[str, int], near: set[str], rows: dict[str, int]) -> tuple[int, int]:
+def _arena(
+    units: list[Unit], parts: tuple[str, ...], sizes: dict[str, int], near: set[str], rows: dict[str, int]
+) -> tuple[int, int]:
     """Bytes of near memory to stream through: as much as is of use, and the least that does."""
-    largest = max(sum(sizes[n] for n, _ in unit.parameters if n not in near and n not in rows) for unit in units)
-    tables = [TABLE_BLOCK * p.dtype.itemsize for unit in units for n, p in unit.parameters if n in rows]
-    largest = max(largest, *tables, 0)
-    return pages(int(2.3 * largest)), pages(int(1.1 * largest))
+    held = [0, *(TABLE_BLOCK * p.dtype.itemsize for unit in units for n, p in unit.parameters if n in rows)]
+    for unit in units:
+        pieces = [
+            [sizes[n] for n, _ in piece.parameters if n not in near | rows.keys()] for piece in divide(unit, parts)
+        ]
+        whole, *alone = [sum(piece) for piece in pieces]
+        held.append(whole + max(alone, default=0))
+    return pages(int((PARTS_AT_ONCE if parts else UNITS_AT_ONCE) * max(held))), pages(int(1.1 * max(held)))
 
 
 def _is_table(model: nn.Module, parameter: nn.Parameter) -> bool:
