@@ -1,7 +1,8 @@
 """What others have published of large models on small machines, beside plans for the same: python bench/published.py
 
 Each model is planned on the machine described in `outsize/machine/described/`, its step played under the simulated clock:
-with what forward leaves for backward recomputed, and moved to the host's memory. Plans are kept in published.json in the
+with what forward leaves for backward recomputed, and moved to the host's memory; and of the weights whose state lives
+there as many updated there as make a step the fastest. Plans are kept in published.json in the
 folder and not made again; docs/foresight.md gets the table.
 
 python bench/published.py --minutes 7         a portion: after so long no further plan begins
@@ -111,19 +112,23 @@ def plan(row: Row, way: str, folder: Path) -> dict[str, Any]:
         activations=way,
     )
     try:
-        found = made(None).predicted
+        chosen = made(None)
     except BudgetError as problem:
         return {"refused": str(problem), "planned_in": monotonic() - started}
+    found = chosen.predicted
     assert found is not None
     keys = ("seconds_per_step", "compute_seconds", "update_seconds", "read_wait_seconds", "write_wait_seconds")
     keys += ("wire_wait_seconds", "device_peak_bytes", "host_peak_bytes", "disk_bytes")
-    return {key: getattr(found, key) for key in keys} | {"workers": workers, "planned_in": monotonic() - started}
+    updates = {"host_updates": len(chosen.host_updates), "host_states": len(chosen.host_states)}
+    return (
+        {key: getattr(found, key) for key in keys} | updates | {"workers": workers, "planned_in": monotonic() - started}
+    )
 
 
 def line(row: Row, way: str, found: dict[str, Any]) -> str:
     what = [row.who, f"`{row.machine}`", f"{row.parameters / 1e9:,.0f} B, {row.batch} x {row.tokens}", WAYS[way]]
     if "refused" in found:
-        cells = ["refused: " + found["refused"].split(": ")[0], *[""] * 6, row.published, ""]
+        cells = ["refused: " + found["refused"].split(": ")[0], *[""] * 7, row.published, ""]
     else:
         waits = sum(found[f"{cause}_wait_seconds"] for cause in ("read", "write", "wire"))
         times = (found["seconds_per_step"], found["compute_seconds"], found["update_seconds"], waits)
@@ -135,6 +140,7 @@ def line(row: Row, way: str, found: dict[str, Any]) -> str:
         ratio = f"{found['seconds_per_step'] / row.seconds:.2f}" if row.seconds else ""
         cells = [
             *(f"{seconds:.1f}" for seconds in times),
+            f"{found['host_updates']} of {found['host_states']}",
             *(f"{nbytes / GIB:,.0f} GiB" for nbytes in sizes),
             row.published,
             ratio,
@@ -145,11 +151,11 @@ def line(row: Row, way: str, found: dict[str, Any]) -> str:
 def table(known: dict[str, dict[str, Any]]) -> str:
     head = (
         "| who | machine | model, batch x sequence of a device | activations | s/step | compute | update | waiting "
-        "| device's peak | host | disk | published | planned / published | planned in |"
+        "| updated on the host | device's peak | host | disk | published | planned / published | planned in |"
     )
     done = ((row, way, known.get(f"{row.name}, {way}")) for row in ROWS for way in WAYS)
     lines: Iterable[str] = (line(row, way, found) for row, way, found in done if found is not None)
-    return "\n".join([head, "|---|---|---|---|" + "---:|" * 7 + "---|---:|---:|", *lines])
+    return "\n".join([head, "|---|---|---|---|" + "---:|" * 8 + "---|---:|---:|", *lines])
 
 
 def main() -> None:

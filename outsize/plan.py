@@ -133,7 +133,8 @@ class Plan(Divided):
 
     With `device_bytes` a device computes, and uses up to so many of its memory; with 0 the host does.
     `near_weights` and `near_states` name the weights whose bytes, or whose optimizer state, stay near compute; those of
-    `host_weights` and `host_states` live in the memory of a device's host, all others on disk. `arena_bytes` is the near
+    `host_weights` and `host_states` live in the memory of a device's host, all others on disk; of these states those of
+    `host_updates` are updated there, by its processors. `arena_bytes` is the near
     memory through which those stream. `activations` says what is done with those of each unit it names, the others
     keep theirs; of what moves, tensors smaller than `moved_tensor_bytes`
     stay. `parts` are modules of repeated units, as they are called there, that are leased one after the other while the
@@ -160,6 +161,7 @@ class Plan(Divided):
     near_states: frozenset[str] = frozenset()
     host_weights: frozenset[str] = frozenset()
     host_states: frozenset[str] = frozenset()
+    host_updates: frozenset[str] = frozenset()
     gradient_home: str = "disk"
     activations: tuple[tuple[str, Activations], ...] = ()
     moved_tensor_bytes: int = 256 << 10
@@ -264,10 +266,11 @@ class Plan(Divided):
 
     @property
     def exactness(self) -> str:
-        """`exact`, `rounding` or `approximate`, the loosest of all choices."""
+        """`exact`, `rounding` or `approximate`, the loosest of all choices. (A device and its host may round the same update
+        otherwise.)"""
         if self.precision in ("bf16", INT8, INT4) or self.moments == "bf16":
             return "approximate"
-        return "rounding" if self.blocked_loss else "exact"
+        return "rounding" if self.blocked_loss or self.host_updates else "exact"
 
     def to_json(self) -> str:
         """The plan as a file that people can read and change."""

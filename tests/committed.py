@@ -22,7 +22,8 @@ from outsize.train.verify import Verifier
 PLAN = Plan("fp32", 12 * PAGE, device_bytes=100 * PAGE)
 BLOCKS = {"frozen": 1, "near": 1, "a": 1, "b": 2, "c": 3, "d": 1, "more": 2}  # pages; the first changes in step 0 only
 HOMES = {"near": "device", "more": "device", "b": "host", "d": "host"}
-"""Others live on disk. These are written while the next step begins: from where they stay, or from the host's memory."""
+"""Others live on disk. These are written while the next step begins: from where they stay, or from the host's memory, where b
+is leased."""
 
 
 def value_at(name: str, step: int) -> int:
@@ -43,7 +44,7 @@ class Tiny:
             half = PAGE // 2
             parts = [("first", "weight", torch.uint8, (half,)), ("rest", "moment", torch.uint8, (pages * PAGE - half,))]
             block = make_block(name, parts)
-            self.store.create(block, HOMES.get(name, "disk"))
+            self.store.create(block, HOMES.get(name, "disk"), stays=name == "b")
         self.store.create(make_block("scratch", [("data", "gradient", torch.uint8, (PAGE,))]), "disk", durable=False)
         if manifest is None:
             self.folder.write_layout(self.store)

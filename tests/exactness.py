@@ -219,7 +219,8 @@ class PlainLoop:
 
 @dataclass(frozen=True)
 class Setting:
-    """How a job is placed and run; `placement` is near, disk, mixed, or device: near, in its host's memory and on disk."""
+    """How a job is placed and run; `placement` is near, disk, mixed, or device: near, in its host's memory (a third
+    of which is updated there) and on disk."""
 
     precision: str = "fp32"
     placement: str = "disk"
@@ -242,9 +243,10 @@ def make_plan(model: nn.Module, setting: Setting) -> Plan:
         "near": (names, names),
         "disk": ([], []),
         "mixed": (names[::3], names[1::3]),
-        "device": (names[::3], names[1::3]),
+        "device": (names[::3], []),
     }[setting.placement]
     on_device = setting.placement == "device"
+    on_host = [name for index, name in enumerate(names) if index % 3 < 2] if on_device else []
     tables = table_names(model) if setting.table_rows else []
     return Plan(
         precision=setting.precision,
@@ -252,7 +254,8 @@ def make_plan(model: nn.Module, setting: Setting) -> Plan:
         near_weights=frozenset(weights),
         near_states=frozenset(states),
         host_weights=frozenset(names[1::3] if on_device else []),
-        host_states=frozenset(names[::3] if on_device else []),
+        host_states=frozenset(on_host),
+        host_updates=frozenset(on_host[::3]),  # of weights that are near, and of such that are there
         device_bytes=DEVICE * on_device,
         gradient_home=setting.gradient_home,
         activations=choose(model, setting.activations),

@@ -59,10 +59,12 @@ def weights(folder: Path, out: str) -> bytes:
 
 
 def spread_out(plan: dict[str, Any]) -> dict[str, Any]:
-    """Weights and states on the device, in its host's memory and on disk, in turn; the arena is for what streams."""
+    """Weights and states on the device, in its host's memory and on disk, in turn, and half of what is there updated there;
+    the arena is for what streams."""
     names = plan["near_weights"]
-    homes = {"near_weights": 0, "host_weights": 1, "near_states": 1, "host_states": 2}
-    return plan | {key: names[first::3] for key, first in homes.items()} | {"arena_bytes": 16 << 20}
+    homes = {"near_weights": 0, "host_weights": 1, "near_states": 2, "host_states": 1}
+    spread = {key: names[first::3] for key, first in homes.items()}
+    return plan | spread | {"host_updates": names[1::6], "arena_bytes": 16 << 20}
 
 
 def interrupted(folder: Path, out: str, *more: str) -> list[dict[str, Any]]:
@@ -79,7 +81,8 @@ def interrupted(folder: Path, out: str, *more: str) -> list[dict[str, Any]]:
 
 
 def test_a_run_on_a_device_has_the_numbers_of_the_host(folder: Path) -> None:
-    """With all on the device; and with state on it, in its host's memory and on disk, interrupted and gone on with."""
+    """With all on the device; and with state on it, in its host's memory, where some of it is updated, and on disk,
+    interrupted and gone on with."""
     host = lines(ran(folder, "host", "--device-memory", "0"))
     there = lines(ran(folder, "there", "--device-memory", "2GiB"))
     plan = json.loads((folder.parent / "there" / "planned.json").read_text())["plan"]

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain, combinations
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -162,6 +163,45 @@ def test_the_search_finds_what_trying_everything_finds(tight: Request) -> None:
     assert best < max(tried) / 2
 
 
+def slow(machine: Machine, link: float = 1e9, update: float = 4e9) -> Machine:
+    """With a link of so many bytes a second to its device, and a host that updates so many weights a second."""
+    links = tuple(_slowed(each, link) for each in machine.links)
+    host, device = machine.processor("host"), machine.compute
+    return replace(machine, links=links, processors=(replace(host, update=update, copy=28 * update), device))
+
+
+def test_the_host_updates_as_much_as_makes_a_step_the_fastest(tight: Request) -> None:
+    plan = plan_training(task(tight), place(slow(CARD)))
+    none, all_of_it = (checked(plan_with(plan, names), tight, slow(CARD)) for names in (frozenset(), plan.host_states))
+    found, *others = [each.predicted.seconds_per_step for each in (plan, none, all_of_it) if each.predicted is not None]
+    assert plan.host_updates and found is not None and plan.exactness == "rounding"
+    assert all(found <= seconds for seconds in others if seconds is not None) and found < 0.95 * (others[0] or 0.0)
+    (said,) = [reason for reason in plan.reasons if reason.startswith("update on the host: ")]
+    assert f"{len(plan.host_updates)} of the {len(plan.host_states)} weights" in said and "may round otherwise" in said
+    assert plan.predicted is not None and dict(plan.predicted.memory)["buffers of the update there"] > 0
+    assert plan.predicted.host_peak_bytes + plan.headroom_bytes <= tight.memory_bytes
+
+
+def test_a_slow_host_updates_nothing(tight: Request) -> None:
+    plan = plan_training(task(tight), place(slow(CARD, update=1e7)))
+    assert not plan.host_updates and plan.exactness == "rounding"  # its loss is over blocks
+    assert any(reason.startswith("update on the host: of nothing; with a part") for reason in plan.reasons)
+
+
+def test_no_other_choice_of_updates_on_the_host_is_much_faster(tight: Request) -> None:
+    """The search tries some of what is possible, evenly taken: within a tenth of the best of many."""
+    search = Planning(task(tight), place(slow(CARD))).search(RECOMPUTE).within(tight.memory_bytes)
+    best, draw = search.best(), Random(0)
+    names = sorted(best.placement.host_states)
+    chosen = [frozenset(draw.sample(names, draw.randrange(len(names) + 1))) for _ in range(60)]
+    tried = [search.foretell(replace(best.placement, host_updates=some)).seconds for some in chosen]
+    assert best.placement.host_updates and best.forecast.seconds <= 1.1 * min(tried)
+
+
+def plan_with(plan: Plan, updates: frozenset[str]) -> Plan:
+    return replace(plan, host_updates=updates, predicted=None)
+
+
 def every(search: Search) -> Iterator[Placement]:
     """Placements by unit: any of them with its weights or its states on the device, and of the rest any in its host's
     memory."""
@@ -219,8 +259,8 @@ def test_a_host_that_is_too_small_for_a_device_is_refused_with_what_would_do() -
 # -- a plan from a file -------------------------------------------------------------------------------------------------
 
 
-def checked(plan: Plan, request: Request) -> Plan:
-    return check_plan(plan, task(request), place())
+def checked(plan: Plan, request: Request, machine: Machine = CARD) -> Plan:
+    return check_plan(plan, task(request), place(machine))
 
 
 def test_an_edited_plan_of_a_device_is_taken_as_it_is(tight: Request) -> None:
@@ -241,6 +281,11 @@ def test_an_edited_plan_that_contradicts_the_command_or_does_not_fit_is_refused(
         checked(replace(plan, host_states=frozenset({"model.layers.9"})), tight)
     with pytest.raises(BudgetError, match=r"of the device's memory, more than the .* allowed: .* for what streams"):
         checked(replace(plan, arena_bytes=plan.arena_bytes + (1 << 30)), tight)
+    with pytest.raises(OptionError, match="host_updates names 'model.layers.9"):
+        checked(plan_with(plan, frozenset({"model.layers.9"})), tight)
+    away = next(name for name, _ in task(tight).model.named_parameters() if plan.home_of_state(name) == "disk")
+    with pytest.raises(OptionError, match=f"host_updates names '{away}', whose state lives on the disk"):
+        checked(plan_with(plan, frozenset({away})), tight)
     with pytest.raises(OptionError, match="no device computes"):
         checked(replace(plan, device_bytes=0), replace(tight, device_bytes=0))
     with pytest.raises(OptionError, match="--keeper holds what is in the host's memory"):
@@ -256,13 +301,13 @@ def test_what_comes_to_a_device_passes_its_link_and_what_all_of_them_share() -> 
     assert (alone["host"].read, eight["host"].read) == (link.bytes_per_second, limit / 8)
     assert eight["host"].both == limit / 8
     assert eight["disk"].read == disk.bytes_per_second / 8
-    slow = replace(NODE, links=tuple(_slowed(each) for each in NODE.links))
-    assert ways_of(slow)["disk"].read == ways_of(slow)["host"].read == 1e9  # the slower of both ways
+    slower = slow(NODE)
+    assert ways_of(slower)["disk"].read == ways_of(slower)["host"].read == 1e9  # the slower of both ways
     assert ways_of(NODE.hosted).keys() == {"disk"} and NODE.hosted.compute.tier == "host"
 
 
-def _slowed(link: Link) -> Link:
-    return replace(link, bytes_per_second=1e9) if "device" in (link.source, link.target) else link
+def _slowed(link: Link, rate: float) -> Link:
+    return replace(link, bytes_per_second=rate) if "device" in (link.source, link.target) else link
 
 
 @pytest.fixture(scope="module")

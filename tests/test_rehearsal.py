@@ -24,7 +24,7 @@ from outsize.planner.needs import MANY
 from outsize.planner.play import play
 from outsize.planner.prices import Cold, Price, RatedPrices, nothing, operations_of
 from outsize.planner.rehearsal import Rehearsal, Rehearsed, homes, rehearse
-from outsize.planner.script import Event, Live, Script, Spend
+from outsize.planner.script import Event, HostUpdates, Live, Script, Spend
 from outsize.train.job import always_near
 from outsize.train.optimizers import uniform_rule
 
@@ -87,7 +87,8 @@ def test_rehearsal_moves_what_the_real_run_moves(
     script = rehearse(model, plan, RULE, RatedPrices(LAPTOP), steps[0], torch.float32).whole
     always = always_near(find_units(model))
     ways = ways_of(CARD if plan.device_bytes else LAPTOP)
-    rehearsal = play(script, plan.arena_bytes, homes(plan, always), ways, STEPS, plan.commit_every, plan.near)
+    on_host = HostUpdates.of(plan)
+    rehearsal = play(script, plan.arena_bytes, homes(plan, always), ways, STEPS, plan.commit_every, plan.near, on_host)
 
     job = bind_job(model, RULE, plan, tmp_path)
     job.on_complete = lambda step: job.store.commit(lambda slots: None) if step % plan.commit_every == 0 else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from outsize.errors import BudgetError, DamageError, StorageError
 from outsize.memory.block import make_block
+from outsize.memory.device import DeviceTier
 from outsize.memory.disk import DiskTier
 from outsize.memory.entry import Residency
 from outsize.memory.homes import Committed
@@ -153,6 +155,52 @@ def test_a_commit_keeps_its_bytes_while_the_next_step_writes(tmp_path: Path) -> 
     kept = allocate_slab(extent.nbytes)
     store.tiers["disk"].read(extent, 0, kept)
     assert torch.all(kept == 1)
+    store.close()
+
+
+class Late(DiskTier):
+    """A write takes the bytes only when somebody has changed them, or nobody dares to for a while."""
+
+    changed = threading.Event()
+
+    def write(self, extent: Extent, offset: int, source: torch.Tensor) -> None:
+        self.changed.wait(0.2)
+        super().write(extent, offset, source)
+
+
+def test_what_a_commit_writes_from_a_hosts_memory_does_not_change_meanwhile(tmp_path: Path) -> None:
+    """Neither what is leased there, nor what is changed there and on the device at once."""
+    disk = Late(tmp_path / "blocks", 1 << 30)
+    tiers = {"host": HostTier(1 << 30), "disk": disk, "device": DeviceTier(1 << 30, torch.device("cpu"))}
+    store, found = Store(tiers, 4 * PAGE, allocate_slab, Transfers(), "device"), {}
+    for name in ("there", "both"):
+        store.create(make_block(name, [("data", "weight", torch.uint8, (PAGE,))]), "host", stays=name == "there")
+        put(store, name, 1)
+    store.flush()
+    store.check()
+    ticket = store.commit(found.update)
+    with store.lease("there") as there, store.lease("both") as both:
+        there.change()
+        there.bytes.fill_(2)
+        disk.changed.set()
+        disk.changed.clear()
+        twin = both.change_both()
+        assert twin is not None
+        for bytes_of_both in (twin["data"], both.bytes):
+            bytes_of_both.fill_(2)
+        disk.changed.set()
+    ticket.wait()
+    for name in ("there", "both"):
+        extent = found[name].extent
+        assert extent is not None
+        disk.read(extent, 0, kept := torch.zeros(PAGE, dtype=torch.uint8))
+        assert torch.all(kept == 1), name
+        with store.lease(name) as lease:
+            assert torch.all(lease.bytes == 2), name
+    assert store.ledger.moved["device", "host", "weight"] == PAGE  # as one of them was put, and never again
+    store.commit(found.update, wait=True)
+    assert store.ledger.moved["host", "disk", "weight"] == 4 * PAGE
+    store.check()
     store.close()
 
 

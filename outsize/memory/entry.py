@@ -22,7 +22,7 @@ class Residency(Enum):
     NEAR = "near"  # at home and near, both the same
     CHANGED = "changed"  # near only: a lease has written, home is stale
     LEAVING = "leaving"  # near, and on its way home
-    STAYING = "staying"  # near is its home
+    STAYING = "staying"  # at home in memory, near or not, where it is leased
 
 
 @dataclass
@@ -46,3 +46,15 @@ class Entry:
     copies: int = 1  # near; 2 with a twin in shared memory
     pins: int = 0
     ticket: Ticket | None = None
+    saving: Ticket | None = None  # of a commit's write from the slot
+
+    @property
+    def stays_apart(self) -> bool:
+        """It is leased at home, which is not near."""
+        return self.residency is Residency.STAYING and self.slot is not None
+
+    def check(self, resident: bool) -> None:
+        """Of a block that nobody leases; `resident`: it has a place in the arena. Raises AssertionError."""
+        assert self.pins == 0, f"{self.block.name} is still leased {self.pins} times"
+        elsewhere = self.residency in (Residency.EMPTY, Residency.FAR, Residency.STAYING)
+        assert elsewhere != resident, f"{self.block.name} is {self.residency.value} but not in its place"

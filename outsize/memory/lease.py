@@ -16,6 +16,8 @@ class Lender(Protocol):
 
     def _change(self, entry: Entry) -> None: ...
 
+    def _change_both(self, entry: Entry) -> torch.Tensor | None: ...
+
     def _give(self, entry: Entry, touch: Touch) -> None: ...
 
 
@@ -39,6 +41,12 @@ class Lease:
     def change(self) -> None:
         """Call before writing: waits until no transfer reads the bytes, and marks them as newer than home."""
         self._store._change(self._entry)
+
+    def change_both(self) -> dict[str, torch.Tensor] | None:
+        """Call before writing the same here and at home, in a device's host's memory: the parts as they lie there. None
+        where the block has no such home, or that is behind: then as `change`."""
+        home = self._store._change_both(self._entry)
+        return None if home is None else self._entry.block.views(home)
 
     def release(self) -> None:
         self._store._give(self._entry, Touch.GIVE)

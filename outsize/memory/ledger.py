@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from threading import Lock
 
 
 class Ledger:
@@ -16,6 +17,7 @@ class Ledger:
         self.moved: Counter[tuple[str, str, str]] = Counter()
         self._sums: Counter[str] = Counter()  # of `held`, by tier
         self.adopted: Counter[str] = Counter()  # by tier: bytes of `held` that a library keeps, in a form of its own
+        self._moving = Lock()  # threads that move blocks count, too
 
     def hold(self, tier: str, bytes_by_kind: Mapping[str, int], sign: int = 1) -> None:
         """Bytes appear in a tier, or leave it (`sign` -1)."""
@@ -30,8 +32,9 @@ class Ledger:
         self.hold(tier, {kind: nbytes})
 
     def move(self, source: str, destination: str, bytes_by_kind: Mapping[str, int]) -> None:
-        for kind, nbytes in bytes_by_kind.items():
-            self.moved[source, destination, kind] += nbytes
+        with self._moving:
+            for kind, nbytes in bytes_by_kind.items():
+                self.moved[source, destination, kind] += nbytes
 
     def held_in(self, tier: str) -> int:
         return self._sums[tier]

@@ -6,7 +6,7 @@
     store.commit(step, facts)                 what is at home now is step N, whatever happens next
 
 Near memory is one arena of fixed size. Blocks at home near live beside it and never move. Where a device computes, blocks
-may live in its host's memory: they come and go as from disk, and a commit writes what has changed there.
+may live in its host's memory: they come and go as from disk, or are leased there, and a commit writes what has changed.
 """
 
 from __future__ import annotations
@@ -69,9 +69,9 @@ class Store:
 
     # -- blocks ---------------------------------------------------------------------------------------------------
 
-    def create(self, block: Block, home: str, durable: bool = True) -> None:
+    def create(self, block: Block, home: str, durable: bool = True, stays: bool = False) -> None:
         """Reserve a place for `block`. Durable blocks get two extents on disk: those that `recover` announced, with the
-        bytes committed there, or new ones.
+        bytes committed there, or new ones. With `stays` one at home in a device's host's memory is leased there.
 
         Raises StorageError when the tier is full, RunError when what was committed under this name is another block."""
         if block.name in self.entries:
@@ -81,8 +81,11 @@ class Store:
             self.entries[block.name] = entry
         if home == self.near:
             self._settle_near(entry)
-        elif entry.slot is not None and entry.written:
-            self._bring_back(entry, entry.slot)
+        elif entry.slot is not None:
+            if entry.written:
+                self._bring_back(entry, entry.slot)
+            if stays:
+                entry.residency, entry.storage = Residency.STAYING, entry.home.view(entry.slot)
 
     def _settle_near(self, entry: Entry) -> None:
         """Give a block whose home is near its memory, and begin to read the bytes committed for it, if any."""
@@ -117,7 +120,7 @@ class Store:
             del self.entries[name]
             self._stale.pop(name, None)
             self.homes.leave(entry)
-            if entry.residency is Residency.STAYING:
+            if entry.residency is Residency.STAYING and not entry.stays_apart:
                 self.ledger.hold(self.near, entry.block.bytes_by_kind, -entry.copies)
 
     # -- leases ---------------------------------------------------------------------------------------------------
@@ -182,9 +185,12 @@ class Store:
 
     def _wait(self, entry: Entry, direction: str) -> None:
         """Until nothing is on its way from or to the block. Raises what went wrong with any transfer, though it be over."""
-        if entry.ticket is not None:
+        self._wait_while(lambda: entry.ticket is not None, direction)
+
+    def _wait_while(self, busy: Callable[[], bool], direction: str) -> None:
+        if busy():
             started = self.clock.now()
-            while entry.ticket is not None and self._failure is None:
+            while busy() and self._failure is None:
                 self.clock.wait(self._turn)
             self.waiting_seconds[direction] += self.clock.note("waiting", started)
         self._raise_failure()
@@ -197,6 +203,7 @@ class Store:
         with self._turn:
             self._wait(entry, "write")
             if entry.residency is Residency.STAYING:
+                self._wait_while(lambda: entry.saving is not None, "write")
                 entry.written = True
                 if entry.durable:
                     self._stale.setdefault(entry.block.name, entry)
@@ -204,6 +211,16 @@ class Store:
                         self.shared.save(entry.block.name)
             else:
                 entry.residency = Residency.CHANGED
+
+    def _change_both(self, entry: Entry) -> torch.Tensor | None:
+        with self._turn:
+            self._wait(entry, "write")
+            if entry.slot is None or entry.residency is not Residency.NEAR:
+                self._change(entry)
+                return None
+            self._wait_while(lambda: entry.saving is not None, "write")
+            self._stale.setdefault(entry.block.name, entry)
+            return entry.home.view(entry.slot)
 
     def _give(self, entry: Entry, touch: Touch) -> None:
         with self._turn:
@@ -300,7 +317,14 @@ class Store:
             return
         extent, tier = self.homes.place(entry), self.homes.tier(entry)
         self.ledger.move(entry.home.name, tier.name, entry.block.bytes_by_kind)
-        self.transfers.write(self.homes.moves(entry), extent, 0, entry.home.view(entry.slot))
+        source, then = entry.home.view(entry.slot), partial(self._saved, entry)
+        entry.saving = self.transfers.write(self.homes.moves(entry), extent, 0, source, then=then)
+
+    def _saved(self, entry: Entry, error: BaseException | None) -> None:
+        """A transfer thread reports: what a commit wants of the slot is on disk."""
+        with self._turn:
+            entry.saving, self._failure = None, self._failure or error
+            self._turn.notify_all()
 
     def _arrived(self, entry: Entry, error: BaseException | None) -> None:
         """A transfer thread reports: the block is the same at home and near."""
@@ -381,12 +405,9 @@ class Store:
             self._raise_failure()
             self._arena.check()
             for name, entry in self.entries.items():
-                assert entry.pins == 0, f"{name} is still leased {entry.pins} times"
-                elsewhere = entry.residency in (Residency.EMPTY, Residency.FAR, Residency.STAYING)
-                assert elsewhere != (name in self._arena.residents), (
-                    f"{name} is {entry.residency.value} but not in its place"
-                )
-            held = sum(e.block.nbytes * e.copies for e in self.entries.values() if e.storage is not None)
+                entry.check(resident=name in self._arena.residents)
+            near = (entry for entry in self.entries.values() if entry.storage is not None and not entry.stays_apart)
+            held = sum(entry.block.nbytes * entry.copies for entry in near)
             assert held == self.ledger.held_by_store(self.near), "the ledger and the store disagree on what is near"
             for tier in self.tiers.values():
                 tier.check()

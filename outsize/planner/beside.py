@@ -21,13 +21,14 @@ COPIES = 2  # of a matrix, as it comes from a file or goes to one
 class Beside:
     """Bytes of the host's memory by cause, where a device computes; but for what a plan lets live there.
 
-    `moved` are activations that wait there, `baseline` and `headroom` as in `Needs`; a process that is here has CUDA's
-    `libraries` in its baseline."""
+    `moved` are activations that wait there, `updating` the buffers of updates if any are there, `baseline` and `headroom` as
+    in `Needs`; a process that is here has CUDA's `libraries` in its baseline."""
 
     baseline: int
     libraries: int
     moved: int
     scratch: int
+    updating: int
     headroom: int = Ceiling.WORTH
 
     @property

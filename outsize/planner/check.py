@@ -39,7 +39,9 @@ def check_plan(plan: Plan, task: Task, place: Place) -> Plan:
     _refuse_unknown("near_states", plan.near_states, known.sizes)
     _refuse_unknown("host_weights", plan.host_weights, known.sizes)
     _refuse_unknown("host_states", plan.host_states, known.sizes)
+    _refuse_unknown("host_updates", plan.host_updates, known.sizes)
     _check_device(plan, request)
+    _check_host_updates(plan, known)
     _refuse_unknown("activations", [name for name, _ in plan.activations], [unit.name for unit in task.units])
     modules = [name for unit in task.units if unit.repeated for name, _ in unit.module.named_modules()]
     _refuse_unknown("parts", plan.parts, modules)
@@ -65,6 +67,7 @@ def check_plan(plan: Plan, task: Task, place: Place) -> Plan:
         shared=plan.shared_bytes > 0,
         host_weights=plan.host_weights - plan.near_weights - job.always,
         host_states=plan.host_states - plan.near_states,
+        host_updates=plan.host_updates,
     )
     search.tried.append(search.choice(told))
     checked = finished(search, search.tried[0])
@@ -89,11 +92,27 @@ def _check_device(plan: Plan, request: Request) -> None:
         raise OptionError(
             f"The plan computes {where[planned]}, the command {where[said]}. Give --device-memory {remedy}, or plan anew."
         )
-    if not planned and (plan.host_weights or plan.host_states):
+    if not planned and (plan.host_weights or plan.host_states or plan.host_updates):
         raise OptionError(
-            "The plan's host_weights and host_states are of a device's host, and no device computes (device_bytes is 0). "
-            "Name them in near_weights and near_states."
+            "The plan's host_weights, host_states and host_updates are of a device's host, and no device computes "
+            "(device_bytes is 0). Name weights and states in near_weights and near_states, and no updates."
         )
+
+
+def _check_host_updates(plan: Plan, job: JobSizes) -> None:
+    """The host's processors update what its memory holds."""
+    for name in sorted(plan.host_updates):
+        home = plan.home_of_state(name)
+        if home != "host":
+            raise OptionError(
+                f"The plan's host_updates names {name!r}, whose state lives on the {home}. The host updates what "
+                "lives in its memory: name it in host_states and not in near_states, or not in host_updates."
+            )
+        if not job.sizes[name].state_bytes:
+            raise OptionError(
+                f"The plan's host_updates names {name!r}, which has no optimizer state: nothing is saved by updating "
+                "it on the host. Leave it out."
+            )
 
 
 def _check_shared(plan: Plan, job: JobSizes) -> None:

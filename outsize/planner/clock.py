@@ -90,6 +90,8 @@ class Transfer:
     rate: float = 0.0
     slower: float = 1.0
     """Than it would be, as it wants more of a core than it gets."""
+    carried: bool = False
+    """By the step itself, not by a thread for transfers."""
     end: float = 0.0
     """When it will be there, if nothing else comes or goes."""
 
@@ -172,6 +174,17 @@ class SimulatedClock(Clock):
         self._submit(Transfer(WIRE, AHEAD if ahead else WIRE, seconds, 0.0, ticket.piece_done, busy * seconds))
         return ticket
 
+    def carry(self, lane: str, tier: str, direction: str, nbytes: int) -> None:
+        """`lane` copies so many bytes itself, beside what moves, and does nothing else meanwhile."""
+        started, ticket = self.time, SimulatedTicket(self, None, 1)
+        latency = self.ways[tier].latency
+        self.settle()
+        self._moving.append(Transfer(tier, direction, float(nbytes), latency, ticket.piece_done, carried=True))
+        self._pace()
+        while not ticket.done:
+            self._end_first()
+        self._note(lane, started)
+
     def finish(self, ticket: SimulatedTicket) -> None:
         """Let time pass until an exchange is done."""
         started = self.time
@@ -232,7 +245,7 @@ class SimulatedClock(Clock):
         self.time = max(self.time, first.end)
         self.settle()
         self._moving.remove(first)
-        self._free[first.direction] += 1
+        self._free[first.direction] += not first.carried
         self._start(first.direction)
         first.finish()
 

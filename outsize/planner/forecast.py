@@ -10,7 +10,7 @@ from typing import TypeVar
 from outsize.planner.clock import Ways
 from outsize.planner.play import PlayedStep, play
 from outsize.planner.rehearsal import FEWEST, Rehearsed
-from outsize.planner.script import HomeOf, Script, Touched
+from outsize.planner.script import HomeOf, HostUpdates, Script, Touched
 
 Name = TypeVar("Name")
 FEW_EVENTS = 2_000  # that touch blocks, when placements are compared
@@ -39,16 +39,23 @@ class Forecast:
 
 
 def forecast(
-    rehearsed: Rehearsed, arena_bytes: int, home_of: HomeOf, ways: Ways, closely: bool, near: str = "host"
+    rehearsed: Rehearsed,
+    arena_bytes: int,
+    home_of: HomeOf,
+    ways: Ways,
+    closely: bool,
+    near: str = "host",
+    on_host: HostUpdates = HostUpdates(),  # noqa: B008
 ) -> Forecast:
-    """Play the step under a placement, on the tier `near`. A script too long to be played is played over some of the units,
-    evenly taken, and over half as many; what those of the difference add is taken for what all others add. `closely` is
-    slower: with more units.
+    """Play the step under a placement, on the tier `near`, with updates `on_host`. A script too long to be played is played
+    over some of the units, evenly taken, and over half as many; what those of the difference add is taken for what all
+    others add. `closely` is slower: with more units.
 
     Raises BudgetError when leases leave no room in the arena."""
 
     def run(script: Script) -> Forecast:
-        return _played(script if closely else script.lean, arena_bytes, home_of, ways, near, 3 if closely else 2)
+        steps = 3 if closely else 2
+        return _played(script if closely else script.lean, arena_bytes, home_of, ways, near, on_host, steps)
 
     units = rehearsed.units
     if not units:
@@ -77,10 +84,12 @@ def with_snapshots(found: Forecast, snapshot: dict[tuple[str, str], int], every:
     return replace(found, seconds=seconds, lanes=lanes, waiting=waiting, moved=moved, commit_every=every)
 
 
-def _played(script: Script, arena_bytes: int, home_of: HomeOf, ways: Ways, near: str, steps: int) -> Forecast:
+def _played(
+    script: Script, arena_bytes: int, home_of: HomeOf, ways: Ways, near: str, on_host: HostUpdates, steps: int
+) -> Forecast:
     """The first steps record; of the `steps` that follow everything is the mean, for what is read ahead crosses the
     border between them."""
-    played = play(script, arena_bytes, home_of, ways, len(script.steps) + steps, near=near)
+    played = play(script, arena_bytes, home_of, ways, len(script.steps) + steps, near=near, on_host=on_host)
     alike = played.steps[-steps:]
 
     def mean(found: Iterable[Mapping[Name, float]]) -> dict[Name, float]:

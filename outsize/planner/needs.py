@@ -35,6 +35,7 @@ PINNED = (
 PACKED = 3  # times a matrix: what may come within one product, its operands packed and its result
 KEPT = "kept between tensors, as there is room"
 TENSORS = "tensors of a step"
+ARRIVING = 2  # pieces that come to a device's host for an update there: of a weight and of its gradient
 PIECES = {"split": 3, "none": 3, "same": 0}  # of a piece in fp32, by how masters are kept: master, gradient, one more
 
 
@@ -103,6 +104,7 @@ def find_needs(
         beside=Beside(
             *(baseline, libraries, moved_bytes(rehearsed, "host")),
             THREADS + BUFFERS * BOUNCE + COPIES * _largest_matrix(sizes, rows),
+            _updating(sizes, bare, ARRIVING),
         ),
     )
 
@@ -177,13 +179,13 @@ def _live_peak(changes: Iterable[Change]) -> int:
     return max(accumulate((nbytes for _, nbytes in changes), initial=0))
 
 
-def _updating(sizes: dict[str, WeightSize], plan: Plan) -> int:
-    """Buffers of the update, each of the largest piece in fp32: those the updater keeps, and moments that are kept in
-    bf16 as the optimizer sees them."""
+def _updating(sizes: dict[str, WeightSize], plan: Plan, more: int = 0) -> int:
+    """Buffers of the update, each of the largest piece in fp32: those the updater keeps, so many `more`, and moments that
+    are kept in bf16 as the optimizer sees them."""
     trainable = [size for size in sizes.values() if size.weight.trainable]
     chunked = (min(size.largest_gradient, 4 * PIECE) if _chunked(size) else size.largest_gradient for size in trainable)
     master = find_precision(plan.precision).master
-    buffers = max(PIECES[master], plan.clip is not None) + (2 if plan.moments == "bf16" else 0)
+    buffers = max(PIECES[master], plan.clip is not None) + (2 if plan.moments == "bf16" else 0) + more
     return buffers * max(chunked, default=0)
 
 

@@ -20,11 +20,13 @@ from outsize.planner.script import (
     Event,
     Exchanged,
     HomeOf,
+    HostUpdates,
     Live,
     Mark,
     Rows,
     Script,
     Spend,
+    Stepped,
     Touched,
 )
 from outsize.planner.thrashed import THRASHING
@@ -88,9 +90,10 @@ def play(
     steps: int = 3,
     commit_every: int | None = None,
     near: str = "host",
+    on_host: HostUpdates = HostUpdates(),  # noqa: B008
 ) -> Played:
-    """Play a run of `steps` steps on the tier `near`; after the last nothing follows. Without `commit_every` nothing is
-    committed.
+    """Play a run of `steps` steps on the tier `near`, with updates `on_host`; after the last nothing follows. Without
+    `commit_every` nothing is committed.
 
     Raises BudgetError where the run itself would, in these steps or any later one: when leases leave no room in the
     arena."""
@@ -98,7 +101,7 @@ def play(
     tiers: dict[str, Tier] = {name: NullTier(name, ENDLESS) for name in {near, "host", "disk"}}
     empty: Any = Nothing
     transfers: Any = SimulatedTransfers(clock)
-    player = _Player(_Bare(tiers, arena_bytes, empty, transfers, near), clock, home_of, commit_every)
+    player = _Player(_Bare(tiers, arena_bytes, empty, transfers, near), clock, home_of, commit_every, on_host)
     player.run(script.setup)
     player.store.flush()
     played = tuple(player.step(script.step(number), again=number + 1 < steps) for number in range(steps))
@@ -108,8 +111,17 @@ def play(
 
 
 class _Player:
-    def __init__(self, store: Store, clock: SimulatedClock, home_of: HomeOf, commit_every: int | None) -> None:
+    def __init__(
+        self,
+        store: Store,
+        clock: SimulatedClock,
+        home_of: HomeOf,
+        commit_every: int | None,
+        on_host: HostUpdates,
+    ) -> None:
         self.store, self.clock, self.home_of, self.commit_every = store, clock, home_of, commit_every
+        self.on_host = on_host
+        self._both: set[str] = set()  # weights that are changed at home, too
         self.accesses: list[tuple[str, str]] = []
         self.live: list[tuple[float, int]] = []
         self._live = self._steps = 0
@@ -122,6 +134,7 @@ class _Player:
             Touched: self._touch,
             Rows: self._rows,
             Spend: self._spend,
+            Stepped: self._step,
             Exchanged: self._exchange,
             Awaited: self._await,
             Begin: self._begin,
@@ -168,6 +181,22 @@ class _Player:
     def _spend(self, event: Spend) -> None:
         self._lane, self._due = event.lane, self._takes(event)
 
+    def _step(self, event: Stepped) -> None:
+        if not self.on_host.have(event.name):
+            self._spend(event.here)
+            return
+        if event.weight not in self._both:
+            self._carry("write", "weight", event.weight_bytes)
+        self._carry("write", "gradient", event.gradient_bytes)
+        self.clock.spend("update", event.there)
+        self._carry("read", "weight", event.weight_bytes)
+
+    def _carry(self, direction: str, kind: str, nbytes: int) -> None:
+        """Between the memory that computes and its host's, while the update waits."""
+        near = self.store.near
+        self.store.ledger.move(*(("host", near) if direction == "read" else (near, "host")), {kind: nbytes})
+        self.clock.carry("update", "host", direction, nbytes)
+
     def _takes(self, event: Spend) -> float:
         return event.seconds + self._streaming * event.beside
 
@@ -191,13 +220,17 @@ class _Player:
 
     def _create(self, event: Create) -> None:
         if event.block.name not in self.store.entries:  # a gradient's block outlives the step that made it
-            self.store.create(event.block, self.home_of(event.block.name), event.durable)
+            name = event.block.name
+            self.store.create(event.block, self.home_of(name), event.durable, self.on_host.keep(name))
 
     def _touch(self, event: Touched) -> None:
         leases = self._leases.setdefault(event.name, [])
         if event.what in ("take", "fresh"):
             self.accesses.append((event.what, event.name))
             leases.append(self.store.lease(event.name, event.what == "fresh"))
+        elif event.what == "change" and self.on_host.change_both(event.name):
+            changed = self._both.discard if leases[-1].change_both() is None else self._both.add
+            changed(event.name)
         elif event.what == "change":
             leases[-1].change()
         else:

@@ -75,6 +75,7 @@ def _host_memory(search: Search, placement: Placement) -> Causes:
             ("weights, state and gradients that live there", host_bytes(search, placement)),
             *((("activations that wait there", beside.moved),) * (beside.moved > 0)),
             ("buffers of transfers", beside.scratch),
+            *((("buffers of the update there", beside.updating),) * bool(placement.host_updates)),
         )
     needs = search.needs
     causes = (

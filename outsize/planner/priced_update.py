@@ -11,6 +11,7 @@ import torch
 
 from outsize.model.weights import RowBlock
 from outsize.planner.prices import Prices
+from outsize.planner.script import Spend, Stepped
 from outsize.train.update import Chunk, Kind, Updater
 
 
@@ -30,6 +31,7 @@ def priced_updater(prices: Prices) -> type[Updater]:
             groups: list[dict[str, Any]],
             scale: float | None,
             method: str,
+            twin: torch.Tensor | None = None,
         ) -> None:
             chunk.stepped = True
             group = groups[self.kinds.index(chunk.kind)]
@@ -39,8 +41,13 @@ def priced_updater(prices: Prices) -> type[Updater]:
             )
             make = partial(_real_step, self, chunk, weight, gradient, state_of, group, scale, method)
             spent: Any = self.store
-            price = prices.update(chunk.stop - chunk.start, like, make)
-            spent.spent("update", price.seconds, beside=price.beside)
+            elements = chunk.stop - chunk.start
+            price = prices.update(elements, like, make)
+            if self.store.near == "host" or gradient is None or not self._parts(chunk):
+                spent.spent("update", price.seconds, beside=price.beside)
+                return
+            here, there = Spend("update", price.seconds, beside=price.beside), prices.host_update(elements)
+            spent.tell(Stepped(chunk.state, chunk.block.home, here, there, gradient.nbytes, weight.nbytes))
 
     return PricedUpdater
 

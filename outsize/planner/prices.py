@@ -20,7 +20,7 @@ from torch.utils.flop_counter import flop_registry
 
 from outsize.distributed.measure import Crowd
 from outsize.machine.allocator import recycling
-from outsize.machine.machine import Machine
+from outsize.machine.machine import Machine, Processor
 from outsize.memory.host import allocate_slab
 from outsize.planner.known_prices import KnownPrices
 
@@ -65,6 +65,10 @@ class Prices(Protocol):
         long."""
         ...
 
+    def host_update(self, elements: int) -> float:
+        """Seconds of the same on the host of a device."""
+        ...
+
     def keep(self) -> None: ...
 
 
@@ -92,11 +96,18 @@ class RatedPrices:
         return Price(touched / processor.elementwise.at(max(touched, 1)) + processor.operation_seconds)
 
     def update(self, elements: int, like: Any, make: Callable[[], Callable[[], None]]) -> Price:
-        """The arithmetic on a chunk that is in a cache, and the bytes that come from memory and go back there."""
-        processor = self.machine.compute
-        return Price(elements / processor.update + elements * UPDATED / processor.copy)
+        return Price(_updated(elements, self.machine.compute))
+
+    def host_update(self, elements: int) -> float:
+        return _updated(elements, self.machine.processor("host"))
 
     def keep(self) -> None: ...
+
+
+def _updated(elements: int, processor: Processor) -> float:
+    """As fast as AdamW on fp32 of which nothing is in a cache, or as memory lets what is stored come and go: one hides under
+    the other."""
+    return max(elements / processor.update, elements * UPDATED / processor.copy)
 
 
 class Cooling:
@@ -214,6 +225,9 @@ class MeasuredPrices:
             self._prices[key] = Price(seconds, beside=seconds * self.thrashed.longer)
         return self._prices[key]
 
+    def host_update(self, elements: int) -> float:
+        return self.rated.host_update(elements)
+
     def keep(self) -> None:
         self.cooling.end()
         self.known.keep()
@@ -236,6 +250,10 @@ class CrowdedPrices:
     def update(self, elements: int, like: Any, make: Callable[[], Callable[[], None]]) -> Price:
         price = self.prices.update(elements, like, make)
         return Price(self.crowd.memory * price.seconds, beside=self.crowd.memory * price.beside)
+
+    def host_update(self, elements: int) -> float:
+        """All devices of a node have one host."""
+        return self.crowd.workers * self.prices.host_update(elements)
 
     def keep(self) -> None:
         self.prices.keep()

@@ -9,6 +9,7 @@ from outsize.distributed.arrangement import CLOSE, PEER, REMOTE
 from outsize.machine.machine import Machine
 from outsize.plan import INPUT_TO_HOST, KEEP, MOVE, MOVE_TO_HOST, RECOMPUTE, Activations, Plan
 from outsize.planner.predict import host_bytes, near_bytes, predicted
+from outsize.planner.script import Stepped
 from outsize.planner.search import Choice, Placement, Search
 from outsize.sizes import format_size
 
@@ -65,6 +66,7 @@ def _reasons(search: Search, choice: Choice, seconds: float) -> tuple[str, ...]:
         f"update: second pass, gradients wait in {placement.gradient_home}"
         if search.job.hold
         else "update: in backward, no gradient waits",
+        *_say_host_updates(search, placement),
         f"time: {choice.forecast.seconds:.2f} s a step, {work:.2f} s of them {named}, which no placement "
         f"makes shorter: at most {max(choice.forecast.seconds / max(work, 1e-9) - 1, 0):.0%} above the best there can be",
         f"commit: {_say_commit(search, choice)}",
@@ -97,6 +99,26 @@ def _say_parts(parts: tuple[str, ...]) -> tuple[str, ...]:
     if not parts:
         return ()
     return (f"parts: of each layer {', '.join(parts)} are leased one after the other: it need not be near whole",)
+
+
+def _say_host_updates(search: Search, placement: Placement) -> tuple[str, ...]:
+    """Of what lives in the memory of a device's host, what is updated there, and what that costs and saves."""
+    tried = [each.forecast.seconds for each in search.tried if each.placement.host_updates]
+    if not tried:
+        return ()
+    if not placement.host_updates:
+        return (
+            f"update on the host: of nothing; with a part of what lives there a step takes {min(tried):.2f} s at least",
+        )
+    sizes = [search.job.sizes[name] for name in placement.host_updates]
+    stepped = next(event for event in search.rehearsed.script.steps[-1] if isinstance(event, Stepped))
+    seconds = sum(size.bytes for size in sizes) * stepped.there / stepped.weight_bytes
+    link, state = search.ways["host"], sum(size.state_bytes for size in sizes)
+    return (
+        f"update on the host: of {len(sizes)} of the {len(placement.host_states)} weights whose state lives there: "
+        f"{seconds:.2f} s of its processors for {state / link.read + state / link.write:.2f} s of state over the link, there "
+        "and back; the device waits meanwhile, and AdamW may round otherwise there than on the device (rounding)",
+    )
 
 
 def of_machine(machine: Machine) -> str:

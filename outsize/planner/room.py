@@ -10,13 +10,20 @@ from collections.abc import Iterable
 
 from outsize.errors import BudgetError
 from outsize.memory.foresight import Foresight, Touch
-from outsize.planner.script import Begin, Create, Event, HomeOf, Mark, Script, Touched
+from outsize.planner.script import Begin, Create, Event, HomeOf, HostUpdates, Mark, Script, Touched
 from outsize.sizes import format_size
 
 
-def need_room(script: Script, arena_bytes: int, home_of: HomeOf, near: str = "host") -> None:
-    """Raises BudgetError unless a run of the script on the tier `near` finds room there for all that it leases."""
-    leases = _Leases(arena_bytes, home_of, near)
+def need_room(
+    script: Script,
+    arena_bytes: int,
+    home_of: HomeOf,
+    near: str = "host",
+    on_host: HostUpdates = HostUpdates(),  # noqa: B008
+) -> None:
+    """Raises BudgetError unless a run of the script on the tier `near`, with updates `on_host`, finds room there for all that
+    it leases."""
+    leases = _Leases(arena_bytes, lambda name: near if on_host.keep(name) else home_of(name), near)
     leases.follow(script.setup)
     for step in script.steps:
         leases.follow(step)

@@ -16,6 +16,7 @@ from typing import Any
 
 from outsize.memory.block import Block
 from outsize.memory.store import Lease, Store
+from outsize.plan import Plan
 
 ENDLESS = 1 << 60
 Key = tuple[int, int]
@@ -62,6 +63,19 @@ class Spend:
 
 
 @dataclass(frozen=True)
+class Stepped:
+    """The update of a chunk, whose state is the block `name`, took as `here` says on the device. On its host it would take
+    `there` seconds, and so many bytes of gradient and of weight, which belong to the block `weight`, pass the link."""
+
+    name: str
+    weight: str
+    here: Spend
+    there: float
+    gradient_bytes: int
+    weight_bytes: int
+
+
+@dataclass(frozen=True)
 class Exchanged:
     """Bytes of a kind went to other workers and came from them, over the links to `tier`, which took so long, and
     `busy` of a core. The step waited for it; or, of what comes `ahead`, did not yet."""
@@ -104,7 +118,32 @@ class Mark(Enum):
     COMPLETE = "complete"
 
 
-Event = Create | Touched | Rows | Spend | Exchanged | Awaited | Live | Begin | Mark
+Event = Create | Touched | Rows | Spend | Stepped | Exchanged | Awaited | Live | Begin | Mark
+
+
+@dataclass(frozen=True)
+class HostUpdates:
+    """Weights that are updated on a device's host, by a worker `alone` or by one of several."""
+
+    names: frozenset[str] = frozenset()
+    alone: bool = True
+
+    @classmethod
+    def of(cls, plan: Plan) -> HostUpdates:
+        return cls(plan.host_updates, plan.sharers == 1)
+
+    def have(self, block: str) -> bool:
+        """It is of such a weight, or of its state."""
+        weight = block.partition(":")[2].split("@")[0]
+        return bool(self.names) and not self.names.isdisjoint((weight, weight.rpartition(":")[0]))
+
+    def keep(self, block: str) -> bool:
+        """It is state that is leased there."""
+        return block.startswith("state:") and self.have(block)
+
+    def change_both(self, block: str) -> bool:
+        """It is changed near and, if it lives there, also there."""
+        return self.alone and block.startswith("weight:") and self.have(block)
 
 
 @dataclass(frozen=True)
@@ -131,7 +170,9 @@ class Script:
     def work(self) -> float:
         """Seconds of compute, update and exchange of one step, which no placement makes shorter; but for what comes ahead."""
         spent = (event for event in self.steps[-1] if isinstance(event, Spend | Exchanged))
-        return sum(event.seconds for event in spent if isinstance(event, Spend) or not event.ahead)
+        stepped = (event for event in self.steps[-1] if isinstance(event, Stepped))
+        work = sum(event.seconds for event in spent if isinstance(event, Spend) or not event.ahead)
+        return work + sum(min(event.here.seconds, event.there) for event in stepped)
 
     @cached_property
     def floating_operations(self) -> float:
@@ -151,7 +192,7 @@ def _lean(events: Iterable[Event]) -> tuple[Event, ...]:
 
 
 def _bare(events: Iterable[Event]) -> tuple[Event, ...]:
-    return tuple(event for event in events if not isinstance(event, Spend | Exchanged | Awaited | Live))
+    return tuple(event for event in events if not isinstance(event, Spend | Stepped | Exchanged | Awaited | Live))
 
 
 class Scribe(Store):
@@ -161,7 +202,7 @@ class Scribe(Store):
         self.events: list[Event] = []
         super().__init__(*args, **kwargs)
 
-    def create(self, block: Block, home: str, durable: bool = True) -> None:
+    def create(self, block: Block, home: str, durable: bool = True, stays: bool = False) -> None:
         self.events.append(Create(block, home, durable))
         super().create(block, self.near, durable)
 

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import inf
 
 from outsize.asked import Request
 from outsize.distributed.wire import NO_WIRE, Wire
@@ -24,10 +25,11 @@ from outsize.planner.keeper import keeper_bytes
 from outsize.planner.needs import Needs, gradient_bytes
 from outsize.planner.rehearsal import Rehearsed, homes
 from outsize.planner.room import need_room
-from outsize.planner.script import Create
+from outsize.planner.script import Create, HostUpdates
 from outsize.planner.sizes_of import WeightSize
 
 SNAPSHOT_SHARE = 8  # of what a step moves, snapshots of state in memory may add one part in so many
+PARTS = 4  # of what lives in a device's host's memory, of which each may be updated there
 LONGEST_WITHOUT = 50  # steps between snapshots, at most
 TIGHT = 0.05  # by so much a small arena must be faster: where the disk is not as measured it loses more, docs/log.md
 
@@ -92,7 +94,8 @@ class JobSizes:
 @dataclass(frozen=True)
 class Placement:
     """What is near, and how much is left for what is not; `filled` says what the rest was filled with first. `host_weights`
-    and `host_states` live in the memory of a device's host, and whatever else is not near on disk."""
+    and `host_states` live in the memory of a device's host, and whatever else is not near on disk; `host_updates` are
+    updated there."""
 
     near_weights: frozenset[str]
     near_states: frozenset[str]
@@ -103,6 +106,7 @@ class Placement:
     """All blocks lie in memory that outlives the process, each with a twin."""
     host_weights: frozenset[str] = frozenset()
     host_states: frozenset[str] = frozenset()
+    host_updates: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -255,10 +259,10 @@ class Search:
         found = Placement(frozenset(weights), frozenset(states), arena, "disk", order)
         return self._beside(found) if self.bare.device_bytes else found
 
-    def _beside(self, placement: Placement) -> Placement:
-        """With what is not near in the memory of the device's host, as far as that goes: first weights, which else would
-        pass the disk most often, then gradients that wait, all or none, then states."""
-        room, sizes = self.host_room, self.job.sizes
+    def _beside(self, placement: Placement, less: int = 0) -> Placement:
+        """With what is not near in the memory of the device's host, as far as that goes, but for so much `less`: first
+        weights, which else would pass the disk most often, then gradients that wait, all or none, then states."""
+        room, sizes = self.host_room - less, self.job.sizes
         gradients = self.gradient_bytes()
         weights, states = set[str](), set[str]()
         for name, size in reversed(sizes.items()):
@@ -292,7 +296,41 @@ class Search:
                     break
         if not self.tried:
             raise problem or BudgetError("No placement fits; give more memory.")
+        best = self._fastest
+        if best.placement.host_states and not best.forecast.hides_all:
+            self._try_host_updates(best.placement)
+        return self._fastest
+
+    @property
+    def _fastest(self) -> Choice:
         return min(self.tried, key=lambda choice: choice.cost)
+
+    def _try_host_updates(self, placement: Placement) -> None:
+        """Let the device's host update all, or a part, of what lives in its memory: ever finer about the fastest part."""
+        beside = self.needs.beside
+        assert beside is not None
+        placement = self._beside(placement, beside.updating)
+        costs = {0: self._fastest.cost}
+        for step in (PARTS, PARTS // 2, PARTS // 4):
+            best = min(costs, key=costs.__getitem__)
+            for part in {best - step, best + step} & set(range(1, PARTS + 1)) - costs.keys():
+                found = replace(placement, host_updates=self._spread_out(placement.host_states, part / PARTS))
+                try:
+                    self.tried.append(self.choice(found))
+                    costs[part] = self.tried[-1].cost
+                except BudgetError:
+                    costs[part] = inf
+
+    def _spread_out(self, names: frozenset[str], part: float) -> frozenset[str]:
+        """So much of these states, by bytes, evenly over the model."""
+        chosen, taken, passed = set[str](), 0, 0
+        for name, size in self.job.sizes.items():
+            if name in names and size.state_bytes:
+                passed += size.state_bytes
+                if taken + size.state_bytes / 2 <= part * passed:
+                    chosen.add(name)
+                    taken += size.state_bytes
+        return frozenset(chosen)
 
     def choice(self, placement: Placement) -> Choice:
         """What it comes to. Raises BudgetError as `foretell`."""
@@ -308,6 +346,7 @@ class Search:
             near_states=placement.near_states,
             host_weights=placement.host_weights,
             host_states=placement.host_states,
+            host_updates=placement.host_updates,
             gradient_home=placement.gradient_home,
             headroom_bytes=(self.needs.beside or self.needs).headroom,
             shared_bytes=self.job.all_bytes if placement.shared else 0,
@@ -316,12 +355,14 @@ class Search:
     def need_room(self, placement: Placement) -> None:
         """Raises BudgetError when leases find no room in the arena; of a long script, too, all units count."""
         plan = self.plan(placement)
-        need_room(self.rehearsed.asked, plan.arena_bytes, homes(plan, self.job.always), plan.near)
+        home_of = homes(plan, self.job.always)
+        need_room(self.rehearsed.asked, plan.arena_bytes, home_of, plan.near, HostUpdates.of(plan))
 
     def foretell(self, placement: Placement, closely: bool = False) -> Forecast:
         plan = self.plan(placement)
         home_of = homes(plan, self.job.always)
-        found = forecast(self.rehearsed, plan.arena_bytes, home_of, self.ways, closely, plan.near)
+        on_host = HostUpdates.of(plan)
+        found = forecast(self.rehearsed, plan.arena_bytes, home_of, self.ways, closely, plan.near, on_host)
         return with_snapshots(found, self.snapshot(placement), self.commit_every(placement, found), self.ways)
 
     def snapshot(self, placement: Placement) -> dict[tuple[str, str], int]:

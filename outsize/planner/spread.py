@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import cache, partial
 
 from outsize.model.activations import ACTIVATION
-from outsize.planner.script import Create, Event, Key, Live, Rows, Touched
+from outsize.planner.script import Create, Event, Key, Live, Rows, Stepped, Touched
 
 
 def spread(events: Iterable[Event], names: list[str], every: list[str]) -> tuple[Event, ...]:
@@ -137,6 +137,8 @@ def _renamed(events: list[Event], old: str, new: str, place: int | None, later: 
             return event if place is None else Live((event.key[0], place), event.nbytes)
         if isinstance(event, Touched):
             return Touched(event.what, name(event.name))
+        if isinstance(event, Stepped):
+            return replace(event, name=name(event.name), weight=name(event.weight))
         return replace(event, name=name(event.name)) if isinstance(event, Rows) else event
 
     return [rename(event) for event in events]

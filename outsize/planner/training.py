@@ -252,7 +252,7 @@ class Planning:
                 found.append(search)
                 best = search.best()
                 fastest = min(fastest, best.cost)
-                if best.forecast.hides_all:
+                if best.forecast.hides_all and not best.placement.host_updates:
                     break  # what comes computes or exchanges more
         return found
 

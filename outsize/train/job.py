@@ -366,7 +366,7 @@ def bind(
         weight = weights[name] = make_weight(name, parameter, dtype, home, rows.get(name), shares, stage)
         create_blocks(store, weight)
         if weight.trainable:
-            updater.add(weight, plan.home_of_state(name))
+            updater.add(weight, plan.home_of_state(name), name in plan.host_updates)
         if not store.has_bytes(weight.blocks[0].home):  # else a committed step has brought them
             fill_blocks(store, weight, lambda start, stop, name=name: read(name, start, stop), updater.put)
         if progress is not None:

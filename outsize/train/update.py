@@ -24,8 +24,10 @@ from outsize.memory.store import Lease, Store
 from outsize.model.attach import place_of
 from outsize.model.weights import WEIGHT, RowBlock, Weight
 from outsize.plan import Plan
+from outsize.train.host_side import HostSide
 from outsize.train.optimizers import OptimizerRule, StateLayout, is_elementwise, state_layout
 from outsize.train.precision import Precision
+from outsize.train.scalars import again, plain, revived
 
 CHUNK = 1 << 22  # elements stepped at once; each transfer of their state costs its threads a fifth of a millisecond
 PIECE = 1 << 20  # elements joined, stepped and split before the next ones: as many as the caches hold
@@ -96,6 +98,8 @@ class Chunk:
     shape: tuple[int, ...]
     kind: Kind
     layout: StateLayout
+    on_host: bool = False
+    """Its state stays in a device's host's memory, and is stepped there."""
     stepped: bool = False
     scalars: dict[str, Any] = field(default_factory=dict)
     group: dict[str, Any] = field(default_factory=dict)
@@ -121,12 +125,14 @@ class Updater:
         self.step_number = 0
         self.seconds = 0.0  # spent in `update`, not counting waits for state
         self._moment_dtype = moment_dtype
-        self._scratch: dict[str, torch.Tensor] = {}
+        self._host = HostSide(store)
+        self._scratch: dict[tuple[str, torch.device], torch.Tensor] = {}
 
     # -- what there is --------------------------------------------------------------------------------------------
 
-    def add(self, weight: Weight, home: str) -> None:
-        """Reserve the state of a trainable weight. Raises OptionError when the optimizer refuses its shape."""
+    def add(self, weight: Weight, home: str, on_host: bool = False) -> None:
+        """Reserve the state of a trainable weight, to be stepped `on_host` if it lives in a device's host's memory. Raises
+        OptionError when the optimizer refuses its shape."""
         kind = find_kind(self.kinds, *self.rule(weight.name, weight.parameter))
         kind.weights.append(weight)
         for block in weight.blocks:
@@ -135,7 +141,8 @@ class Updater:
             for chunk in self.chunks[block.name]:
                 parts = self._parts(chunk)
                 if parts:
-                    self.store.create(make_block(chunk.state, parts), home)
+                    chunk.on_host = on_host
+                    self.store.create(make_block(chunk.state, parts), home, stays=on_host)
 
     def _cut(self, block: RowBlock, shape: tuple[int, ...], kind: Kind) -> Iterator[Chunk]:
         name, own = block.name.replace(WEIGHT, "state", 1), block.shares.own
@@ -194,7 +201,8 @@ class Updater:
         for chunk in self.chunks[block.name]:
             span = slice(chunk.start, chunk.stop)
             with self.store.lease(chunk.state) as lease:
-                join_master(weight[span], lease.tensors["low"], out[span], torch.empty_like(out[span]))
+                low = lease.tensors["low"].to(weight.device)
+                join_master(weight[span], low, out[span], torch.empty_like(out[span]))
         return out
 
     # -- stepping ---------------------------------------------------------------------------------------------------
@@ -207,12 +215,18 @@ class Updater:
 
         `groups` are the hyper-parameters of each kind now."""
         waited, started = sum(self.store.waiting_seconds.values()), self.store.clock.now()
-        weight.change()
+        chunks = self.chunks[block.name]
+        both = None
+        if self.group.size == 1 and any(chunk.on_host for chunk in chunks):
+            both = weight.change_both()
+        else:  # what others have updated comes near alone, and goes home from there
+            weight.change()
         elements = weight.tensors[WEIGHT].view(-1)
         own = elements[block.own_at_home]
-        for chunk in self.chunks[block.name]:
+        for chunk in chunks:
             span = slice(chunk.start - block.shares.own.start, chunk.stop - block.shares.own.start)
-            self._visit(chunk, own[span], gradient[span], groups, scale, "step")
+            twin = None if both is None else both[WEIGHT].view(-1)[span]
+            self._visit(chunk, own[span], gradient[span], groups, scale, "step", twin)
         waited = sum(self.store.waiting_seconds.values()) - waited
         self.seconds += self.store.clock.note("update", started) - waited
         self.group.gather(elements, block.shares, last=block.stage)
@@ -250,13 +264,14 @@ class Updater:
         groups: list[dict[str, Any]],
         scale: float | None,
         method: str,
+        twin: torch.Tensor | None = None,
     ) -> None:
         if not self._parts(chunk):
             self._step(chunk, weight, gradient, dict, groups, scale, method)
             return
         with self.store.lease(chunk.state) as lease:
             lease.change()
-            self._step(chunk, weight, gradient, lambda: lease.tensors, groups, scale, method)
+            self._step(chunk, weight, gradient, lambda: lease.tensors, groups, scale, method, twin)
 
     def _step(
         self,
@@ -267,8 +282,10 @@ class Updater:
         groups: list[dict[str, Any]],
         scale: float | None,
         method: str,
+        twin: torch.Tensor | None = None,
     ) -> None:
-        """A piece after the other, where the arithmetic allows it: what was joined is still in the cache when it is split."""
+        """A piece after the other, where the arithmetic allows it: what was joined is still in the cache when it is split.
+        On a device's host in place in the `twin`, the same numbers at home there, or in a copy."""
         held = state_of()
         size = PIECE if is_elementwise(chunk.kind.cls) else max(weight.numel(), 1)
         scalars, group = chunk.scalars, chunk.group
@@ -276,10 +293,15 @@ class Updater:
             piece = slice(start, start + size)
             low = held["low"][piece] if "low" in held else None
             state = {name[6:]: tensor[piece] for name, tensor in held.items() if name.startswith("state.")}
-            master = self._master(weight[piece], low)
-            given = None if gradient is None else self._gradient(gradient[piece], scale)
-            scalars, group = self._call(chunk, master, given, state, groups, method)
-            self._keep(f"{chunk.state} {start}", master, weight[piece], low)
+            numbers, given = weight[piece], None if gradient is None else gradient[piece]
+            if chunk.on_host:
+                numbers = self._host.bring("weight", numbers) if twin is None else twin[piece]
+                given = None if given is None else self._host.bring("gradient", given)
+            master = self._master(numbers, low)
+            scalars, group = self._call(chunk, master, self._gradient(given, scale), state, groups, method)
+            self._keep(f"{chunk.state} {start}", master, numbers, low)
+            if chunk.on_host:
+                self._host.give_back("weight", numbers, weight[piece])
         chunk.stepped, chunk.scalars, chunk.group = True, scalars, group
 
     def _master(self, weight: torch.Tensor, low: torch.Tensor | None) -> torch.Tensor:
@@ -299,9 +321,10 @@ class Updater:
         return buffer if scale is None else buffer.mul_(scale)
 
     def _buffer(self, name: str, like: torch.Tensor) -> torch.Tensor:
-        buffer = self._scratch.get(name)
+        buffer = self._scratch.get((name, like.device))
         if buffer is None or buffer.numel() < like.numel():
-            buffer = self._scratch[name] = torch.empty(like.numel(), dtype=torch.float32, device=like.device)
+            buffer = torch.empty(like.numel(), dtype=torch.float32, device=like.device)
+            self._scratch[name, like.device] = buffer
         return buffer[: like.numel()]
 
     def _call(
@@ -328,7 +351,7 @@ class Updater:
         optimizer.state.clear()
         dtypes = {name: dtype for name, _, dtype in chunk.layout.tensors}
         if chunk.stepped:
-            scalars = {name: _again(name, value, group, master.device) for name, value in chunk.scalars.items()}
+            scalars = {name: again(name, value, group, master.device) for name, value in chunk.scalars.items()}
             optimizer.state[parameter] = scalars | {k: t.to(dtypes[k]) for k, t in state.items()}
         getattr(optimizer, method)()
         kept = optimizer.state[parameter]
@@ -354,7 +377,7 @@ class Updater:
         found: dict[str, dict[str, Any]] = {}
         for chunk in self._all_chunks():
             if chunk.stepped:
-                fact = {"scalars": _plain(chunk.scalars), "group": _plain(chunk.group)}
+                fact = {"scalars": plain(chunk.scalars), "group": plain(chunk.group)}
                 found.setdefault(repr(fact), {**fact, "chunks": []})["chunks"].append(chunk.state)
         return list(found.values())
 
@@ -365,33 +388,8 @@ class Updater:
             for name in fact["chunks"]:
                 chunk = chunks[name]
                 chunk.stepped = True
-                chunk.scalars, chunk.group = _revived(fact["scalars"]), _revived(fact["group"])
+                chunk.scalars, chunk.group = revived(fact["scalars"]), revived(fact["group"])
 
     def _all_chunks(self) -> Iterator[Chunk]:
         for chunks in self.chunks.values():
             yield from chunks
-
-
-def _again(name: str, value: Any, group: dict[str, Any], device: torch.device) -> Any:
-    """A scalar for the optimizer to change, where it wants that: torch's have their step on the host, unless kernels count
-    it, and other tensors beside the parameter."""
-    if not torch.is_tensor(value):
-        return value
-    counted = name != "step" or group.get("fused") or group.get("capturable")
-    return value.to(device if counted else "cpu", copy=True)
-
-
-def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: {"tensor": value.tolist(), "dtype": str(value.dtype).removeprefix("torch.")}
-        if torch.is_tensor(value)
-        else value
-        for name, value in sorted(values.items())
-    }
-
-
-def _revived(values: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: torch.tensor(value["tensor"], dtype=getattr(torch, value["dtype"])) if isinstance(value, dict) else value
-        for name, value in values.items()
-    }
