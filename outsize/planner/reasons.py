@@ -101,26 +101,6 @@ def _say_parts(parts: tuple[str, ...]) -> tuple[str, ...]:
     return (f"parts: of each layer {', '.join(parts)} are leased one after the other: it need not be near whole",)
 
 
-def _say_host_updates(search: Search, placement: Placement) -> tuple[str, ...]:
-    """Of what lives in the memory of a device's host, what is updated there, and what that costs and saves."""
-    tried = [each.forecast.seconds for each in search.tried if each.placement.host_updates]
-    if not tried:
-        return ()
-    if not placement.host_updates:
-        return (
-            f"update on the host: of nothing; with a part of what lives there a step takes {min(tried):.2f} s at least",
-        )
-    sizes = [search.job.sizes[name] for name in placement.host_updates]
-    stepped = next(event for event in search.rehearsed.script.steps[-1] if isinstance(event, Stepped))
-    seconds = sum(size.bytes for size in sizes) * stepped.there / stepped.weight_bytes
-    link, state = search.ways["host"], sum(size.state_bytes for size in sizes)
-    return (
-        f"update on the host: of {len(sizes)} of the {len(placement.host_states)} weights whose state lives there: "
-        f"{seconds:.2f} s of its processors for {state / link.read + state / link.write:.2f} s of state over the link, there "
-        "and back; the device waits meanwhile, and AdamW may round otherwise there than on the device (rounding)",
-    )
-
-
 def of_machine(machine: Machine) -> str:
     """What a plan says of where its rates come from."""
     return f"machine: {machine.name}, {machine.origin}"
@@ -175,6 +155,26 @@ def _say_commit(search: Search, choice: Choice) -> str:
         held = f"a crash loses {every} at most" if every > 1 else "a crash loses the step under way"
     often = f"every {every} steps" if every > 1 else "every step"
     return f"{often}, {snapshot} from memory while the next computes; {held}"
+
+
+def _say_host_updates(search: Search, placement: Placement) -> tuple[str, ...]:
+    """Of what lives in the memory of a device's host, what is updated there, and what that costs and saves."""
+    tried = [each.forecast.seconds for each in search.tried if each.placement.host_updates]
+    if not tried:
+        return ()
+    if not placement.host_updates:
+        return (
+            f"update on the host: of nothing; with a part of what lives there a step takes {min(tried):.2f} s at least",
+        )
+    sizes = [search.job.sizes[name] for name in placement.host_updates]
+    stepped = next(event for event in search.rehearsed.script.steps[-1] if isinstance(event, Stepped))
+    seconds = sum(size.bytes for size in sizes) * stepped.there / stepped.weight_bytes
+    link, state = search.ways["host"], sum(size.state_bytes for size in sizes)
+    return (
+        f"update on the host: of {len(sizes)} of the {len(placement.host_states)} weights whose state lives there: "
+        f"{seconds:.2f} s of its processors for {state / link.read + state / link.write:.2f} s of state over the link, there "
+        "and back; the device waits meanwhile, and AdamW may round otherwise there than on the device (rounding)",
+    )
 
 
 def told(activations: tuple[tuple[str, Activations], ...]) -> str:
