@@ -143,11 +143,12 @@ class Search:
         bare, request = replace(self.bare, memory_bytes=memory_bytes), replace(self.request, memory_bytes=memory_bytes)
         return Search(bare, self.job, self.needs, request, self.ways, self.rehearsed, self.wire)
 
-    def loosened(self) -> Search:
+    def loosened(self, only_fitting: bool = False) -> Search:
         """With the least arena as large as a step needs in which everything streams: between leases of several sizes, which
-        end in another order than they begin, there are gaps that no block fits. That placement is tried, then."""
+        end in another order than they begin, there are gaps that no block fits. That placement is tried, then.
+        `only_fitting`: as far as the budget goes; else to tell what would do."""
         found, always = self.within(self.request.memory_bytes), frozenset(self.job.always)
-        while True:
+        while found.fits or not only_fitting:
             least = found.needs.least_arena
             placement = Placement(always, always, least, "disk", "nothing")
             try:
@@ -158,6 +159,7 @@ class Search:
                 larger = pages(int(1.1 * least))
                 good = max(larger, found.needs.good_arena)
                 found.needs = replace(found.needs, least_arena=larger, good_arena=good)
+        return found
 
     @property
     def wall(self) -> int:

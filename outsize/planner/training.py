@@ -247,7 +247,7 @@ class Planning:
             if not search.fits or search.rehearsed.work >= fastest:
                 continue
             if search.room < search.needs.good_arena:
-                search = search.loosened()
+                search = search.loosened(only_fitting=True)
             if search.fits:
                 found.append(search)
                 best = search.best()
@@ -319,7 +319,7 @@ def _fastest(found: list[Search]) -> Plan:
     try:
         return _first_with_room(found)
     except BudgetError:
-        looser = [search for search in (search.loosened() for search in found) if search.fits]
+        looser = [search for search in (search.loosened(only_fitting=True) for search in found) if search.fits]
         if not looser:
             raise
     for search in looser:
