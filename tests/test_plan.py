@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from itertools import chain, combinations
+from itertools import chain, combinations, islice
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,7 @@ from outsize.asked import Request
 from outsize.distributed.measure import Crowd
 from outsize.errors import BudgetError, OptionError
 from outsize.machine.find import find_machine
+from outsize.machine.machine import Link
 from outsize.model.units import find_units
 from outsize.plan import KEEP, MOVE, RECOMPUTE, Activations, Plan, Predicted
 from outsize.planner.check import check_plan, read_plan
@@ -249,6 +250,23 @@ def test_the_search_finds_what_trying_everything_finds() -> None:
     assert len(tried) > 30
     assert best <= 1.02 * min(tried)
     assert best < max(tried)
+
+
+def test_no_placement_is_faster_than_what_must_move() -> None:
+    """Told by the script of either way, and no small part of the fastest where the disk is slow."""
+    slow = replace(place(), machine=replace(LAPTOP, links=tuple(_slower(link) for link in LAPTOP.links)))
+    planning = Planning(task(replace(REQUEST, sequence_length=64), layers=2), slow)
+    ways = [planning.search(how).within(REQUEST.memory_bytes) for how in (KEEP, RECOMPUTE)]
+    for search in ways:
+        least = search.needs.least + search.job.everything // 3
+        search.request = replace(search.request, memory_bytes=int(least / 0.98))
+        seconds = [search.foretell(placement).seconds for placement in islice(every(search), 0, None, 5)]
+        for told in ways:
+            assert len(seconds) > 3 and 0.25 * min(seconds) < told.moving(search.room) <= min(seconds)
+
+
+def _slower(link: Link) -> Link:
+    return replace(link, bytes_per_second=link.bytes_per_second / 10)
 
 
 def test_a_small_arena_must_be_clearly_faster() -> None:

@@ -21,7 +21,7 @@ from outsize.machine.devices import CONTEXT
 from outsize.machine.find import find_machine
 from outsize.machine.machine import Link, Machine
 from outsize.model.units import find_units
-from outsize.plan import INPUT_TO_HOST, MOVE, MOVE_TO_HOST, RECOMPUTE, SPARE, Plan
+from outsize.plan import INPUT_TO_HOST, KEEP, MOVE, MOVE_TO_HOST, RECOMPUTE, SPARE, Plan
 from outsize.planner.beside import LIBRARIES
 from outsize.planner.check import check_plan
 from outsize.planner.clock import ways_of
@@ -100,6 +100,24 @@ def test_a_plan_names_what_lives_where(tight: Request) -> None:
     (said,) = [reason for reason in plan.reasons if reason.startswith("host: ")]
     assert "live in the memory of the device's host" in said and "live on disk alone" in said
     assert re.search(r"\ndevice +its memory peaks at [\d.]+ GiB of [\d.]+ GiB\n +1.00 GiB the driver", str(plan))
+
+
+def test_keeping_is_not_rehearsed_where_what_must_pass_for_it_takes_longer() -> None:
+    """And looked at all the same, it is slower."""
+    links = tuple(
+        replace(link, bytes_per_second=link.bytes_per_second / (20 if "device" in (link.source, link.target) else 1))
+        for link in CARD.links
+    )
+    there, request = place(replace(CARD, links=links)), replace(ROOMY, sequence_length=256, batch_size=16)
+    wide = tiny_model("llama", tied=True, layers=6, hidden=1024)
+    kept = Planning(Task(wide, find_units(wide), RULE, request), there).search(KEEP)
+    device = int((kept.needs.fixed + kept.needs.good_arena) / (1 - SPARE)) + MIB
+    planning = Planning(Task(wide, find_units(wide), RULE, replace(request, device_bytes=device)), there)
+    plan = planning.within(request.memory_bytes)
+    assert plan.predicted is not None and plan.predicted.seconds_per_step is not None
+    assert [how for how, *_ in planning._searches] == [RECOMPUTE]
+    slower = planning.search(KEEP).within(request.memory_bytes)
+    assert slower.fits and slower.best().cost > plan.predicted.seconds_per_step
 
 
 def test_inputs_of_layers_move_to_the_host_where_the_device_has_no_room_for_them_all() -> None:

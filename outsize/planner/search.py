@@ -18,6 +18,7 @@ from outsize.errors import BudgetError
 from outsize.machine.caching import ROUND, lasting
 from outsize.memory.tier import PAGE, pages
 from outsize.plan import NEAR, SPARE, Activations, Plan
+from outsize.planner.bound import Used
 from outsize.planner.clock import Ways
 from outsize.planner.forecast import Forecast, forecast, with_snapshots
 from outsize.planner.keeper import keeper_bytes
@@ -182,6 +183,19 @@ class Search:
         if self.bare.device_bytes:
             return size.weight_on_device, size.state_on_device
         return size.bytes, size.state_bytes
+
+    @cached_property
+    def used(self) -> Used:
+        """What a step needs and changes, wherever it lives."""
+        return Used.by(self.rehearsed.asked, homes(self.bare, self.job.always), self.bare.near)
+
+    def moving(self, room: int) -> float:
+        """Seconds that blocks take at least to come and go with no more room near, where no activations move."""
+        sizes = (size for name, size in self.job.sizes.items() if name not in self.job.always)
+        all_bytes = sum(size.bytes + size.state_bytes for size in sizes) + self.gradient_bytes()
+        if all_bytes < (1 - SPARE) * self.host_room:  # then none of them lives on disk
+            return self.used.seconds(room, self.ways["host"])
+        return self.used.seconds(room + self.host_room, self.ways["disk"])
 
     @cached_property
     def waiting(self) -> bool:

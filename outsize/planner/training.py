@@ -23,7 +23,7 @@ from outsize.model.units import Unit
 from outsize.model.vocabulary import Table
 from outsize.plan import INPUT_TO_HOST, KEEP, MOVE, MOVE_TO_HOST, RECOMPUTE, Activations, Plan
 from outsize.planner.beside import LIBRARIES
-from outsize.planner.clock import ways_of
+from outsize.planner.clock import Ways, ways_of
 from outsize.planner.known_prices import KnownPrices, prices_file
 from outsize.planner.meeting import seconds_of_meeting
 from outsize.planner.needs import find_needs
@@ -194,8 +194,11 @@ class Planning:
         ways = [(how, job) for job in jobs for how in self._considered]
         wall = self._task.request.device_bytes or memory_bytes
         possible = [(how, job) for how, job in ways if self._held(how) <= wall]
-        for how, job in possible:
-            if self._work(how, job) >= fastest or (found and how == INPUT_TO_HOST):  # which is for want of room alone
+        late = self._keeps_late(memory_bytes)
+        for how, job in sorted(possible, key=lambda way: late and way[0] == KEEP):
+            if found and how == INPUT_TO_HOST:  # which is for want of room alone
+                continue
+            if self._least(how, job, memory_bytes, found) >= fastest:
                 continue
             search = self.search(how, job).within(memory_bytes)
             if not search.fits or search.rehearsed.work >= fastest:
@@ -206,7 +209,7 @@ class Planning:
                 found.append(search)
                 best = search.best()
                 fastest = min(fastest, best.cost)
-                if best.forecast.hides_all:
+                if best.forecast.hides_all and not late:
                     break  # what comes computes or exchanges more
         if not found:
             tried = [self.search(how, job).within(memory_bytes) for how, job in possible or ways[-1:]]
@@ -243,12 +246,31 @@ class Planning:
         held = CONTEXT if request.device_bytes else self._place.baseline_bytes
         return held + (request.underway * self._left.nbytes if how == KEEP else 0)
 
-    def _work(self, how: Activations, job: JobSizes) -> float:
-        """Seconds that a step computes at least, told without another rehearsal: what is not kept is computed again."""
+    def _least(self, how: Activations, job: JobSizes, memory_bytes: int, found: list[Search]) -> float:
+        """Seconds that a step takes at least, told without another rehearsal: what is not kept is computed again, and what is
+        kept takes the room of what else would not pass."""
         kept = self._searches.get((KEEP, job.copies, job.ahead))
-        if kept is None or how != RECOMPUTE:
-            return 0.0
-        return kept.rehearsed.work + len(self._task.batches) * self._left.seconds
+        if kept is not None and how == RECOMPUTE:
+            return kept.rehearsed.work + len(self._task.batches) * self._left.seconds
+        if how == KEEP:
+            room = (self._task.request.device_bytes or memory_bytes) - self._held(how)
+            alike = (s for s in found if s.job is job and RECOMPUTE in dict(s.bare.activations).values())
+            return max((search.moving(room) for search in alike), default=0.0)
+        return 0.0
+
+    def _keeps_late(self, memory_bytes: int) -> bool:
+        """To keep all is tried last: what would have to pass for want of room takes longer than to compute all again. That is
+        a guess, by which nothing but the order is settled."""
+        request, ways = self._task.request, self._ways
+        if self._considered[:2] != [KEEP, RECOMPUTE] or request.legs:
+            return False
+        passing = self._task.job.everything - (request.device_bytes or memory_bytes) + self._held(KEEP)
+        computing = 4 * len(self._task.batches) * self._left.seconds
+        return computing > 0 and passing > computing * sum(way.read for way in ways.values())
+
+    @cached_property
+    def _ways(self) -> Ways:
+        return ways_of(self._place.machine, self._place.crowd.workers)
 
     @cached_property
     def _left(self) -> Left:
