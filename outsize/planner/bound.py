@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import chain
 
 from outsize.planner.clock import Rates
-from outsize.planner.script import Create, Event, HomeOf, Script, Touched
+from outsize.planner.script import Create, HomeOf, Script, Touched
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Used:
     @classmethod
     def by(cls, script: Script, home_of: HomeOf, near: str) -> Used:
         """`home_of`: with nothing near but what must be."""
-        created = (event.block for event in chain(script.setup, *script.steps) if _keeps(event))
-        sizes = {block.name: block.nbytes for block in created if home_of(block.name) != near}
+        created = (event for event in chain(script.setup, *script.steps) if isinstance(event, Create) and event.durable)
+        sizes = {e.block.name: e.block.nbytes for e in created if home_of(e.block.name) != near}
         touched = [event for event in script.steps[-1] if isinstance(event, Touched) and event.name in sizes]
         begin = next((at for at, event in enumerate(touched) if event.what in ("change", "fresh")), len(touched))
         first = {event.name: event.what for event in reversed(touched)}
@@ -41,7 +41,3 @@ class Used:
         writing = max(self.changed - room, 0) / way.write
         slower = min(max((way.read + way.write) / way.both, 1.0), 2.0)  # both at once, than one alone
         return max(reading, writing) + (slower - 1.0) * min(reading, writing)
-
-
-def _keeps(event: Event) -> bool:
-    return isinstance(event, Create) and event.durable
