@@ -27,7 +27,8 @@ from outsize.plan import Plan
 from outsize.planner.beside import HOST_SHARE
 from outsize.planner.cluster import close_of, places, wire_of
 from outsize.planner.pipeline import fullest, lines_of, plan_line
-from outsize.planner.training import Place, Planning, Task, plan_training
+from outsize.planner.task import Task
+from outsize.planner.training import Place, Planning, plan_training
 from outsize.planner.workers import Worker, plan_workers
 from outsize.sizes import format_size, parse_size
 from outsize.train.export import Exported, export_checkpoint

@@ -35,7 +35,8 @@ from outsize.planner.check import check_plan, read_plan
 from outsize.planner.from_settings import check_arranged, request_of
 from outsize.planner.pipeline import leave_legs, lines_of, plan_line
 from outsize.planner.remembered import circumstances, recall, recall_slowness, remember, remember_slowness
-from outsize.planner.training import Place, Task, check_disk, plan_training
+from outsize.planner.task import Task
+from outsize.planner.training import Place, check_disk, plan_training
 from outsize.planner.workers import Worker, alike_disks, plan_workers
 from outsize.reporting import report_run
 from outsize.train.budgets import device_memory, host_memories

@@ -27,7 +27,8 @@ from outsize.memory.tier import PAGE
 from outsize.model.units import find_units
 from outsize.plan import Plan
 from outsize.planner.needs import KEPT, TENSORS
-from outsize.planner.training import Place, Task, plan_training
+from outsize.planner.task import Task
+from outsize.planner.training import Place, plan_training
 from outsize.train.optimizers import uniform_rule
 
 pytestmark = pytest.mark.skipif(not shared.AVAILABLE, reason="Linux only")

@@ -17,7 +17,7 @@ from outsize.planner.meeting import Timed, seconds_of_meeting
 from outsize.planner.prices import COLD, LEAST, Cooling, MeasuredPrices, RatedPrices, Thrashed, yardsticks
 from outsize.planner.rehearsal import rehearse
 from outsize.planner.thrashed import STEP, thrashed
-from outsize.planner.training import sample_batches
+from outsize.planner.task import sample_batches
 from outsize.train.optimizers import uniform_rule
 
 LAPTOP = find_machine("laptop")

@@ -15,7 +15,8 @@ from outsize.machine.find import find_machine
 from outsize.model.units import find_units
 from outsize.plan import Plan
 from outsize.planner.check import check_plan
-from outsize.planner.training import Place, Task, plan_training
+from outsize.planner.task import Task
+from outsize.planner.training import Place, plan_training
 from outsize.train.counts import Ways
 from outsize.train.data import PackedDataset, pack
 from outsize.train.optimizers import uniform_rule

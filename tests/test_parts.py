@@ -23,7 +23,8 @@ from outsize.machine.find import find_machine
 from outsize.model.units import find_units, parts_of
 from outsize.plan import KEEP, RECOMPUTE, Activations, Plan
 from outsize.planner.check import check_plan
-from outsize.planner.training import Place, Planning, Task, plan_training
+from outsize.planner.task import Task
+from outsize.planner.training import Place, Planning, plan_training
 from outsize.train.optimizers import default_rule, uniform_rule
 
 ADAMW = default_rule("adamw", {"lr": 1e-3, "weight_decay": 0.1})

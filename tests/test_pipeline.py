@@ -22,7 +22,8 @@ from outsize.model.units import find_units
 from outsize.planner.cluster import wire_of
 from outsize.planner.legs import find_route
 from outsize.planner.pipeline import even_legs, plan_line
-from outsize.planner.training import Place, Task
+from outsize.planner.task import Task
+from outsize.planner.training import Place
 from outsize.planner.workers import Worker
 from outsize.train.recipe import rule_of
 

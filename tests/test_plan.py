@@ -26,7 +26,8 @@ from outsize.planner.prices import CrowdedPrices, MeasuredPrices, RatedPrices
 from outsize.planner.reasons import finished
 from outsize.planner.rehearsal import rehearse
 from outsize.planner.search import Placement, Search
-from outsize.planner.training import Place, Planning, Task, plan_training, sample_batches
+from outsize.planner.task import Task, sample_batches
+from outsize.planner.training import Place, Planning, plan_training
 from outsize.planner.trial import left_behind
 from outsize.train.optimizers import uniform_rule
 

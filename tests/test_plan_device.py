@@ -27,7 +27,8 @@ from outsize.planner.beside import LIBRARIES
 from outsize.planner.check import check_plan
 from outsize.planner.clock import ways_of
 from outsize.planner.search import Placement, Search
-from outsize.planner.training import Place, Planning, Task, plan_training
+from outsize.planner.task import Task
+from outsize.planner.training import Place, Planning, plan_training
 from outsize.train.optimizers import uniform_rule
 
 MIB = 1 << 20

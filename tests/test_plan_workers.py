@@ -25,7 +25,8 @@ from outsize.planner.cluster import wire_of
 from outsize.planner.pipeline import _Line, fullest, lines_of, plan_line
 from outsize.planner.prices import RatedPrices
 from outsize.planner.rehearsal import Rehearsal
-from outsize.planner.training import Place, Task, sample_batches
+from outsize.planner.task import Task, sample_batches
+from outsize.planner.training import Place
 from outsize.planner.workers import Worker, plan_workers
 from outsize.train.optimizers import uniform_rule
 from outsize.train.recipe import rule_of

@@ -20,7 +20,8 @@ from outsize.planner.play import play
 from outsize.planner.prices import RatedPrices
 from outsize.planner.rehearsal import homes, rehearse
 from outsize.planner.room import need_room
-from outsize.planner.training import Place, Planning, Task
+from outsize.planner.task import Task
+from outsize.planner.training import Place, Planning
 from outsize.train.job import always_near
 from outsize.train.optimizers import uniform_rule
 

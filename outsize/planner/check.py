@@ -11,8 +11,9 @@ from outsize.errors import BudgetError, OptionError
 from outsize.plan import Plan
 from outsize.planner.needs import tensor_bytes
 from outsize.planner.reasons import finished, of_machine
-from outsize.planner.search import JobSizes, Placement
-from outsize.planner.training import Place, Task, check_disk, search_of, sizes_of_job
+from outsize.planner.search import Placement
+from outsize.planner.task import JobSizes, Task, sizes_of_job
+from outsize.planner.training import Place, check_disk, search_of
 from outsize.sizes import format_size
 from outsize.train.job import always_near
 

@@ -20,7 +20,8 @@ from outsize.model.units import Unit, find_units
 from outsize.plan import RECOMPUTE, Plan, Predicted
 from outsize.planner.legs import find_route
 from outsize.planner.rehearsal import bare_copy
-from outsize.planner.training import Task, plan_training
+from outsize.planner.task import Task
+from outsize.planner.training import plan_training
 from outsize.planner.turns import play_turns, stretch_of
 from outsize.planner.workers import Worker, as_slow
 from outsize.sizes import format_size

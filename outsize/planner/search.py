@@ -18,7 +18,7 @@ from outsize.distributed.wire import NO_WIRE, Wire
 from outsize.errors import BudgetError
 from outsize.machine.caching import ROUND, lasting
 from outsize.memory.tier import PAGE, pages
-from outsize.plan import NEAR, SPARE, Activations, Plan
+from outsize.plan import NEAR, SPARE, Plan
 from outsize.planner.bound import Used
 from outsize.planner.clock import Ways
 from outsize.planner.forecast import Forecast, forecast, with_snapshots
@@ -27,69 +27,12 @@ from outsize.planner.needs import Needs, gradient_bytes
 from outsize.planner.rehearsal import Rehearsed, homes
 from outsize.planner.room import need_room
 from outsize.planner.script import Create, HostUpdates
-from outsize.planner.sizes_of import WeightSize
+from outsize.planner.task import JobSizes
 
 SNAPSHOT_SHARE = 8  # of what a step moves, snapshots of state in memory may add one part in so many
 PARTS = 4  # of what lives in a device's host's memory, of which each may be updated there
 LONGEST_WITHOUT = 50  # steps between snapshots, at most
 TIGHT = 0.05  # by so much a small arena must be faster: where the disk is not as measured it loses more, docs/log.md
-
-
-@dataclass(frozen=True)
-class JobSizes:
-    """What a job is made of, whatever is decided. `hold`: gradients wait for the step's end. `ahead`: bytes of split weights
-    that are gathered before they are needed. `parts`: of units, that are leased one after the other."""
-
-    sizes: dict[str, WeightSize]
-    rows: dict[str, int]
-    blocked: bool
-    always: set[str]
-    hold: bool
-    split: frozenset[str] = frozenset()
-    copies: int = 1
-    ahead: int = 0
-    parts: tuple[str, ...] = ()
-
-    @cached_property
-    def everything(self) -> int:
-        """Bytes of all weights and states that need not be near, and of their gradients if these wait."""
-        held = gradient_bytes(self.sizes) if self.hold else 0
-        return held + sum(s.bytes + s.state_bytes for name, s in self.sizes.items() if name not in self.always)
-
-    @cached_property
-    def all_bytes(self) -> int:
-        """Of all blocks."""
-        return sum(size.bytes + size.state_bytes for size in self.sizes.values())
-
-    def plan(self, request: Request, activations: tuple[tuple[str, Activations], ...]) -> Plan:
-        """All that is settled before anything is placed."""
-        return Plan(
-            precision=request.precision,
-            arena_bytes=0,
-            activations=activations,
-            parts=self.parts,
-            table_rows=tuple(self.rows.items()),
-            blocked_loss=self.blocked,
-            accumulate=request.accumulate,
-            hold=self.hold,
-            clip=request.clip,
-            moments=request.moments,
-            workers=request.workers,
-            nodes=request.nodes,
-            close=request.close,
-            zero=request.zero,
-            split_weights=self.split,
-            weight_copies=self.copies,
-            gather_ahead_bytes=self.ahead,
-            sequences=request.sequences,
-            shares=request.shares or (),
-            rank=request.rank,
-            legs=request.legs,
-            legs_shape=request.legs_shape,
-            schedule=request.schedule,
-            memory_bytes=request.memory_bytes,
-            device_bytes=request.device_bytes,
-        )
 
 
 @dataclass(frozen=True)
@@ -198,11 +141,8 @@ class Search:
         return Used.by(self.rehearsed.asked, homes(self.bare, self.job.always), self.bare.near)
 
     def moving(self, room: int) -> float:
-        """Seconds that blocks take at least to come and go with no more room near, where no activations move."""
-        sizes = (size for name, size in self.job.sizes.items() if name not in self.job.always)
-        all_bytes = sum(size.bytes + size.state_bytes for size in sizes) + self.gradient_bytes()
-        if all_bytes < (1 - SPARE) * self.host_room:  # then none of them lives on disk, and all may be updated there
-            return max(self.used.forward - room, 0) / self.ways["host"].read
+        """Seconds that the disk takes at least for blocks that come and go with no more room near, where no activations move.
+        What lives in the memory of a device's host may be updated there, so that no more is told of it."""
         return self.used.seconds(room + self.host_room, self.ways["disk"])
 
     @cached_property

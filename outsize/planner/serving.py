@@ -22,7 +22,7 @@ from outsize.plan import STORED, KvLayer, Plan, Predicted, Serving
 from outsize.planner.needs import KERNELS, PACKED, THREADS, changes_of, held_for
 from outsize.planner.serving_forecast import run_step
 from outsize.planner.sizes_of import SMALL
-from outsize.planner.training import TABLE_BLOCK, table_rows
+from outsize.planner.task import TABLE_BLOCK, table_rows
 from outsize.planner.trial import measurable, on_fake_tensors
 from outsize.serve.attention import Discovery, context_limit
 from outsize.serve.cache import page_shape

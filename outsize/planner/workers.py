@@ -16,8 +16,9 @@ from outsize.machine.machine import Machine
 from outsize.plan import KEEP, RECOMPUTE, SPARE, Plan
 from outsize.planner.clock import ways_of
 from outsize.planner.prices import RatedPrices
-from outsize.planner.search import JobSizes, Search
-from outsize.planner.training import SETTLED, Place, Planning, Task, plan_training
+from outsize.planner.search import Search
+from outsize.planner.task import JobSizes, Task
+from outsize.planner.training import SETTLED, Place, Planning, plan_training
 from outsize.sizes import format_size
 
 FINE = 16  # parts that an even share is counted as
