@@ -190,11 +190,8 @@ class Search:
         return Used.by(self.rehearsed.asked, homes(self.bare, self.job.always), self.bare.near)
 
     def moving(self, room: int) -> float:
-        """Seconds that blocks take at least to come and go with no more room near, where no activations move."""
-        sizes = (size for name, size in self.job.sizes.items() if name not in self.job.always)
-        all_bytes = sum(size.bytes + size.state_bytes for size in sizes) + self.gradient_bytes()
-        if all_bytes < (1 - SPARE) * self.host_room:  # then none of them lives on disk
-            return self.used.seconds(room, self.ways["host"])
+        """Seconds that the disk takes at least for blocks that come and go with no more room near, where no activations move.
+        What lives in the memory of a device's host may be updated there, so that no more is told of it."""
         return self.used.seconds(room + self.host_room, self.ways["disk"])
 
     @cached_property
