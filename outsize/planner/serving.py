@@ -153,7 +153,7 @@ class _Room:
         return count
 
     def take_weights(self, groups: list[dict[str, int]]) -> set[str]:
-        """As many as there is room for, of each unit all or none, evenly spread: while those that stay compute, those that
+        """As many as there is room for, of each group all or none, evenly spread: while those that stay compute, those that
         stream are read. What then is left takes single weights."""
         share = min(1.0, self.left / max(1, sum(sum(sizes.values()) for sizes in groups)))
         taken: set[str] = set()
@@ -221,9 +221,24 @@ def _streaming(
         raise room.too_small(least)
     room.taken[STREAM] = min(wanted, room.left - room.least_pages) // pages(1) * pages(1)
     count = room.take_pages(room.for_pages)
-    free = [{n: sizes[n] for n, _ in unit.parameters if n not in near and n not in rows} for unit in units]
-    near |= room.take_weights(free)
+    free = {name: nbytes for name, nbytes in sizes.items() if name not in near | rows.keys()}
+    near |= room.take_weights(_together(units, parts, groups, free))
     return _Placed(near, rows, _packed(model, groups, near - set(rows), 0), count, parts)
+
+
+def _together(
+    units: list[Unit], parts: tuple[str, ...], groups: list[tuple[str, ...]], free: dict[str, int]
+) -> list[dict[str, int]]:
+    """Bytes by the names of what stays or streams as one, in the order of use: what is leased at once, and linear layers that
+    can be one product."""
+    group_of = {name: number for number, group in enumerate(groups) for name in group}
+    found: dict[tuple[str, str | int], dict[str, int]] = {}
+    for unit in units:
+        for piece in divide(unit, parts):
+            for name, _ in piece.parameters:
+                if name in free:
+                    found.setdefault((unit.name, group_of.get(name, piece.name)), {})[name] = free.pop(name)
+    return list(found.values())
 
 
 def discover(model: nn.Module) -> tuple[tuple[KvLayer, ...], list[tuple[str, ...]], set[str]]:
