@@ -19,6 +19,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import date
+from math import inf
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -139,7 +140,7 @@ def verdicts(results: dict[str, dict[str, Any]]) -> Iterator[str]:
     yield _verdict("largest error of a peak", OFF["peak"], max(map(abs, peaks)))
     yield _verdict("largest error of a step", OFF["step"], max(map(abs, steps)))
     yield _verdict("median error of a step", OFF["median step"], statistics.median(map(abs, steps)))
-    even = [step for found, step in zip(done, steps, strict=True) if abs(found.get("drift", 0.0)) <= EVEN]
+    even = [step for found, step in zip(done, steps, strict=True) if abs(found.get("drift", inf)) <= EVEN]
     if even:
         what = f"largest error of the {len(even)} steps whose bytes alone took what the probe says, within {EVEN:.0%}"
         yield _verdict(what, OFF["step"], max(map(abs, even)))
@@ -203,8 +204,9 @@ class Portion:
         from outsize.machine.file import read_machine
 
         machine = read_machine(Path(self.settings["OUTSIZE_MACHINE"]))
-        alone, both = machine.link("disk", "host").bytes_per_second, machine.limit("disk")
-        return max(read - written, 0) / alone + 2 * written / both
+        alone, out = (machine.link(*way).bytes_per_second for way in (("disk", "host"), ("host", "disk")))
+        both = machine.limit("disk")
+        return max(read - written, 0) / alone + 2 * min(read, written) / both + max(written - read, 0) / out
 
 
 def main() -> None:

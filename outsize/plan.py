@@ -211,10 +211,11 @@ class Plan(Divided):
             )
 
         nested = [name for name in self.parts if name.startswith(tuple(f"{other}." for other in self.parts))]
-        if nested or "" in self.parts:
+        twice = [name for name in self.parts if not name or self.parts.count(name) > 1]
+        if nested or twice:
             raise OptionError(
-                f"A plan's parts cannot have {(nested or [''])[0]!r}, which lies in another one or is the unit itself. "
-                "Leave it out."
+                f"A plan's parts cannot have {(nested + twice)[0]!r}, which lies in another one, is there twice or is the "
+                "unit itself. Leave it out."
             )
         if self.gather_ahead_bytes and len(set(self.sequences)) > 1:
             raise OptionError(

@@ -16,8 +16,8 @@ from outsize.planner.known_prices import TIMES, KnownPrices, Then, prices_file
 from outsize.planner.meeting import Timed, seconds_of_meeting
 from outsize.planner.prices import COLD, LEAST, Cooling, MeasuredPrices, RatedPrices, Thrashed, yardsticks
 from outsize.planner.rehearsal import rehearse
-from outsize.planner.thrashed import STEP, thrashed
 from outsize.planner.task import sample_batches
+from outsize.planner.thrashed import STEP, thrashed
 from outsize.train.optimizers import uniform_rule
 
 LAPTOP = find_machine("laptop")

@@ -8,7 +8,9 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -54,6 +56,22 @@ def test_parts_are_outermost_modules_with_weights_worth_it() -> None:
     assert parts_of(units, small) == ("mix", "out")
     assert parts_of(units, {name for unit in units for name, _ in unit.parameters if "mix" not in name}) == ()
     assert "mlp.experts" in parts_of(find_units(make_model("mixtral")), ())
+
+
+def test_what_is_not_called_is_no_part() -> None:
+    """Its weight is used by somebody else, who would find nothing there."""
+    job = task()
+    for unit in job.units:
+        if unit.repeated:
+            unit.module.mlp.forward = partial(_by_hand, unit.module.mlp)
+    assert job.jobs_by_parts[0].parts == LLAMA[:-1]
+    plan = replace(plan_training(job, place()), parts=LLAMA)
+    with pytest.raises(OptionError, match=r"parts name 'mlp\.down_proj', which is not called"):
+        check_plan(plan, job, place())
+
+
+def _by_hand(mlp: Any, hidden: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.linear(mlp.act_fn(mlp.gate_proj(hidden)) * mlp.up_proj(hidden), mlp.down_proj.weight)
 
 
 # -- less near at once ----------------------------------------------------------------------------------------------

@@ -196,6 +196,8 @@ def test_the_host_updates_as_much_as_makes_a_step_the_fastest(tight: Request) ->
     none, all_of_it = (checked(plan_with(plan, names), tight, slow(CARD)) for names in (frozenset(), plan.host_states))
     found, *others = [each.predicted.seconds_per_step for each in (plan, none, all_of_it) if each.predicted is not None]
     assert plan.host_updates and found is not None and plan.exactness == "rounding"
+    whole = replace(plan, blocked_loss=False, table_rows=())
+    assert whole.exactness == "rounding" and replace(whole, host_updates=frozenset()).exactness == "exact"
     assert all(found <= seconds for seconds in others if seconds is not None) and found < 0.95 * (others[0] or 0.0)
     (said,) = [reason for reason in plan.reasons if reason.startswith("update on the host: ")]
     assert f"{len(plan.host_updates)} of the {len(plan.host_states)} weights" in said and "may round otherwise" in said

@@ -89,6 +89,15 @@ def parts_of(units: Sequence[Unit], small: Collection[str]) -> tuple[str, ...]:
     return tuple(outermost) if len(outermost) > 1 else ()
 
 
+def called_parts(parts: Sequence[str], units: Sequence[Unit], called: Collection[str]) -> tuple[str, ...]:
+    """Those that are `called` (by names in the model) in every repeated unit that has them: of one that is not, somebody else
+    uses the weights, and would find nothing there."""
+    repeated = [(unit.name, dict(unit.module.named_modules())) for unit in units if unit.repeated]
+    return tuple(
+        part for part in parts if all(f"{name}.{part}" in called for name, modules in repeated if part in modules)
+    )
+
+
 def _repeated_blocks(model: nn.Module) -> set[str]:
     found: set[str] = set()
     for path, module in model.named_modules():

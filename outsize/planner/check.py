@@ -46,6 +46,11 @@ def check_plan(plan: Plan, task: Task, place: Place) -> Plan:
     _refuse_unknown("activations", [name for name, _ in plan.activations], [unit.name for unit in task.units])
     modules = [name for unit in task.units if unit.repeated for name, _ in unit.module.named_modules()]
     _refuse_unknown("parts", plan.parts, modules)
+    for part in sorted(set(plan.parts) - set(task.called(plan.parts))):
+        raise OptionError(
+            f"The plan's parts name {part!r}, which is not called in every unit that has it: who else uses its weight would "
+            "find nothing. Leave it out."
+        )
     _refuse_unknown("table_rows", [name for name, _ in plan.table_rows], known.rows)
     if {name for name, _ in plan.table_rows} != (known.rows.keys() if plan.blocked_loss else set()):
         raise OptionError(
@@ -102,6 +107,11 @@ def _check_device(plan: Plan, request: Request) -> None:
 
 def _check_host_updates(plan: Plan, job: JobSizes) -> None:
     """The host's processors update what its memory holds."""
+    if plan.host_updates and plan.legs:
+        raise OptionError(
+            "The plan's host_updates are of a pipeline, whose ends may hold one table that they must update alike. Leave "
+            "them out."
+        )
     for name in sorted(plan.host_updates):
         home = plan.home_of_state(name)
         if home != "host":
@@ -113,6 +123,11 @@ def _check_host_updates(plan: Plan, job: JobSizes) -> None:
             raise OptionError(
                 f"The plan's host_updates names {name!r}, which has no optimizer state: nothing is saved by updating "
                 "it on the host. Leave it out."
+            )
+        if not job.sizes[name].elementwise:
+            raise OptionError(
+                f"The plan's host_updates names {name!r}, whose optimizer multiplies whole matrices: what that takes on the "
+                "host is not known. Leave it out."
             )
 
 

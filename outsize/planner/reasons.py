@@ -60,7 +60,7 @@ def _reasons(search: Search, choice: Choice, seconds: float) -> tuple[str, ...]:
         f"near: {format_size(near_bytes(search, placement))} stay in {_where(search)}, {placement.filled} first: {why}",
         *_say_host(search, placement),
         f"arena: {format_size(placement.arena_bytes)} for what streams; {format_size(needs.least_arena)} is the least",
-        *_say_parts(search.bare.parts),
+        *_say_parts(search.bare.parts, search.request.accumulate),
         f"activations: {told(search.bare.activations)}; a step's tensors take " + format_size(needs.tensors),
         "loss: over blocks of the vocabulary (rounding)" if search.job.blocked else "loss: the module's own",
         f"update: second pass, gradients wait in {placement.gradient_home}"
@@ -95,10 +95,13 @@ def _say_host(search: Search, placement: Placement) -> tuple[str, ...]:
     )
 
 
-def _say_parts(parts: tuple[str, ...]) -> tuple[str, ...]:
+def _say_parts(parts: tuple[str, ...], accumulate: int) -> tuple[str, ...]:
     if not parts:
         return ()
-    return (f"parts: of each layer {', '.join(parts)} are leased one after the other: it need not be near whole",)
+    often = f", for each of {accumulate} micro-batches anew" if accumulate > 1 else ""
+    return (
+        f"parts: of each layer {', '.join(parts)} are leased one after the other: it need not be near whole{often}",
+    )
 
 
 def of_machine(machine: Machine) -> str:
@@ -168,7 +171,7 @@ def _say_host_updates(search: Search, placement: Placement) -> tuple[str, ...]:
         )
     sizes = [search.job.sizes[name] for name in placement.host_updates]
     stepped = next(event for event in search.rehearsed.script.steps[-1] if isinstance(event, Stepped))
-    seconds = sum(size.bytes for size in sizes) * stepped.there / stepped.weight_bytes
+    seconds = sum(size.whole for size in sizes) / search.bare.sharers * stepped.there / stepped.weight_bytes
     link, state = search.ways["host"], sum(size.state_bytes for size in sizes)
     return (
         f"update on the host: of {len(sizes)} of the {len(placement.host_states)} weights whose state lives there: "

@@ -253,7 +253,8 @@ class Search:
         if not self.tried:
             raise problem or BudgetError("No placement fits; give more memory.")
         best = self._fastest
-        if best.placement.host_states and not best.forecast.hides_all:
+        # An exact plan stays exact; and of a pipeline both ends may hold one table, which they must update alike.
+        if best.placement.host_states and not best.forecast.hides_all and self.job.blocked and not self.request.legs:
             self._try_host_updates(best.placement)
         return self._fastest
 
@@ -278,10 +279,10 @@ class Search:
                     costs[part] = inf
 
     def _spread_out(self, names: frozenset[str], part: float) -> frozenset[str]:
-        """So much of these states, by bytes, evenly over the model."""
+        """So much of these states, by bytes, evenly over the model; of those whose update on a host has a price."""
         chosen, taken, passed = set[str](), 0, 0
         for name, size in self.job.sizes.items():
-            if name in names and size.state_bytes:
+            if name in names and size.state_bytes and size.elementwise:
                 passed += size.state_bytes
                 if taken + size.state_bytes / 2 <= part * passed:
                     chosen.add(name)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import nn
@@ -16,14 +14,14 @@ from outsize.errors import BudgetError, OptionError
 from outsize.machine.allocator import LARGEST_RECYCLED, Ceiling
 from outsize.memory.tier import pages
 from outsize.model.route import Leg
-from outsize.model.units import Unit, divide, parts_of
+from outsize.model.units import Unit, called_parts, divide, parts_of
 from outsize.model.vocabulary import Table
 from outsize.plan import STORED, KvLayer, Plan, Predicted, Serving
 from outsize.planner.needs import KERNELS, PACKED, THREADS, changes_of, held_for
 from outsize.planner.serving_forecast import run_step
 from outsize.planner.sizes_of import SMALL
 from outsize.planner.task import TABLE_BLOCK, table_rows
-from outsize.planner.trial import measurable, on_fake_tensors
+from outsize.planner.trial import measurable, note_calls, on_fake_tensors
 from outsize.serve.attention import Discovery, context_limit
 from outsize.serve.cache import page_shape
 from outsize.serve.layout import Span
@@ -215,7 +213,7 @@ def _streaming(
     rows = {name: count for name, count in _tables(model).items() if name in sizes}
     largest = max((nbytes for name, nbytes in sizes.items() if name not in near | rows.keys()), default=0)
     room.taken.update({WEIGHTS: sum(sizes[name] for name in near), KERNEL: PACKED * largest})
-    parts = tuple(part for part in parts_of(units, near) if _is_called(part, units, called))
+    parts = called_parts(parts_of(units, near), units, called)
     wanted, least = _arena(units, parts, sizes, near, rows)
     if room.left < least + room.least_pages:
         raise room.too_small(least)
@@ -249,8 +247,7 @@ def discover(model: nn.Module) -> tuple[tuple[KvLayer, ...], list[tuple[str, ...
 
     def run(fake: nn.Module) -> None:
         ids = torch.zeros((1, 2), dtype=torch.long)
-        for name, module in fake.named_modules():
-            module.register_forward_pre_hook(functools.partial(_note, called, name))
+        note_calls(fake, called)
         with calls.watching(fake):
             fake(input_ids=ids, position_ids=ids, use_cache=False, paged=found)
 
@@ -264,16 +261,6 @@ def discover(model: nn.Module) -> tuple[tuple[KvLayer, ...], list[tuple[str, ...
             run(fake)
     found.complete(model)
     return _in(_dtype(model), tuple(found.layers)), calls.groups(), called
-
-
-def _note(called: set[str], name: str, module: nn.Module, args: Any) -> None:
-    called.add(name)
-
-
-def _is_called(part: str, units: list[Unit], called: set[str]) -> bool:
-    """Wherever there is such a module: of one that is not, somebody else uses the weights."""
-    there = [f"{unit.name}.{part}" for unit in units if unit.repeated and part in dict(unit.module.named_modules())]
-    return called >= set(there)
 
 
 def measure_step(
@@ -375,7 +362,8 @@ def _arena(
             [sizes[n] for n, _ in piece.parameters if n not in near | rows.keys()] for piece in divide(unit, parts)
         ]
         whole, *alone = [sum(piece) for piece in pieces]
-        held.append(whole + max(alone, default=0))
+        # Where something stays for as long as a layer runs, what comes and goes may leave a gap on either side of it.
+        held.append(whole + max(alone, default=0) * (2 if whole else 1))
     return pages(int((PARTS_AT_ONCE if parts else UNITS_AT_ONCE) * max(held))), pages(int(1.1 * max(held)))
 
 

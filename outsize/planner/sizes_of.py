@@ -45,6 +45,8 @@ class WeightSize:
     weight_on_device: int
     state_on_device: int
     """What a device's allocator takes for the blocks, when they stay there."""
+    elementwise: bool = False
+    """Its optimizer takes each element by itself."""
 
     @property
     def state_bytes(self) -> int:
@@ -113,7 +115,8 @@ def sizes_of(
             if weight.trainable:
                 updater.add(weight, "disk")
             known[looks] = _size(store, updater, weight, group.arrangement, sent)
-        found[name] = replace(known[looks], weight=weight)
+        alone = weight.trainable and is_elementwise(rule(name, parameter)[0])
+        found[name] = replace(known[looks], weight=weight, elementwise=alone)
     transfers.close()
     return found
 

@@ -11,12 +11,13 @@ from torch import nn
 from outsize.asked import Request
 from outsize.distributed.arrangement import Arrangement
 from outsize.errors import OptionError
-from outsize.model.units import Unit, divide, parts_of
+from outsize.model.units import Unit, called_parts, divide, parts_of
 from outsize.model.vocabulary import Table
 from outsize.plan import Activations, Plan
 from outsize.planner.needs import gradient_bytes
 from outsize.planner.rehearsal import Batch
 from outsize.planner.sizes_of import SMALL, WeightSize, sizes_of, split_weights
+from outsize.planner.trial import calls_of
 from outsize.train.job import always_near, users_of
 from outsize.train.optimizers import OptimizerRule
 
@@ -123,7 +124,12 @@ class Task:
     def jobs_by_parts(self) -> list[JobSizes]:
         """The same where units are leased by parts, as many as they have; none, where they have no choice."""
         parts = parts_of(self.units, self._sized[0].always) if self.request.parts is None else ()
+        parts = self.called(parts)
         return self._jobs(parts) if parts else []
+
+    def called(self, parts: tuple[str, ...]) -> tuple[str, ...]:
+        """Those of `parts` that every unit calls."""
+        return called_parts(parts, self.units, calls_of(self.model, self.batches[0])) if parts else ()
 
     def _jobs(self, parts: tuple[str, ...]) -> list[JobSizes]:
         jobs = [replace(job, parts=parts) for job in self._sized]

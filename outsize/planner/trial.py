@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +29,28 @@ def on_fake_tensors(model: nn.Module) -> Iterator[nn.Module]:
     fake = fake_copy(model, mode)
     with mode, torch.no_grad():
         yield fake
+
+
+def note_calls(model: nn.Module, called: set[str]) -> None:
+    """From here on the names of modules that are called go to `called`."""
+    for name, module in model.named_modules():
+        module.register_forward_pre_hook(partial(_note, called, name))
+
+
+def _note(called: set[str], name: str, module: nn.Module, args: Any) -> None:
+    called.add(name)
+
+
+def calls_of(model: nn.Module, batch: Batch) -> set[str]:
+    """Names of the modules that a forward pass calls, told on fake tensors; of none, where that goes by numbers."""
+    called = set[str]()
+    try:
+        with on_fake_tensors(model) as fake, torch.random.fork_rng(devices=[]):
+            note_calls(fake, called)
+            fake(**batch)
+    except (ValueError, IndexError, KeyError, AttributeError, RuntimeError):
+        return set()
+    return called
 
 
 def measurable(model: Any) -> nn.Module:
