@@ -92,16 +92,17 @@ def attach(
     recycle_up_to(0)  # of weights that come in, none leaves a hole for others to spread over
     store = open_store(plan, folder)
 
-    def read(name: str, start: int, stop: int) -> torch.Tensor:
-        tensor = sources[name]
-        return tensor[start:stop] if tensor.dim() else tensor
-
     def forget(name: str) -> None:
         del sources[name]  # so that the module's own copy goes as soon as the store has it
 
-    job = bind(model, units, plan, rule, store, read, CPU, progress=forget)
+    job = bind(model, units, plan, rule, store, partial(_rows_of, sources), CPU, progress=forget)
     recycle_up_to(plan.recycle_bytes)
     return job
+
+
+def _rows_of(sources: dict[str, torch.Tensor], name: str, start: int, stop: int) -> torch.Tensor:
+    tensor = sources[name]
+    return tensor[start:stop] if tensor.dim() else tensor
 
 
 def plan(model: str, *, memory: str | int | None = None, **asked: Any) -> Plan:

@@ -10,7 +10,7 @@ from typing import TypeVar
 from outsize.planner.clock import Ways
 from outsize.planner.play import PlayedStep, play
 from outsize.planner.rehearsal import FEWEST, Rehearsed
-from outsize.planner.script import HomeOf, HostUpdates, Script, Touched
+from outsize.planner.script import NO_HOST_UPDATES, HomeOf, HostUpdates, Script, Touched
 
 Name = TypeVar("Name")
 FEW_EVENTS = 2_000  # that touch blocks, when placements are compared
@@ -45,7 +45,7 @@ def forecast(
     ways: Ways,
     closely: bool,
     near: str = "host",
-    on_host: HostUpdates = HostUpdates(),  # noqa: B008
+    on_host: HostUpdates = NO_HOST_UPDATES,
 ) -> Forecast:
     """Play the step under a placement, on the tier `near`, with updates `on_host`. A script too long to be played is played
     over some of the units, evenly taken, and over half as many; what those of the difference add is taken for what all

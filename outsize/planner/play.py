@@ -14,6 +14,7 @@ from outsize.memory.tier import Tier
 from outsize.planner.clock import SimulatedClock, SimulatedTicket, SimulatedTransfers, Ways
 from outsize.planner.script import (
     ENDLESS,
+    NO_HOST_UPDATES,
     Awaited,
     Begin,
     Create,
@@ -90,7 +91,7 @@ def play(
     steps: int = 3,
     commit_every: int | None = None,
     near: str = "host",
-    on_host: HostUpdates = HostUpdates(),  # noqa: B008
+    on_host: HostUpdates = NO_HOST_UPDATES,
 ) -> Played:
     """Play a run of `steps` steps on the tier `near`, with updates `on_host`; after the last nothing follows. Without
     `commit_every` nothing is committed.

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from outsize.errors import BudgetError
 from outsize.memory.foresight import Foresight, Touch
-from outsize.planner.script import Begin, Create, Event, HomeOf, HostUpdates, Mark, Script, Touched
+from outsize.planner.script import NO_HOST_UPDATES, Begin, Create, Event, HomeOf, HostUpdates, Mark, Script, Touched
 from outsize.sizes import format_size
 
 
@@ -19,7 +19,7 @@ def need_room(
     arena_bytes: int,
     home_of: HomeOf,
     near: str = "host",
-    on_host: HostUpdates = HostUpdates(),  # noqa: B008
+    on_host: HostUpdates = NO_HOST_UPDATES,
 ) -> None:
     """Raises BudgetError unless a run of the script on the tier `near`, with updates `on_host`, finds room there for all that
     it leases."""

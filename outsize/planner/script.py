@@ -146,6 +146,9 @@ class HostUpdates:
         return self.alone and block.startswith("weight:") and self.have(block)
 
 
+NO_HOST_UPDATES = HostUpdates()
+
+
 @dataclass(frozen=True)
 class Script:
     """`setup` brings the weights in; `steps` are a run's first ones, of which the last is also every later one."""
