@@ -1,9 +1,11 @@
 """Prediction against measurement, over many jobs: `make foresight`, or python bench/foresight.py.
 
-Probes the machine first. Each job is planned and run in a process of its own, and takes up to a minute and a half; what
-is found is kept in foresight.json in the folder, and done jobs are not done again: remove the file to begin anew. Then
+A round probes the machine, then plans and runs each job in a process of its own, which takes up to a minute and a half.
+Of several rounds each job's middle one counts, as others use this machine's processor and disk too. What is found is
+kept in foresight.json in the folder, and done jobs are not done again: remove the file to begin anew. Then
 docs/foresight.md gets the table, of as many jobs as are done.
 
+python bench/foresight.py --rounds 1          half an hour
 python bench/foresight.py --minutes 7         a portion: after so long no further job begins
 python bench/foresight.py --only GPT-2        those whose name has it; the table is printed, the page stays as it is
 """
@@ -11,7 +13,6 @@ python bench/foresight.py --only GPT-2        those whose name has it; the table
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -36,6 +37,8 @@ EVEN = 0.1
 LONGER = 1.35  # times the time of a token, at most, with four times as long a sequence in the memory of keep-all
 KEPT = 3.5  # GiB, enough to keep everything of SmolLM2 over 2 x 512 tokens
 KNOWN = "foresight.json"
+Found = dict[str, Any]
+Results = dict[str, list[Found]]  # of each job, in each round that it was done
 
 
 @dataclass(frozen=True)
@@ -97,21 +100,31 @@ def probe(path: Path, folder: Path) -> None:
     subprocess.run(command, check=True, env={**os.environ, "OUTSIZE_MACHINE": str(path)}, stdout=subprocess.DEVNULL)
 
 
-def off(found: dict[str, Any], what: str) -> float:
+def off(found: Found, what: str) -> float:
     """How much more was measured than was predicted, as a share."""
     return found["measured"][what] / found["planned"][what] - 1
 
 
-def rows(results: dict[str, dict[str, Any]]) -> Iterator[str]:
+def step_off(found: Found) -> float:
+    return off(found, "seconds_per_step")
+
+
+def middle(rounds: list[Found]) -> Found:
+    """The round whose step is neither the fastest nor the slowest, compared with its plan; of two the slower."""
+    return sorted(rounds, key=step_off)[len(rounds) // 2]
+
+
+def rows(results: Results) -> Iterator[str]:
     yield (
-        "| job | peak, predicted | measured | | s/step, predicted | measured | | read, predicted = measured "
+        "| job | peak, predicted | measured | | s/step, predicted | measured | | all rounds | read, predicted = measured "
         "| its bytes alone, to the probe |"
     )
-    yield "|---|---:|---:|---:|---:|---:|---:|---|---:|"
-    for name, found in results.items():
-        if "planned" not in found:
-            yield f"| {name} | {found['failed'][:160].replace(chr(10), ' ')} ||||||||"
+    yield "|---|---:|---:|---:|---:|---:|---:|---|---|---:|"
+    for name, rounds in results.items():
+        if failed := [found["failed"] for found in rounds if "failed" in found]:
+            yield f"| {name} | {failed[0][:160].replace(chr(10), ' ')} |||||||||"
             continue
+        found = middle(rounds)
         planned, measured = found["planned"], found["measured"]
         same = planned["bytes_read"] == measured["bytes_read"]
         peaks = (f"{each['host_peak_bytes'] / 2**20:.0f} MiB" for each in (planned, measured))
@@ -119,7 +132,8 @@ def rows(results: dict[str, dict[str, Any]]) -> Iterator[str]:
         read = f"{planned['bytes_read'] / 1e9:.2f} GB" + ("" if same else f", {measured['bytes_read'] / 1e9:.2f}")
         cells = [name, *peaks, _signed(off(found, "host_peak_bytes"))]
         drift = found.get("drift")
-        cells += [*seconds, _signed(off(found, "seconds_per_step")), read, "" if drift is None else _signed(drift)]
+        cells += [*seconds, _signed(step_off(found)), ", ".join(_signed(step_off(each)) for each in rounds), read]
+        cells += ["" if drift is None else _signed(drift)]
         yield "| " + " | ".join(cells) + " |"
 
 
@@ -127,24 +141,27 @@ def _signed(share: float) -> str:
     return f"{share:+.1%}"
 
 
-def verdicts(results: dict[str, dict[str, Any]]) -> Iterator[str]:
-    """What had to be reached, and whether it was."""
-    done = [found for found in results.values() if "planned" in found]
-    peaks = [off(found, "host_peak_bytes") for found in done]
-    steps = [off(found, "seconds_per_step") for found in done]
+def verdicts(results: Results) -> Iterator[str]:
+    """What had to be reached, and whether it was: of a step by the middle round of each job, of memory by all rounds."""
+    done = [rounds for rounds in results.values() if not any("failed" in found for found in rounds)]
     if not done:
         return
-    over = [f for f in done if f["peak_bytes"] > f["options"]["memory"]]  # the report's pictures included
+    every = [found for rounds in done for found in rounds]
+    peaks = [off(found, "host_peak_bytes") for found in every]
+    steps = [abs(step_off(middle(rounds))) for rounds in done]
+    over = [f for f in every if f["peak_bytes"] > f["options"]["memory"]]  # the report's pictures included
     yield "| | goal | measured | |"
     yield "|---|---:|---:|---|"
-    yield _verdict("largest error of a peak", OFF["peak"], max(map(abs, peaks)))
-    yield _verdict("largest error of a step", OFF["step"], max(map(abs, steps)))
-    yield _verdict("median error of a step", OFF["median step"], statistics.median(map(abs, steps)))
-    even = [step for found, step in zip(done, steps, strict=True) if abs(found.get("drift", inf)) <= EVEN]
+    yield _verdict("largest error of a peak, of all rounds", OFF["peak"], max(map(abs, peaks)))
+    yield _verdict("largest error of a step, of middle rounds", OFF["step"], max(steps))
+    yield _verdict("median error of a step, of middle rounds", OFF["median step"], statistics.median(steps))
+    late = sum(abs(step_off(found)) > OFF["step"] for found in every)
+    yield f"| rounds whose step is off by more than {OFF['step']:.0%} | | {late} of {len(every)} | |"
+    even = [abs(step_off(found)) for found in every if abs(found.get("drift", inf)) <= EVEN]
     if even:
-        what = f"largest error of the {len(even)} steps whose bytes alone took what the probe says, within {EVEN:.0%}"
-        yield _verdict(what, OFF["step"], max(map(abs, even)))
-    yield f"| peaks above the budget | 0 of {len(done)} | {len(over)} | {'**missed**' if over else 'reached'} |"
+        what = f"largest error of the {len(even)} rounds whose bytes alone took what the probe says, within {EVEN:.0%}"
+        yield _verdict(what, OFF["step"], max(even))
+    yield f"| peaks above the budget | 0 of {len(every)} | {len(over)} | {'**missed**' if over else 'reached'} |"
 
 
 def _verdict(what: str, goal: float, share: float) -> str:
@@ -155,49 +172,56 @@ def _verdict(what: str, goal: float, share: float) -> str:
 SHORT = case(SMOLLM2, KEPT, 512, batch_size=2, activations="keep")
 
 
-def longer(kept: dict[str, Any]) -> Case:
+def longer(kept: Found) -> Case:
     """The job to compare with SHORT, of which `kept` is the result: the budget is what that has held at its peak."""
     memory = round(kept["measured"]["host_peak_bytes"] / GIB, 3)
     return case(SMOLLM2, memory, 2048, batch_size=2)
 
 
-def stretched(short: dict[str, Any], long: dict[str, Any]) -> str:
-    rates = [found["measured"]["tokens_per_second"] for found in (short, long)]
-    times = rates[0] / rates[1]
-    reached = "reached" if times <= LONGER else "**missed**"
-    what = "time of a token, 2 x 2048 tokens in the memory of 2 x 512 with all kept, against that"
-    return f"| {what} | {LONGER} x | {times:.2f} x | {reached} |"
+def stretched(pairs: list[tuple[Found, Found]]) -> Iterator[str]:
+    """The longest in comparison, of all rounds in which both were measured."""
+    rates = [[found["measured"]["tokens_per_second"] for found in pair] for pair in pairs]
+    if rates:
+        times = max(short / long for short, long in rates)
+        reached = "reached" if times <= LONGER else "**missed**"
+        what = "time of a token, 2 x 2048 tokens in the memory of 2 x 512 with all kept, against that"
+        yield f"| {what} | {LONGER} x | {times:.2f} x | {reached} |"
 
 
-class Portion:
-    """Jobs one after the other, while there is time."""
+class Round:
+    """The machine probed, and jobs one after the other, while there is time."""
 
-    def __init__(self, folder: Path, minutes: float) -> None:
+    def __init__(self, number: int, folder: Path, end: float) -> None:
         self.bench = Bench(folder, steps=0, file=KNOWN)
-        if (folder / KNOWN).exists():
-            known = json.loads((folder / KNOWN).read_text())
-            self.bench.results = {name: found for name, found in known.items() if "failed" not in found}
-        self.end = monotonic() + 60 * minutes
-        machine = folder / "machine.toml"
-        if not machine.exists():
+        self.bench.recall()
+        self.end, self.note = end, f" (round {number})"
+        machine = folder / f"machine-{number}.toml"
+        if not machine.exists() and monotonic() < end:
             probe(machine, folder)
         self.settings = {**STREAMED, "OUTSIZE_MACHINE": str(machine)}
 
-    def do(self, job: Case) -> dict[str, Any] | None:
+    def do(self, job: Case) -> Found | None:
         """What was found, now or before; None: there is no time left."""
-        if job.name not in self.bench.results:
+        name = job.name + self.note
+        if name not in self.bench.results:
             if monotonic() > self.end:
                 return None
             place = self.bench.prepare(job.shape)
-            self.bench.measure(job.name, "streamed", "foretell", self.settings, place=place, **job.options)
-        found = self.bench.results[job.name]
+            self.bench.measure(name, "streamed", "foretell", self.settings, place=place, **job.options)
+        found = self.bench.results[name]
         moved = found.get("measured", {})
         if not moved.get("bytes_written"):
             return found
-        alone = f"{job.name}: its bytes alone"
+        alone = f"{name}: its bytes alone"
         amounts = {"read": int(moved["bytes_read"]), "written": int(moved["bytes_written"])}
         self.bench.measure(alone, "floors", "disk", self.settings, place=str(self.bench.folder), steps=3, **amounts)
         return found | {"drift": self.bench.results[alone]["seconds"] / self._probed(**amounts) - 1}
+
+    def pair(self) -> list[tuple[Found, Found]]:
+        """A short sequence with all kept, and the long one in its memory, if there was time for both."""
+        short = self.do(SHORT)
+        long = self.do(longer(short)) if short is not None and "measured" in short else None
+        return [(short, long)] if short is not None and long is not None and "measured" in long else []
 
     def _probed(self, read: int, written: int) -> float:
         """Seconds of so many bytes, by the disk's rates in the machine's file."""
@@ -211,7 +235,8 @@ class Portion:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="after so long no further job begins")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--minutes", type=float, default=inf, help="after so long no further job begins")
     parser.add_argument(
         "--folder", type=Path, default=Path("build/foresight"), help="scratch space, on the disk to measure"
     )
@@ -219,20 +244,23 @@ def main() -> None:
     parser.add_argument("--page", type=Path, default=HERE.parent / "docs" / "foresight.md")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    portion = Portion(arguments.folder.resolve(), arguments.minutes)
+    folder, end = arguments.folder.resolve(), monotonic() + 60 * arguments.minutes
     jobs = [job for job in CASES if arguments.only is None or arguments.only in job.name]
+    results: Results = {}
+    pairs: list[tuple[Found, Found]] = []
+    for number in range(1, arguments.rounds + 1):
+        turn = Round(number, folder, end)
+        pairs += turn.pair() if arguments.only is None else []
+        for job in jobs:
+            if (found := turn.do(job)) is not None:
+                results.setdefault(job.name, []).append(found)
+    table = "\n".join([*verdicts(results), *stretched(pairs), "", *rows(results)])
     if arguments.only is not None:
-        results = {job.name: found for job in jobs if (found := portion.do(job)) is not None}
-        print("\n".join([*verdicts(results), "", *rows(results)]))
+        print(table)
         return
-    short = portion.do(SHORT)
-    long = portion.do(longer(short)) if short is not None and "measured" in short else None
-    results = {job.name: found for job in jobs if (found := portion.do(job)) is not None}
-    more = [stretched(short, long)] if short is not None and long is not None and "measured" in long else []
-    done = f"{len(results)} of {len(CASES)} jobs are done"
+    done = f"{len(results)} of {len(CASES)} jobs are done, {sum(map(len, results.values()))} times in all"
     print(done, file=sys.stderr)
-    table = "\n".join([*verdicts(results), *more, "", *rows(results)])
-    head = f"`python bench/foresight.py`, {date.today()}: {describe_machine(portion.bench.folder)}. {done}.\n\n"
+    head = f"`python bench/foresight.py`, {date.today()}: {describe_machine(folder)}. {done}.\n\n"
     before, rest = arguments.page.read_text().split(BEGIN)
     arguments.page.write_text(f"{before}{BEGIN}\n{head}{table}\n{END}{rest.split(END)[1]}")
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import chain, repeat
+from itertools import count as counted
 from pathlib import Path
+from time import sleep
 
 import pytest
 import torch
@@ -14,8 +17,9 @@ from outsize.machine.find import DESCRIBED, find_machine
 from outsize.plan import Plan
 from outsize.planner.known_prices import TIMES, KnownPrices, Then, prices_file
 from outsize.planner.meeting import Timed, seconds_of_meeting
-from outsize.planner.prices import COLD, LEAST, Cooling, MeasuredPrices, RatedPrices, Thrashed, yardsticks
+from outsize.planner.prices import LEAST, MeasuredPrices, RatedPrices, Thrashed, yardsticks
 from outsize.planner.rehearsal import rehearse
+from outsize.planner.samples import COLD, Cooling, Pulse, usual_seconds
 from outsize.planner.task import sample_batches
 from outsize.planner.thrashed import STEP, thrashed
 from outsize.train.optimizers import uniform_rule
@@ -109,8 +113,43 @@ def test_a_second_planning_measures_nothing(tmp_path: Path) -> None:
         work.append(rehearse(model, Plan("mixed", 1 << 20), rule, prices, batches).work)
         prices.keep()
     assert work[0] == work[1]
-    found = yardsticks(1e-6, Cooling())
+    found = yardsticks(1e-6, Cooling(), Pulse())
     assert len(found) == 3 and all(each > 0 for each in found)
+
+
+class Beats(Pulse):
+    """As long as they are told, one each time that somebody looks; then steady."""
+
+    def __init__(self, seconds: list[float], patience: float) -> None:
+        super().__init__(patience)
+        self._next = chain(seconds, repeat(1.0))
+
+    def _beat(self) -> float:
+        self._patience -= 1e-3
+        return next(self._next)
+
+
+def test_who_shares_a_core_is_waited_for_and_does_not_count() -> None:
+    pulse = Beats([1.0, 1.3, 2.0, 1.3, 2.0, 2.0, 2.0, 2.0], patience=1.0)
+    assert pulse.steady() and pulse.steady() and not pulse.steady(), "the faster of two beats, against the fastest"
+    pulse.wait()
+    assert next(pulse._next) == 1.0, "it did not wait for the slow beat to end"
+    slow = [2.0] * 1000
+    impatient = Beats([1.0, 1.0, *slow], patience=0.1)
+    assert impatient.steady()
+    impatient.wait()
+    assert not impatient.steady(), "it waited without an end"
+    # Before a sample and after: two beats each. The first sample begins steady and ends disturbed.
+    disturbed = Beats([1.0, 1.0, 2.0, 2.0], patience=1.0)
+    done = counted()
+    took = chain([0.05], repeat(0.002))
+
+    def work() -> None:
+        if next(done):
+            sleep(next(took))
+
+    assert usual_seconds(work, lambda: None, disturbed) < 0.04
+    assert next(done) >= 5, "the disturbed one was counted"
 
 
 def test_what_streams_is_measured_apart() -> None:
@@ -159,11 +198,11 @@ def test_cold_operands_cost_more_while_blocks_stream() -> None:
 def test_what_streaming_costs_is_measured_once_and_within_the_room_there_is() -> None:
     known = KnownPrices()
     least = 2 * COLD + 2 * STEP
-    assert thrashed(least - 1, known) == Thrashed() and not known.then.seconds
-    first = thrashed(least, known)
+    assert thrashed(least - 1, known, Pulse()) == Thrashed() and not known.then.seconds
+    first = thrashed(least, known, Pulse())
     assert len(known.then.seconds) == 2 and first.longer >= 0.0 and first.later >= 0.0
     known.then.seconds = dict.fromkeys(known.then.seconds, 0.25)
-    assert thrashed(least, known) == Thrashed(0.25, 0.25)
+    assert thrashed(least, known, Pulse()) == Thrashed(0.25, 0.25)
 
 
 def test_one_thread_waits_for_nobody() -> None:

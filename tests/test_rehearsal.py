@@ -19,6 +19,7 @@ from outsize.memory.store import Store
 from outsize.model.units import find_units
 from outsize.plan import KEEP, MOVE, MOVE_TO_HOST, Activations
 from outsize.planner.clock import ways_of
+from outsize.planner.fakes import VIEWS, Fakes, aten
 from outsize.planner.live import CACHED, LiveBytes
 from outsize.planner.needs import MANY
 from outsize.planner.play import play
@@ -297,3 +298,32 @@ def test_some_of_several_runs_are_fewer_than_twice_as_many(lengths: tuple[int, .
     few, many = (rehearsed.some(number) for number in (MANY // 2, MANY))
     assert 2 * len(runs) <= len(few) < len(many) <= len(rehearsed.units) == len(rehearsed.some(len(rehearsed.units)))
     assert all({run[0], run[-1]} <= set(few) for run in runs)
+
+
+def looked_at(mode: FakeTensorMode) -> list[tuple[Any, ...]]:
+    """What each of `VIEWS` gives of a tensor of the mode, itself a view."""
+    with mode:
+        tensor = torch.empty(6, 8)[1:5, 2:6]
+        square = torch.empty(4, 4)
+        told = {
+            aten.view.default: (square, (2, 8)),
+            aten.view.dtype: (square, torch.int16),
+            aten.as_strided.default: (tensor, (2, 2), (8, 1), 3),
+            aten.slice.Tensor: (tensor, 0, 1, 3),
+            aten.transpose.int: (tensor, 0, 1),
+            aten.permute.default: (tensor, (1, 0)),
+            aten.expand.default: (tensor[:1], (3, 4)),
+            aten.unsqueeze.default: (tensor, 1),
+        }
+        found = []
+        for view in sorted(VIEWS, key=str):
+            args = told.get(view, (tensor,))
+            seen = view(*args)
+            same = seen.untyped_storage()._cdata == args[0].untyped_storage()._cdata
+            found.append((str(view), seen.shape, seen.stride(), seen.storage_offset(), seen.dtype, seen.device, same))
+    return found
+
+
+def test_views_are_as_torch_has_them() -> None:
+    ours, torchs = (looked_at(mode()) for mode in (Fakes, FakeTensorMode))
+    assert ours == torchs and len(ours) == len(VIEWS) and all(row[-1] for row in ours)

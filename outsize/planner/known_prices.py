@@ -27,6 +27,7 @@ SETTINGS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "GOMP_SPINCOUNT", "OMP_
 PACKAGE = Path(__file__).parent.parent
 MEASURED = [
     PACKAGE / "planner/prices.py",
+    PACKAGE / "planner/samples.py",
     PACKAGE / "planner/meeting.py",
     PACKAGE / "planner/thrashed.py",
     PACKAGE / "planner/priced_update.py",

@@ -16,7 +16,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from outsize.machine.allocator import give_back, recycling
-from outsize.planner.prices import Cooling, is_shared, looks
+from outsize.planner.prices import is_shared, looks
+from outsize.planner.samples import Cooling
 
 TOKENS, HIDDEN, INNER, LAYERS, PASSES = 512, 512, 1536, 4, 2  # some 80 MiB at once; chosen
 TIMES, LONG = 7, 1.0  # passes, and seconds after which no more are made

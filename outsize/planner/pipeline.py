@@ -18,8 +18,8 @@ from outsize.errors import BudgetError, ModelError, OptionError
 from outsize.model.route import Leg, Route, keep_legs, shared_with_head
 from outsize.model.units import Unit, find_units
 from outsize.plan import RECOMPUTE, Plan, Predicted
+from outsize.planner.fakes import bare_copy
 from outsize.planner.legs import find_route
-from outsize.planner.rehearsal import bare_copy
 from outsize.planner.task import Task
 from outsize.planner.training import plan_training
 from outsize.planner.turns import play_turns, stretch_of

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, partial
-from resource import RUSAGE_SELF, getrusage
-from statistics import median
 from time import perf_counter
 from typing import Any, Protocol
 
@@ -19,15 +17,11 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
 
 from outsize.distributed.measure import Crowd
-from outsize.machine.allocator import recycling
 from outsize.machine.machine import Machine, Processor
-from outsize.memory.host import allocate_slab
 from outsize.planner.known_prices import KnownPrices
+from outsize.planner.samples import Cooling, Pulse, usual_seconds
 
 LARGEST_DONE = 256 << 20  # bytes that an operation may touch to be done for its price
-SAMPLES, ATTEMPTS = 3, 8  # of an operation: samples that are enough if they agree, and the most until they do
-AGREE = 1.5  # times the shortest, that half of the samples may take at most; a late thread makes more of it
-COLD = 128 << 20  # bytes gone through until what was touched before is out of the caches of a core (docs/log.md)
 UPDATED = 28  # bytes of an element: its weight, low bits and two moments, each read and written, and its gradient
 RESULT = -1  # the place of what an operation gives, beside those of its operands
 LEAST = 1 << 15  # elements that torch gives to several threads (at::internal::GRAIN_SIZE); fewer are soon in a cache
@@ -110,23 +104,6 @@ def _updated(elements: int, processor: Processor) -> float:
     return max(elements / processor.update, elements * UPDATED / processor.copy)
 
 
-class Cooling:
-    """Goes through `nbytes`, which leaves nothing of use in the caches of a core. Its slab lies in huge pages, which come
-    fast, but only once: it is kept until `end`."""
-
-    def __init__(self, nbytes: int = COLD) -> None:
-        self.nbytes = nbytes
-        self._slab: torch.Tensor | None = None
-
-    def __call__(self) -> None:
-        if self._slab is None:
-            self._slab = allocate_slab(self.nbytes)
-        self._slab.fill_(1)
-
-    def end(self) -> None:
-        self._slab = None
-
-
 @dataclass(frozen=True)
 class Thrashed:
     """What cold operands cost more where all caches are gone through (`outsize.planner.thrashed`): `longer`, a part of what
@@ -150,6 +127,7 @@ class MeasuredPrices:
     known: KnownPrices = field(default_factory=KnownPrices)
     thrashed: Thrashed = Thrashed()
     cooling: Cooling = field(default_factory=Cooling)
+    pulse: Pulse = field(default_factory=Pulse)
     _prices: dict[Any, Price] = field(default_factory=dict)
     _done: set[Any] = field(default_factory=set)
 
@@ -178,7 +156,9 @@ class MeasuredPrices:
             # The weight of a product comes from memory, not from a cache.
             seconds = self.known.find(
                 str(key),
-                lambda: do(lambda done: usual_seconds(done, self.cooling if product else self._before(done, far))),
+                lambda: do(
+                    lambda done: usual_seconds(done, self.cooling if product else self._before(done, far), self.pulse)
+                ),
                 lambda: self._leave(key if product else function, do),
             )
         besides = self.passing + (self.meeting if is_shared(function, (args, result)) else 0.0)
@@ -220,7 +200,7 @@ class MeasuredPrices:
             # Of a user's own class the name says little: who edits it has another one.
             known = self.known if like[0].__module__.startswith("torch.") else KnownPrices()
             with _disable_current_modes():  # the first step that is done makes the optimizer's state
-                seconds = known.find(key, lambda: usual_seconds(make(), self.cooling), lambda: make()())
+                seconds = known.find(key, lambda: usual_seconds(make(), self.cooling, self.pulse), lambda: make()())
             seconds = seconds or 0.0
             self._prices[key] = Price(seconds, beside=seconds * self.thrashed.longer)
         return self._prices[key]
@@ -289,12 +269,12 @@ def seconds_of_passing() -> float:
     return min(seconds) / counting.count
 
 
-def yardsticks(passing: float, cooling: Cooling) -> list[float]:
+def yardsticks(passing: float, cooling: Cooling, pulse: Pulse) -> list[float]:
     """Seconds of what prices are made of: a product, an operation as fast as memory is, and what an operation costs
     besides."""
     numbers, large = torch.full((1024, 1024), 0.25, dtype=torch.bfloat16), torch.full((4, 1 << 20), 0.25)
     done = (partial(torch.mm, numbers[:512], numbers), partial(torch.add, large, large))
-    return [*(usual_seconds(each, cooling) for each in done), passing]
+    return [*(usual_seconds(each, cooling, pulse) for each in done), passing]
 
 
 def _do(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], how: Callable[[partial[Any]], Any]) -> Any:
@@ -305,33 +285,6 @@ def _do(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], how: Calla
             return how(partial(function, *real_args, **real_kwargs))
         except (RuntimeError, IndexError, TypeError, ValueError):
             return None
-
-
-def usual_seconds(function: Callable[[], Any], before: Callable[[], Any]) -> float:
-    """Of what has been done once: the median of a few samples, more where they disagree, so that a few interruptions do not
-    count, of those to which the operating system gave the fewest fresh pages. Results come from recycled memory, as in a
-    step: fresh pages would take as long as many an operation, and it takes the heap some rounds to have room that is used
-    again."""
-    samples: list[tuple[int, float]] = []
-    with recycling():
-        function()
-        while len(samples) < ATTEMPTS and not _agree([seconds for faults, seconds in samples if not faults]):
-            held = before()
-            faults, started = _faults(), perf_counter()
-            function()
-            seconds = perf_counter() - started
-            samples.append((_faults() - faults, seconds))
-            del held
-    without = sum(not faults for faults, _ in samples)
-    return median(seconds for _, seconds in sorted(samples)[: max(SAMPLES, without)])
-
-
-def _agree(samples: list[float]) -> bool:
-    return len(samples) >= SAMPLES and median(samples) <= AGREE * min(samples)
-
-
-def _faults() -> int:
-    return getrusage(RUSAGE_SELF).ru_minflt
 
 
 def _far(args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, cold: Cold) -> tuple[int, ...]:

@@ -6,19 +6,17 @@ price, and each storage is counted while it lives."""
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate, chain, pairwise
-from math import prod
 from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from outsize.distributed.arrangement import Arrangement
@@ -33,6 +31,7 @@ from outsize.model.route import holder_of
 from outsize.model.units import find_units
 from outsize.plan import KEEP, NEAR, Plan
 from outsize.planner.clock import Rates, SimulatedClock, SimulatedTransfers
+from outsize.planner.fakes import Fakes, bare_copy, fake_copy
 from outsize.planner.live import LiveBytes
 from outsize.planner.overlapped import overlapped
 from outsize.planner.priced_update import priced_updater
@@ -45,42 +44,6 @@ from outsize.train.optimizers import OptimizerRule
 
 Batch = dict[str, torch.Tensor]
 FEWEST = 6  # units, from which on four stand for all
-
-
-class Fakes(FakeTensorMode):
-    """Fake tensors; but what is computed from real ones alone is real: token ids, and where in their sequence they are.
-    Modules look at these: text that is one sequence needs no mask, and without one attention is another kernel."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        held = list(_tensors(args))
-        if held and not any(isinstance(tensor, FakeTensor) for tensor in held):
-            real = not _grows(held)
-        else:
-            real = not held and _counts(func, args, kwargs or {})
-        return func(*args, **(kwargs or {})) if real else super().__torch_dispatch__(func, types, args, kwargs)
-
-
-def _counts(function: Any, args: Any, kwargs: dict[str, Any]) -> bool:
-    """It makes positions."""
-    whole = all(isinstance(value, int) for value in args) and kwargs.get("dtype") in (None, torch.int64)
-    return whole and getattr(function, "overloadpacket", None) is torch.ops.aten.arange
-
-
-def _tensors(values: Any) -> Iterator[torch.Tensor]:
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, list | tuple):
-            yield from _tensors(value)
-
-
-def _grows(held: list[torch.Tensor]) -> bool:
-    """Each of some tokens beside each other: a mask, too large to be made for a plan."""
-    sizes = [tensor.numel() for tensor in held]
-    try:
-        return len(held) > 1 and prod(torch.broadcast_shapes(*(tensor.shape for tensor in held))) > max(sizes)
-    except RuntimeError:  # no operation of element beside element
-        return False
 
 
 class Priced(TorchDispatchMode):
@@ -108,35 +71,6 @@ class Priced(TorchDispatchMode):
             live.touch((args, kwargs, result))
         self._spent("compute", price.seconds, price.floating_operations, price.beside)
         return result
-
-
-def bare_copy(model: nn.Module) -> nn.Module:
-    """The module again, parameters and buffers on the meta device, tied as they were."""
-    memo: dict[int, Any] = {}
-    for parameter in model.parameters():
-        bare = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
-        memo[id(parameter)] = nn.Parameter(bare, requires_grad=parameter.requires_grad)
-    for buffer in model.buffers():
-        memo[id(buffer)] = torch.empty(buffer.shape, dtype=buffer.dtype, device="meta")
-    return copy.deepcopy(model, memo)
-
-
-def fake_copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
-    """The module again, without bytes: parameters fake and tied as they were, buffers fake."""
-    twin = bare_copy(model)
-    with mode:
-        done: dict[int, Any] = {}
-        for module in twin.modules():
-            for table in (module._parameters, module._buffers):
-                for name, tensor in table.items():
-                    if tensor is not None:
-                        table[name] = done.setdefault(id(tensor), _fake(tensor))
-    return twin
-
-
-def _fake(tensor: torch.Tensor) -> torch.Tensor:
-    bare = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-    return nn.Parameter(bare, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else bare
 
 
 class ShardedScribe(ShardedStore, Scribe):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import inf
+from time import perf_counter
 
 from outsize.distributed.measure import Crowd
 from outsize.distributed.wire import Wire
@@ -21,7 +22,6 @@ from outsize.planner.known_prices import KnownPrices, prices_file
 from outsize.planner.meeting import seconds_of_meeting
 from outsize.planner.needs import find_needs
 from outsize.planner.prices import (
-    Cooling,
     CrowdedPrices,
     MeasuredPrices,
     Prices,
@@ -32,6 +32,7 @@ from outsize.planner.prices import (
 from outsize.planner.reasons import finished, of_machine
 from outsize.planner.refusals import disk_too_small, no_memory
 from outsize.planner.rehearsal import Rehearsed, rehearse
+from outsize.planner.samples import Cooling, Pulse
 from outsize.planner.search import Search
 from outsize.planner.task import JobSizes, Task
 from outsize.planner.thrashed import THRASHING, thrashed
@@ -43,7 +44,7 @@ SETTLED = {
     "move to disk": MOVE,
     "inputs to host": INPUT_TO_HOST,
 }  # by another worker's plan
-LOOKS = 3  # at how fast the machine is, before all is measured anew
+LOOKING = 4.0  # seconds, about what it takes to measure the operations of a step
 
 
 @dataclass(frozen=True)
@@ -81,17 +82,18 @@ class Place:
 
 
 def _measured(rated: RatedPrices, room: int) -> MeasuredPrices:
-    """With what is known of a time like now. Where nothing is, it is looked once more: to measure all anew takes seconds, and
-    something may just have come between."""
-    file, cooling = prices_file(rated.machine), Cooling()
-    for _ in range(LOOKS):
+    """With what is known of a time like now. Where nothing is, it is looked again for as long as it takes to measure all
+    anew: something may just have come between."""
+    file, cooling, pulse = prices_file(rated.machine), Cooling(), Pulse()
+    end = perf_counter() + LOOKING
+    while True:
         passing = seconds_of_passing()
-        known = KnownPrices.read(file, yardsticks(passing, cooling))
-        if known.then.seconds or not known.others:
+        known = KnownPrices.read(file, yardsticks(passing, cooling, pulse))
+        if known.then.seconds or not known.others or perf_counter() > end:
             break
     meeting = known.find("meeting", lambda: seconds_of_meeting(cooling))
     cooling.end()  # to hold no more than what follows
-    return MeasuredPrices(rated, passing, meeting or 0.0, known, thrashed(room, known), cooling)
+    return MeasuredPrices(rated, passing, meeting or 0.0, known, thrashed(room, known, pulse), cooling, pulse)
 
 
 def plan_training(task: Task, place: Place) -> Plan:
@@ -115,9 +117,9 @@ class Planning:
         if 2 * self._task.job.all_bytes > self._place.disk_free_bytes:
             raise BudgetError(disk_too_small(2 * self._task.job.all_bytes, self._place.disk_free_bytes))
         problem: BudgetError | None = None
-        for jobs in (self._task.jobs, self._task.jobs_by_parts):
+        for jobs in (lambda: self._task.jobs, lambda: self._task.jobs_by_parts):  # not before they are wanted
             try:
-                if found := self._found(jobs, memory_bytes):
+                if found := self._found(jobs(), memory_bytes):
                     plan = _fastest(found)
                     check_disk(plan, self._place.disk_free_bytes)
                     return replace(plan, reasons=(*plan.reasons, of_machine(self._place.machine)))

@@ -16,9 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from outsize.model.units import Unit
+from outsize.planner.fakes import Fakes, bare_copy, fake_copy
 from outsize.planner.live import LiveBytes
 from outsize.planner.prices import Prices, is_view
-from outsize.planner.rehearsal import Batch, Fakes, Priced, bare_copy, fake_copy, same_shape, shortened
+from outsize.planner.rehearsal import Batch, Priced, same_shape, shortened
 from outsize.planner.script import Live
 
 
