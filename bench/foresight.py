@@ -5,7 +5,7 @@ Of several rounds each job's middle one counts, as others use this machine's pro
 kept in foresight.json in the folder, and done jobs are not done again: remove the file to begin anew. Then
 docs/foresight.md gets the table, of as many jobs as are done.
 
-python bench/foresight.py --rounds 1          half an hour
+python bench/foresight.py --rounds 1          some forty minutes
 python bench/foresight.py --minutes 7         a portion: after so long no further job begins
 python bench/foresight.py --only GPT-2        those whose name has it; the table is printed, the page stays as it is
 """
@@ -109,9 +109,15 @@ def step_off(found: Found) -> float:
     return off(found, "seconds_per_step")
 
 
+def measured_ones(rounds: list[Found]) -> list[Found]:
+    return [found for found in rounds if "planned" in found]
+
+
 def middle(rounds: list[Found]) -> Found:
-    """The round whose step is neither the fastest nor the slowest, compared with its plan; of two the slower."""
-    return sorted(rounds, key=step_off)[len(rounds) // 2]
+    """The round whose step is neither the fastest nor the slowest, compared with its plan; of two the one that is farther
+    off."""
+    ordered = sorted(rounds, key=step_off)
+    return max(ordered[(len(rounds) - 1) // 2 : len(rounds) // 2 + 1], key=lambda found: abs(step_off(found)))
 
 
 def rows(results: Results) -> Iterator[str]:
@@ -121,18 +127,18 @@ def rows(results: Results) -> Iterator[str]:
     )
     yield "|---|---:|---:|---:|---:|---:|---:|---|---|---:|"
     for name, rounds in results.items():
-        if failed := [found["failed"] for found in rounds if "failed" in found]:
-            yield f"| {name} | {failed[0][:160].replace(chr(10), ' ')} |||||||||"
+        if not (measured := measured_ones(rounds)):
+            yield f"| {name} | {rounds[0]['failed'][:160].replace(chr(10), ' ')} |||||||||"
             continue
-        found = middle(rounds)
-        planned, measured = found["planned"], found["measured"]
-        same = planned["bytes_read"] == measured["bytes_read"]
-        peaks = (f"{each['host_peak_bytes'] / 2**20:.0f} MiB" for each in (planned, measured))
-        seconds = (f"{each['seconds_per_step']:.2f}" for each in (planned, measured))
-        read = f"{planned['bytes_read'] / 1e9:.2f} GB" + ("" if same else f", {measured['bytes_read'] / 1e9:.2f}")
+        found = middle(measured)
+        planned, then = found["planned"], found["measured"]
+        same = planned["bytes_read"] == then["bytes_read"]
+        peaks = (f"{each['host_peak_bytes'] / 2**20:.0f} MiB" for each in (planned, then))
+        seconds = (f"{each['seconds_per_step']:.2f}" for each in (planned, then))
+        read = f"{planned['bytes_read'] / 1e9:.2f} GB" + ("" if same else f", {then['bytes_read'] / 1e9:.2f}")
         cells = [name, *peaks, _signed(off(found, "host_peak_bytes"))]
         drift = found.get("drift")
-        cells += [*seconds, _signed(step_off(found)), ", ".join(_signed(step_off(each)) for each in rounds), read]
+        cells += [*seconds, _signed(step_off(found)), ", ".join(_signed(step_off(each)) for each in measured), read]
         cells += ["" if drift is None else _signed(drift)]
         yield "| " + " | ".join(cells) + " |"
 
@@ -143,15 +149,17 @@ def _signed(share: float) -> str:
 
 def verdicts(results: Results) -> Iterator[str]:
     """What had to be reached, and whether it was: of a step by the middle round of each job, of memory by all rounds."""
-    done = [rounds for rounds in results.values() if not any("failed" in found for found in rounds)]
+    done = [measured for rounds in results.values() if (measured := measured_ones(rounds))]
     if not done:
         return
     every = [found for rounds in done for found in rounds]
+    failed = sum(map(len, results.values())) - len(every)
     peaks = [off(found, "host_peak_bytes") for found in every]
     steps = [abs(step_off(middle(rounds))) for rounds in done]
     over = [f for f in every if f["peak_bytes"] > f["options"]["memory"]]  # the report's pictures included
     yield "| | goal | measured | |"
     yield "|---|---:|---:|---|"
+    yield f"| rounds that failed | 0 | {failed} | {'**missed**' if failed else 'reached'} |"
     yield _verdict("largest error of a peak, of all rounds", OFF["peak"], max(map(abs, peaks)))
     yield _verdict("largest error of a step, of middle rounds", OFF["step"], max(steps))
     yield _verdict("median error of a step, of middle rounds", OFF["median step"], statistics.median(steps))

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 from itertools import chain, repeat
-from itertools import count as counted
 from pathlib import Path
-from time import sleep
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from models import tiny_model
 from outsize.asked import Request
 from outsize.machine.find import DESCRIBED, find_machine
 from outsize.plan import Plan
+from outsize.planner import samples, training
 from outsize.planner.known_prices import TIMES, KnownPrices, Then, prices_file
 from outsize.planner.meeting import Timed, seconds_of_meeting
 from outsize.planner.prices import LEAST, MeasuredPrices, RatedPrices, Thrashed, yardsticks
@@ -120,36 +120,66 @@ def test_a_second_planning_measures_nothing(tmp_path: Path) -> None:
 class Beats(Pulse):
     """As long as they are told, one each time that somebody looks; then steady."""
 
-    def __init__(self, seconds: list[float], patience: float) -> None:
+    def __init__(self, seconds: Iterable[float], patience: float) -> None:
         super().__init__(patience)
-        self._next = chain(seconds, repeat(1.0))
+        self.next = chain(seconds, repeat(1.0))
 
     def _beat(self) -> float:
-        self._patience -= 1e-3
-        return next(self._next)
+        return next(self.next)
 
 
-def test_who_shares_a_core_is_waited_for_and_does_not_count() -> None:
-    pulse = Beats([1.0, 1.3, 2.0, 1.3, 2.0, 2.0, 2.0, 2.0], patience=1.0)
+def test_who_shares_a_core_is_waited_for() -> None:
+    pulse = Beats([1.0, 1.3, 2.0, 1.3, 2.0, 2.0, 2.0, 2.0, 1.0, 1.0, 3.0], patience=60.0)
     assert pulse.steady() and pulse.steady() and not pulse.steady(), "the faster of two beats, against the fastest"
     pulse.wait()
-    assert next(pulse._next) == 1.0, "it did not wait for the slow beat to end"
-    slow = [2.0] * 1000
-    impatient = Beats([1.0, 1.0, *slow], patience=0.1)
-    assert impatient.steady()
+    assert next(pulse.next) == 3.0, "it waits for what is slow to end, and no longer"
+    impatient = Beats(chain([1.0, 1.0], repeat(2.0)), patience=0.01)
+    assert impatient.steady() and not impatient.steady()
     impatient.wait()
-    assert not impatient.steady(), "it waited without an end"
-    # Before a sample and after: two beats each. The first sample begins steady and ends disturbed.
-    disturbed = Beats([1.0, 1.0, 2.0, 2.0], patience=1.0)
-    done = counted()
-    took = chain([0.05], repeat(0.002))
+    assert impatient.patience <= 0 and impatient.steady(), "what there is counts, once it was waited enough"
+
+
+def sampled(monkeypatch: pytest.MonkeyPatch, takes: list[float], pulse: Pulse) -> float:
+    """`usual_seconds` of what takes so long, one time after the other."""
+    now, left = [0.0], iter([0.0, *takes])
+    monkeypatch.setattr(samples, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(samples, "_faults", lambda: 0)
 
     def work() -> None:
-        if next(done):
-            sleep(next(took))
+        now[0] += next(left)
 
-    assert usual_seconds(work, lambda: None, disturbed) < 0.04
-    assert next(done) >= 5, "the disturbed one was counted"
+    seconds = usual_seconds(work, lambda: None, pulse)
+    assert not list(left), "fewer samples than there should be"
+    return seconds
+
+
+def test_samples_that_somebody_disturbed_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two beats before each sample, and two after."""
+    steady, ends_slow = [1.0] * 4, [1.0, 1.0, 2.0, 2.0]
+    assert sampled(monkeypatch, [3.0, 3.5, 4.0], Beats([], 60.0)) == 3.5
+    beats = chain(*[ends_slow] * 4, *[steady] * 3)
+    assert sampled(monkeypatch, [9.0, 9.0, 9.0, 9.0, 3.0, 3.5, 4.0], Beats(beats, 60.0)) == 3.5
+    once = chain(steady, *[ends_slow] * 7)
+    assert sampled(monkeypatch, [3.0, *[9.0] * 7], Beats(once, 60.0)) == 3.0, "one is better than none"
+    assert sampled(monkeypatch, [9.0, 8.0, 7.0, *[9.0] * 5], Beats(chain(*[ends_slow] * 8), 60.0)) == 8.0
+
+
+def test_a_slow_moment_is_waited_for_before_all_is_measured_anew(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = tmp_path / "prices.json"
+    known = KnownPrices(file, Then([1.0, 1.0, 1.0], {"meeting": 0.5}))
+    known._kept = 0
+    known.keep()
+    monkeypatch.setattr(training, "prices_file", lambda machine: file)
+    monkeypatch.setattr(training, "seconds_of_meeting", lambda cooling: 0.25)
+    looks = iter([[2.0, 1.0, 1.0], [2.0, 1.0, 1.0], [2.0, 1.0, 1.0], [1.05, 1.0, 1.0]])
+    monkeypatch.setattr(training, "yardsticks", lambda *told: next(looks))
+    assert training._measured(RatedPrices(LAPTOP), 0).meeting == 0.5 and not list(looks)
+    monkeypatch.setattr(training, "yardsticks", lambda *told: [2.0, 1.0, 1.0])
+    monkeypatch.setattr(training, "LOOKING", 0.05)
+    found = training._measured(RatedPrices(LAPTOP), 0)
+    assert found.meeting == 0.25 and found.pulse.patience == samples.PATIENCE
 
 
 def test_what_streams_is_measured_apart() -> None:

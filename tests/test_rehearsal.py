@@ -301,29 +301,47 @@ def test_some_of_several_runs_are_fewer_than_twice_as_many(lengths: tuple[int, .
 
 
 def looked_at(mode: FakeTensorMode) -> list[tuple[Any, ...]]:
-    """What each of `VIEWS` gives of a tensor of the mode, itself a view."""
+    """What each of `VIEWS` gives of a tensor of the mode, itself a view, or of none or one element along a side."""
     with mode:
         tensor = torch.empty(6, 8)[1:5, 2:6]
-        square = torch.empty(4, 4)
-        told = {
-            aten.view.default: (square, (2, 8)),
-            aten.view.dtype: (square, torch.int16),
-            aten.as_strided.default: (tensor, (2, 2), (8, 1), 3),
-            aten.slice.Tensor: (tensor, 0, 1, 3),
-            aten.transpose.int: (tensor, 0, 1),
-            aten.permute.default: (tensor, (1, 0)),
-            aten.expand.default: (tensor[:1], (3, 4)),
-            aten.unsqueeze.default: (tensor, 1),
+        square, narrow = torch.empty(4, 4), torch.empty(1, 4, 0, 1)
+        told: dict[Any, list[tuple[Any, ...]]] = {
+            aten.view.default: [(square, (2, 8)), (narrow, (4, 0)), (square[:1], (4, 1))],
+            aten.view.dtype: [(square, torch.int16)],
+            aten.as_strided.default: [(tensor, (2, 2), (8, 1), 3)],
+            aten.slice.Tensor: [(tensor, 0, 1, 3), (narrow, 1, 2, 2)],
+            aten.transpose.int: [(tensor, 0, 1), (narrow, 0, 3)],
+            aten.permute.default: [(tensor, (1, 0)), (narrow, (3, 2, 1, 0))],
+            aten.expand.default: [(tensor[:1], (3, 4))],
+            aten.unsqueeze.default: [(tensor, 1), (narrow, 0)],
         }
         found = []
         for view in sorted(VIEWS, key=str):
-            args = told.get(view, (tensor,))
-            seen = view(*args)
-            same = seen.untyped_storage()._cdata == args[0].untyped_storage()._cdata
-            found.append((str(view), seen.shape, seen.stride(), seen.storage_offset(), seen.dtype, seen.device, same))
+            for args in told.get(view, [(tensor,)]):
+                seen = view(*args)
+                same = seen.untyped_storage()._cdata == args[0].untyped_storage()._cdata
+                found.append(
+                    (str(view), seen.shape, seen.stride(), seen.storage_offset(), seen.dtype, seen.device, same)
+                )
     return found
 
 
-def test_views_are_as_torch_has_them() -> None:
-    ours, torchs = (looked_at(mode()) for mode in (Fakes, FakeTensorMode))
-    assert ours == torchs and len(ours) == len(VIEWS) and all(row[-1] for row in ours)
+def test_views_are_as_torch_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    torchs, given, direct = looked_at(FakeTensorMode()), [], Fakes._view
+    monkeypatch.setattr(Fakes, "_view", lambda mode, *call: given.append(str(call[0])) or direct(mode, *call))
+    assert looked_at(Fakes()) == torchs and all(row[-1] for row in torchs)
+    assert {str(view) for view in VIEWS} <= set(given), "none went another way"
+
+
+def test_what_cannot_be_seen_so_is_refused_as_torch_does() -> None:
+    for mode in (Fakes(), FakeTensorMode()):
+        with mode, pytest.raises(ValueError, match="Cannot view"):
+            torch.empty(4, 4).t().view(16)
+
+
+def test_gradients_pass_views() -> None:
+    with Fakes():
+        weight = torch.nn.Parameter(torch.empty(4, 6))
+        rows = torch.empty(3, 6, requires_grad=True)
+        (rows @ weight.t())[1:].transpose(0, 1).sum().backward()
+        assert weight.grad is not None and weight.grad.shape == weight.shape and not weight.detach().requires_grad

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import suppress
 from math import prod
 from typing import Any
 
@@ -16,7 +17,7 @@ VIEWS = {
     *(aten.view.default, aten.view.dtype, aten.as_strided.default, aten.detach.default, aten.slice.Tensor),
     *(aten.t.default, aten.transpose.int, aten.permute.default, aten.expand.default, aten.unsqueeze.default),
 }
-"""Of one tensor each, whose shape no number decides."""
+"""Of one tensor each, whose shape no numbers in it decide."""
 
 
 class Fakes(FakeTensorMode):
@@ -24,14 +25,18 @@ class Fakes(FakeTensorMode):
     Modules look at these: text that is one sequence needs no mask, and without one attention is another kernel."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in VIEWS and type(args[0]) is FakeTensor:
-            return self._view(func, args, kwargs or {})
+        if func in VIEWS and self._is_own(args[0]):
+            with suppress(RuntimeError):  # what cannot be seen so, the mode refuses in its own way
+                return self._view(func, args, kwargs or {})
         held = list(_tensors(args))
         if held and not any(isinstance(tensor, FakeTensor) for tensor in held):
             real = not _grows(held)
         else:
             real = not held and _counts(func, args, kwargs or {})
         return func(*args, **(kwargs or {})) if real else super().__torch_dispatch__(func, types, args, kwargs)
+
+    def _is_own(self, tensor: torch.Tensor) -> bool:
+        return type(tensor) is FakeTensor and tensor.fake_mode is self and tensor.constant is None
 
     def _view(self, func: Any, args: Any, kwargs: dict[str, Any]) -> FakeTensor:
         """As the mode itself gives it, but for the long look for what a view of one tensor never has. Every second operation

@@ -54,7 +54,7 @@ def forecast(
     Raises BudgetError when leases leave no room in the arena."""
 
     def run(script: Script) -> Forecast:
-        steps = 3 if closely else 1
+        steps = 3 if closely else 2
         return _played(script if closely else script.lean, arena_bytes, home_of, ways, near, on_host, steps)
 
     units = rehearsed.units

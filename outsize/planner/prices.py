@@ -176,7 +176,7 @@ class MeasuredPrices:
         others in their place. What that gives holds the only memory that is in the caches until a cold result lies
         elsewhere."""
         if not far:
-            return lambda: None
+            return partial(_once, done)
         beside = partial(
             done.func, *(_numbers(a) if place in far else a for place, a in enumerate(done.args)), **done.keywords
         )
@@ -285,6 +285,10 @@ def _do(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], how: Calla
             return how(partial(function, *real_args, **real_kwargs))
         except (RuntimeError, IndexError, TypeError, ValueError):
             return None
+
+
+def _once(done: Callable[[], Any]) -> None:
+    done()
 
 
 def _far(args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, cold: Cold) -> tuple[int, ...]:

@@ -42,25 +42,26 @@ class Pulse:
     """Whether others slow the processor just now: a small product takes longer than it can.
 
     On a virtual machine the other half of a core may be somebody's. That comes and goes within tenths of a second, and
-    no counter of the system shows it."""
+    no counter of the system shows it. Once `patience`, the seconds that are waited in all, has come to an end, what there is
+    counts as steady."""
 
     def __init__(self, patience: float = PATIENCE) -> None:
         self._factors = torch.full((64, 512), 0.25), torch.full((512, 512), 0.25)
-        self._least, self._patience = inf, patience
+        self._least, self.patience = inf, patience
 
     def steady(self) -> bool:
         """The faster of two: a thread that slept is late for the first."""
         seconds = min(self._beat(), self._beat())
         self._least = min(self._least, seconds)
-        return seconds <= STEADY * self._least
+        return seconds <= STEADY * self._least or self.patience <= 0
 
     def wait(self) -> None:
         """Until it is steady, as long as there is patience left."""
-        while self._patience > 0:
-            started = perf_counter()
-            if self.steady():
-                return
-            self._patience -= perf_counter() - started
+        started = perf_counter()
+        while not self.steady():
+            now = perf_counter()
+            self.patience -= now - started
+            started = now
 
     def _beat(self) -> float:
         started = perf_counter()
@@ -70,9 +71,10 @@ class Pulse:
 
 def usual_seconds(function: Callable[[], Any], before: Callable[[], Any], pulse: Pulse) -> float:
     """Of what has been done once: the median of a few samples, more where they disagree, so that a few interruptions do not
-    count, of those that nobody disturbed and to which the operating system gave the fewest fresh pages. Results come from
-    recycled memory, as in a step: fresh pages would take as long as many an operation, and it takes the heap some rounds to
-    have room that is used again."""
+    count, of those that nobody disturbed and to which the operating system gave no fresh pages; if there are none, of those
+    that come nearest to it. Results come from recycled memory, as in a step: fresh pages would take as long as many an
+    operation, and it takes the heap some rounds to have room that is used again. `before` each: what leaves the caches as a
+    step does, whatever the pulse has left there."""
     samples: list[tuple[bool, int, float]] = []
     with recycling():
         function()
@@ -84,8 +86,7 @@ def usual_seconds(function: Callable[[], Any], before: Callable[[], Any], pulse:
             seconds, faults = perf_counter() - started, _faults() - faults
             samples.append((not pulse.steady(), faults, seconds))
             del held
-    best = sorted(samples)[: max(SAMPLES, len(_clean(samples)))]
-    return median(seconds for *_, seconds in best)
+    return median(_clean(samples) or [seconds for *_, seconds in sorted(samples)[:SAMPLES]])
 
 
 def _clean(samples: list[tuple[bool, int, float]]) -> list[float]:

@@ -32,7 +32,7 @@ from outsize.planner.prices import (
 from outsize.planner.reasons import finished, of_machine
 from outsize.planner.refusals import disk_too_small, no_memory
 from outsize.planner.rehearsal import Rehearsed, rehearse
-from outsize.planner.samples import Cooling, Pulse
+from outsize.planner.samples import PATIENCE, Cooling, Pulse
 from outsize.planner.search import Search
 from outsize.planner.task import JobSizes, Task
 from outsize.planner.thrashed import THRASHING, thrashed
@@ -84,13 +84,14 @@ class Place:
 def _measured(rated: RatedPrices, room: int) -> MeasuredPrices:
     """With what is known of a time like now. Where nothing is, it is looked again for as long as it takes to measure all
     anew: something may just have come between."""
-    file, cooling, pulse = prices_file(rated.machine), Cooling(), Pulse()
+    file, cooling, pulse = prices_file(rated.machine), Cooling(), Pulse(patience=0.0)
     end = perf_counter() + LOOKING
     while True:
         passing = seconds_of_passing()
         known = KnownPrices.read(file, yardsticks(passing, cooling, pulse))
         if known.then.seconds or not known.others or perf_counter() > end:
             break
+    pulse.patience = PATIENCE
     meeting = known.find("meeting", lambda: seconds_of_meeting(cooling))
     cooling.end()  # to hold no more than what follows
     return MeasuredPrices(rated, passing, meeting or 0.0, known, thrashed(room, known, pulse), cooling, pulse)
@@ -117,9 +118,10 @@ class Planning:
         if 2 * self._task.job.all_bytes > self._place.disk_free_bytes:
             raise BudgetError(disk_too_small(2 * self._task.job.all_bytes, self._place.disk_free_bytes))
         problem: BudgetError | None = None
-        for jobs in (lambda: self._task.jobs, lambda: self._task.jobs_by_parts):  # not before they are wanted
+        for wanted in (lambda: self._task.jobs, lambda: self._task.jobs_by_parts):
+            jobs = wanted()  # to find what has parts takes a forward pass
             try:
-                if found := self._found(jobs(), memory_bytes):
+                if found := self._found(jobs, memory_bytes):
                     plan = _fastest(found)
                     check_disk(plan, self._place.disk_free_bytes)
                     return replace(plan, reasons=(*plan.reasons, of_machine(self._place.machine)))
