@@ -60,9 +60,11 @@ def attach(
 
     `optimizer` is a class with `options`, or a rule (name, parameter) -> (class, options). `precision` "fp32" trains the
     numbers a plain loop would; "mixed" computes in bf16 with an fp32 master. `sequence_length` and `batch_size` are the
-    largest a call will see; they size what activations need. `activations` are kept, recomputed or moved to disk ("keep",
-    "recompute", "move"), or as the planner finds best. Raises BudgetError when it does not fit, OptionError for
-    bad options, ModelError when no repeated block is found: then name its class in `block_class`."""
+    largest a call will see; they size what activations need. `activations` are kept, recomputed, recomputed but for the
+    results of attention, or moved to disk ("keep", "recompute", "attention", "move"), or as the planner finds best.
+
+    Raises BudgetError when it does not fit, OptionError for bad options, ModelError when no repeated block is found: then
+    name its class in `block_class`."""
     rule = uniform_rule(optimizer, options or {}) if isinstance(optimizer, type) else optimizer
     find_precision(precision)
     directory = Path(directory)

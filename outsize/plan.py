@@ -66,17 +66,21 @@ class Activations:
     """What a unit leaves behind in forward for its backward, and where that waits. Every choice is exact.
 
     `saved`: `all` that autograd saves; only the unit's `input`, and forward runs again; or the input and the results of
-    matrix `products` and attention, and forward runs again without computing these. `home` is a tier, or `near`."""
+    `attention`, or of matrix `products` and attention, and forward runs again without computing these. `home` is a tier,
+    or `near`."""
 
     saved: str = "all"
     home: str = NEAR
 
     def __post_init__(self) -> None:
-        if self.saved not in ("all", "products", "input"):
-            raise OptionError(f"Activations {self.saved!r} cannot be saved; there are all, products and input.")
+        if self.saved not in ("all", "products", "attention", "input"):
+            raise OptionError(
+                f"Activations {self.saved!r} cannot be saved; there are all, products, attention and input."
+            )
 
 
 KEEP, RECOMPUTE, MOVE = Activations(), Activations("input"), Activations("all", "disk")
+KEEP_ATTENTION = Activations("attention")  # the dearest to compute of what takes little room: the rest is recomputed
 MOVE_TO_HOST, INPUT_TO_HOST = Activations("all", "host"), Activations("input", "host")  # from a device
 
 

@@ -35,7 +35,7 @@ from outsize.memory.host import HostTier, allocate_slab
 from outsize.memory.store import Store
 from outsize.memory.tier import PAGE, pages
 from outsize.memory.transfer import Transfers
-from outsize.model.activations import Mover, Parcel, Products, run_unit
+from outsize.model.activations import PRODUCTS, Mover, Parcel, Results, run_unit
 from outsize.model.units import find_units
 from outsize.plan import MOVE, Activations, Plan
 from outsize.planner.clock import ways_of
@@ -286,9 +286,10 @@ def test_products_are_not_computed_again() -> None:
             return func(*args, **(kwargs or {}))
 
     module, states = nn.Linear(16, 16, bias=False), torch.randn(5, 16)
-    products = Products(lambda tensor: tensor.clone(), lambda saved: saved)
+    products = Results(lambda tensor: tensor.clone(), lambda saved: saved, PRODUCTS)
     with torch.no_grad(), Counting():
         for _ in range(3):
+            products.begin()
             with products:
                 module(states)
     assert counts["mm"] == 1

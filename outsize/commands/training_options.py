@@ -39,7 +39,8 @@ Loss = Annotated[str, typer.Option(help="auto, blocked (over blocks of the vocab
 Activations = Annotated[
     str,
     typer.Option(
-        help="keep, recompute or move (to disk; of a device to its host's memory) what forward leaves for backward; or auto."
+        help="What becomes of what forward leaves for backward: keep; recompute; attention, which keeps the results of that "
+        "and recomputes the rest; move, to disk, or of a device to its host's memory; or auto."
     ),
 ]
 CommitEvery = Annotated[

@@ -15,14 +15,16 @@ from __future__ import annotations
 import heapq
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
@@ -36,18 +38,13 @@ from outsize.plan import Activations
 ACTIVATION = "activation"  # the one part of an activation's block
 CACHES = ("past_key_values", "past_key_value", "layer_past")
 aten = torch.ops.aten
-PRODUCTS = {
-    aten.mm,
-    aten.addmm,
-    aten.bmm,
-    aten.baddbmm,
-    aten.convolution,
-    aten._grouped_mm,
+ATTENTION = {
     aten._scaled_dot_product_flash_attention_for_cpu,
     aten._scaled_dot_product_flash_attention,
     aten._scaled_dot_product_efficient_attention,
     aten._scaled_dot_product_cudnn_attention,
 }
+PRODUCTS = ATTENTION | {aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.convolution, aten._grouped_mm}
 CHANGED = (
     "A tensor that was saved for backward has been changed in place since. Keep, or recompute, the activations of "
     "the unit that does so."
@@ -68,11 +65,13 @@ def run_unit(
     if activations.saved == "all":
         with saved_tensors_hooks(pack, unpack):
             return forward(*args, **kwargs)
-    products = Products(pack, unpack) if activations.saved == "products" else nullcontext()
+    results = Results(pack, unpack, ATTENTION if activations.saved == "attention" else PRODUCTS)
+    seeing = {"products": results, "attention": AroundAttention(results)}.get(activations.saved, nullcontext())
 
     def body(*args: Any, **kwargs: Any) -> Any:
         arrive()
-        with products:
+        results.begin()
+        with seeing:
             return forward(*args, **kwargs)
 
     # A cache would be appended to twice; transformers' own checkpointed layers leave it out too.
@@ -218,25 +217,27 @@ def _unusual(tensor: torch.Tensor) -> bool:
 # -- results that are dear to compute ---------------------------------------------------------------------------------
 
 
-class Products(TorchDispatchMode):
-    """Results of matrix products and attention: saved when the unit runs, and given out instead of being computed when
-    it runs again. What draws random numbers is always computed, so that what follows draws those that it drew."""
+class Results(TorchDispatchMode):
+    """Results of `dear` operations: saved when the unit runs, and given out instead of being computed when it runs again.
+    What draws random numbers is always computed, so that what follows draws those that it drew."""
 
-    def __init__(self, pack: Callable[[torch.Tensor], Any], unpack: Callable[[Any], torch.Tensor]) -> None:
+    def __init__(
+        self, pack: Callable[[torch.Tensor], Any], unpack: Callable[[Any], torch.Tensor], dear: Set[Any]
+    ) -> None:
         super().__init__()
-        self._pack, self._unpack = pack, unpack
+        self._pack, self._unpack, self._dear = pack, unpack, dear
         self._results: list[Any] = []
         self._again = False
         self._next = 0
 
-    def __exit__(self, *exception: Any) -> None:
-        self._again, self._next = True, 0
-        super().__exit__(*exception)
+    def begin(self) -> None:
+        """A run of the unit, its first or again."""
+        self._again, self._next = bool(self._results), 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func.overloadpacket not in PRODUCTS or _draws(func, args, kwargs or {}):
+        if func.overloadpacket not in self._dear or _draws(func, args, kwargs or {}):
             return func(*args, **(kwargs or {}))
         if self._again:
             self._next += 1
@@ -255,6 +256,20 @@ class Products(TorchDispatchMode):
             if isinstance(saved.packed, torch.Tensor) and saved.packed._version != saved.version:
                 raise ModelError(CHANGED)
             return without_graph(self._unpack(saved.packed))
+
+
+class AroundAttention(TorchFunctionMode):
+    """Lets `results` see the operations of attention alone: it slows each that it sees."""
+
+    def __init__(self, results: Results) -> None:
+        super().__init__()
+        self._results = results
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        with self._results if func is F.scaled_dot_product_attention else nullcontext():
+            return func(*args, **(kwargs or {}))
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,7 +17,7 @@ from outsize.divided import HALVES, LOOP, V, leg_of, worker_of
 from outsize.errors import BudgetError, ModelError, OptionError
 from outsize.model.route import Leg, Route, keep_legs, shared_with_head
 from outsize.model.units import Unit, find_units
-from outsize.plan import RECOMPUTE, Plan, Predicted
+from outsize.plan import Plan, Predicted
 from outsize.planner.fakes import bare_copy
 from outsize.planner.legs import find_route
 from outsize.planner.task import Task
@@ -286,8 +286,8 @@ def _predicted(plan: Plan) -> Predicted:
 
 
 def _again(plan: Plan, units: int) -> float:
-    """Which part of forward is computed again."""
-    return sum(saved == RECOMPUTE for _, saved in plan.activations) / units
+    """Which part of forward is computed again, reckoned by matrix products with weights."""
+    return sum(choice.saved in ("attention", "input") for _, choice in plan.activations) / units
 
 
 def _seconds(plan: Plan) -> float:

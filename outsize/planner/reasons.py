@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from outsize.distributed.arrangement import CLOSE, PEER, REMOTE
 from outsize.machine.machine import Machine
-from outsize.plan import INPUT_TO_HOST, KEEP, MOVE, MOVE_TO_HOST, RECOMPUTE, Activations, Plan
+from outsize.plan import INPUT_TO_HOST, KEEP, KEEP_ATTENTION, MOVE, MOVE_TO_HOST, RECOMPUTE, Activations, Plan
 from outsize.planner.predict import host_bytes, near_bytes, predicted
 from outsize.planner.script import Stepped
 from outsize.planner.search import Choice, Placement, Search
@@ -15,6 +15,7 @@ from outsize.sizes import format_size
 
 SAID = {
     KEEP: "all kept",
+    KEEP_ATTENTION: "results of attention kept and the rest recomputed",
     RECOMPUTE: "recomputed from the input",
     MOVE: "moved to disk",
     MOVE_TO_HOST: "moved to the host's memory",

@@ -15,7 +15,7 @@ from outsize.machine.allocator import give_back
 from outsize.machine.describe import process_memory
 from outsize.machine.devices import CONTEXT
 from outsize.machine.machine import Machine
-from outsize.plan import INPUT_TO_HOST, KEEP, MOVE, MOVE_TO_HOST, RECOMPUTE, Activations, Plan
+from outsize.plan import INPUT_TO_HOST, KEEP, KEEP_ATTENTION, MOVE, MOVE_TO_HOST, RECOMPUTE, Activations, Plan
 from outsize.planner.beside import LIBRARIES
 from outsize.planner.clock import Ways, ways_of
 from outsize.planner.known_prices import KnownPrices, prices_file
@@ -157,6 +157,8 @@ class Planning:
         for how, job in ways:
             if found and how == INPUT_TO_HOST:  # which is for want of room alone
                 continue
+            if how == RECOMPUTE and any(way_of(search) == KEEP_ATTENTION for search in found):  # see `_dear`
+                continue
             if self._least(how, job, memory_bytes, found) >= fastest:
                 continue
             if job.parts and self._fixed(how) > self._wall(memory_bytes):  # what is leased is not what is too much
@@ -179,7 +181,7 @@ class Planning:
         """Ways in which activations may wait, the least compute first."""
         request = self._task.request
         device = request.device_bytes > 0
-        choices = {"keep": [KEEP], "recompute": [RECOMPUTE], "move": [MOVE]}
+        choices = {"keep": [KEEP], "attention": [KEEP_ATTENTION], "recompute": [RECOMPUTE], "move": [MOVE]}
         if device:
             choices |= {"recompute": [RECOMPUTE, INPUT_TO_HOST], "move": [MOVE_TO_HOST, MOVE]}
         if request.activations in SETTLED:
@@ -189,7 +191,17 @@ class Planning:
         if request.activations != "auto":
             return choices[request.activations]
         halves = request.schedule == HALVES  # in each of which it would be computed again
-        return [KEEP] if halves else [KEEP, *choices["recompute"]]
+        if halves:
+            return [KEEP]
+        return [KEEP, *([KEEP_ATTENTION] if self._dear else []), *choices["recompute"]]
+
+    @property
+    def _dear(self) -> bool:
+        """To compute attention again takes longer than its results, in the place of as much else that then comes and goes,
+        would take to pass: forward, backward, and of a step once more, changed."""
+        attention, passes = self._left.attention, 2 + 1 / len(self._task.batches)
+        slowest = min((min(way.read, way.write) for way in self._ways.values()), default=inf)
+        return attention.seconds * slowest > passes * self._task.request.underway * attention.nbytes
 
     @property
     def least(self) -> Search:
@@ -200,17 +212,19 @@ class Planning:
         """Bytes without which no budget does, told without a rehearsal."""
         request = self._task.request
         held = CONTEXT if request.device_bytes else self._place.baseline_bytes
-        return held + (request.underway * self._left.nbytes if how == KEEP else 0)
+        if how not in (KEEP, KEEP_ATTENTION):
+            return held
+        return held + request.underway * (self._left.all if how == KEEP else self._left.attention).nbytes
 
     def _least(self, how: Activations, job: JobSizes, memory_bytes: int, found: list[Search]) -> float:
         """Seconds that a step takes at least, told without another rehearsal: what is not kept is computed again, and what is
         kept takes the room of what else would not pass."""
         kept = self._searches.get(_key(KEEP, job))
-        if kept is not None and how == RECOMPUTE:
-            return kept.rehearsed.work + len(self._task.batches) * self._left.seconds
+        if kept is not None and how in (KEEP_ATTENTION, RECOMPUTE):
+            return kept.rehearsed.work + self._again(how)
         if how == KEEP:
             room = self._wall(memory_bytes) - self._held(how)
-            alike = (s for s in found if s.job is job and RECOMPUTE in dict(s.bare.activations).values())
+            alike = (s for s in found if s.job is job and way_of(s) in (KEEP_ATTENTION, RECOMPUTE))
             return max((search.moving(room) for search in alike), default=0.0)
         return 0.0
 
@@ -218,11 +232,16 @@ class Planning:
         """To keep all is tried last: what would have to pass for want of room takes longer than to compute all again. That is
         a guess, by which nothing but the order is settled."""
         request, ways = self._task.request, self._ways
-        if self._considered[:2] != [KEEP, RECOMPUTE] or request.legs:
+        if self._considered[:1] == self._considered or self._considered[0] != KEEP or request.legs:
             return False
         passing = self._task.job.everything - self._wall(memory_bytes) + self._held(KEEP)
-        computing = 4 * len(self._task.batches) * self._left.seconds
+        computing = 4 * self._again(self._considered[1])
         return computing > 0 and passing > computing * sum(way.read for way in ways.values())
+
+    def _again(self, how: Activations) -> float:
+        """Seconds of a step in which is computed again what is not kept."""
+        spared = self._left.attention.seconds if how == KEEP_ATTENTION else 0.0
+        return len(self._task.batches) * (self._left.all.seconds - spared)
 
     @cached_property
     def _ways(self) -> Ways:
@@ -248,6 +267,11 @@ class Planning:
 
 def _key(how: Activations, job: JobSizes) -> tuple[Activations, int, tuple[str, ...], int]:
     return how, job.copies, job.parts, job.ahead
+
+
+def way_of(search: Search) -> Activations:
+    """What becomes of the activations of its units, of all alike."""
+    return next((how for _, how in search.bare.activations), KEEP)
 
 
 def _fastest(found: list[Search]) -> Plan:

@@ -15,6 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from outsize.model.activations import ATTENTION
 from outsize.model.units import Unit
 from outsize.planner.fakes import Fakes, bare_copy, fake_copy
 from outsize.planner.live import LiveBytes
@@ -77,12 +78,20 @@ class Watched(TorchDispatchMode):
 
 
 @dataclass(frozen=True)
-class Left:
-    """What forward makes in all repeated units and leaves for backward, where it is kept: at least so many bytes. To make it
-    again takes at least so many seconds."""
+class Made:
+    """Bytes, and the seconds in which they were made."""
 
     nbytes: int = 0
     seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Left:
+    """What forward makes in all repeated units and leaves for backward, where it is kept: at least so many bytes. To make it
+    again takes at least so many seconds. `attention`: what that leaves of it, its results alone."""
+
+    all: Made = Made()
+    attention: Made = Made()
 
 
 def left_behind(model: nn.Module, units: Sequence[Unit], batch: Batch, prices: Prices, dtype: torch.dtype) -> Left:
@@ -102,7 +111,8 @@ def left_behind(model: nn.Module, units: Sequence[Unit], batch: Batch, prices: P
             fake(**batch)
     except (ValueError, IndexError, KeyError, AttributeError, RuntimeError):
         return Left()  # it counts on all of its units, or on numbers
-    return Left(saved.nbytes(fake) * len(names) // 4, saved.seconds * len(names) / 4)
+    attention = Made(saved.attention.nbytes * len(names) // 4, saved.attention.seconds * len(names) / 4)
+    return Left(Made(saved.nbytes(fake) * len(names) // 4, saved.seconds * len(names) / 4), attention)
 
 
 def _of(bare: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -123,7 +133,11 @@ class _Timed(Priced):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if is_view(func) or not self._saved.inside:
             return func(*args, **(kwargs or {}))
-        return super().__torch_dispatch__(func, types, args, kwargs)
+        before = self._saved.since
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        if func.overloadpacket in ATTENTION:
+            self._saved.attend(result, self._saved.since - before)
+        return result
 
 
 class _Saved:
@@ -132,7 +146,8 @@ class _Saved:
     def __init__(self) -> None:
         self.seconds = 0.0
         """From the beginning of each unit to the last that is kept of it: no further is it computed again."""
-        self._since = 0.0
+        self.since = 0.0
+        self.attention = Made()
         self._kept: dict[int, torch.UntypedStorage] = {}
         self._given: dict[int, torch.UntypedStorage] = {}
         self._made: dict[int, torch.UntypedStorage] = {}
@@ -141,19 +156,24 @@ class _Saved:
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         given = _storages((args, kwargs))
         self._given |= {key: storage for key, storage in given.items() if key not in self._made}
-        self.inside, self._since = True, 0.0
+        self.inside, self.since = True, 0.0
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         self._made |= _storages(output)
         self.inside = False
 
     def spent(self, lane: str, seconds: float, floating_operations: float, beside: float) -> None:
-        self._since += seconds
+        self.since += seconds
+
+    def attend(self, result: Any, seconds: float) -> None:
+        """Attention has been computed."""
+        made = sum(storage.nbytes() for storage in _storages(result).values())
+        self.attention = Made(self.attention.nbytes + made, self.attention.seconds + seconds)
 
     def keep(self, tensor: torch.Tensor) -> torch.Tensor:
         if self.inside:
             self._kept |= _storages(tensor)
-            self.seconds, self._since = self.seconds + self._since, 0.0
+            self.seconds, self.since = self.seconds + self.since, 0.0
         return tensor
 
     def nbytes(self, model: nn.Module) -> int:

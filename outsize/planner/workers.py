@@ -13,7 +13,7 @@ from math import gcd
 from outsize.distributed.measure import leveled
 from outsize.errors import BudgetError
 from outsize.machine.machine import Machine
-from outsize.plan import KEEP, RECOMPUTE, SPARE, Plan
+from outsize.plan import KEEP, KEEP_ATTENTION, RECOMPUTE, SPARE, Plan
 from outsize.planner.clock import ways_of
 from outsize.planner.prices import RatedPrices
 from outsize.planner.search import Search
@@ -24,7 +24,10 @@ from outsize.sizes import format_size
 FINE = 16  # parts that an even share is counted as
 PASSES = 2  # of what is on disk, in a step: it is read and written
 DISK_SPARE = 0.05  # of what a disk has free
-NAMES = {KEEP: "keep", RECOMPUTE: "recompute", **{how: name for name, how in SETTLED.items()}}
+NAMES = {
+    **{KEEP: "keep", KEEP_ATTENTION: "attention", RECOMPUTE: "recompute"},
+    **{how: name for name, how in SETTLED.items()},
+}
 Make = Callable[[Task, Place], Plan]
 
 
