@@ -28,7 +28,7 @@ from outsize.memory.host import HostTier, allocate_slab
 from outsize.memory.tier import Tier, pages
 from outsize.memory.transfer import Transfers
 from outsize.model.units import find_units, parts_of
-from outsize.plan import KEEP, MOVE, MOVE_TO_HOST, RECOMPUTE, Activations, Plan
+from outsize.plan import KEEP, KEEP_ATTENTION, MOVE, MOVE_TO_HOST, RECOMPUTE, Activations, Plan
 from outsize.train.job import Job, bind
 from outsize.train.optimizers import OptimizerRule
 
@@ -38,6 +38,7 @@ DEVICE = 1 << 30  # bytes of what stands for a device
 ACTIVATIONS_OF = {
     "keep": KEEP,
     "recompute": RECOMPUTE,
+    "attention": KEEP_ATTENTION,
     "move": MOVE,
     "move to host": MOVE_TO_HOST,
     "mixed": (
@@ -46,6 +47,7 @@ ACTIVATIONS_OF = {
         MOVE_TO_HOST,
         Activations("products"),
         KEEP,
+        Activations("attention", "disk"),
         RECOMPUTE,
     ),
 }

@@ -4,6 +4,7 @@ That it never changes a number is tested with everything else, in test_exactness
 from __future__ import annotations
 
 import gc
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -295,11 +296,44 @@ def test_products_are_not_computed_again() -> None:
     assert counts["mm"] == 1
 
 
+def test_attention_is_not_computed_again_where_its_results_are_kept() -> None:
+    counts: Counter[str] = Counter()
+
+    class Counting(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            counts[str(func.overloadpacket)] += 1
+            return func(*args, **(kwargs or {}))
+
+    block, states = make_model("llama").model.layers[0], torch.randn(1, 8, 64, requires_grad=True)
+    turned = (torch.ones(1, 8, 16), torch.zeros(1, 8, 16))
+
+    def computed(saved: str) -> Counter[str]:
+        counts.clear()
+        with Counting():
+            out = run_unit(
+                *(Activations(saved), block, lambda: None, lambda tensor: tensor.detach(), lambda saved: saved),
+                *((states,), {"position_embeddings": turned}),
+            )
+            out.sum().backward()
+        return Counter(counts)
+
+    attention = "aten._scaled_dot_product_flash_attention_for_cpu"
+    every = {saved: computed(saved) for saved in ("all", "products", "attention", "input")}
+    assert {saved: found[attention] for saved, found in every.items()} == {
+        "all": 1,
+        "products": 1,
+        "attention": 1,
+        "input": 2,
+    }
+    assert every["products"]["aten.mm"] == every["all"]["aten.mm"] < every["attention"]["aten.mm"]
+    assert every["attention"]["aten.mm"] == every["input"]["aten.mm"]
+
+
 # -- plans -------------------------------------------------------------------------------------------------------------
 
 
 def test_a_plan_that_cannot_be_obeyed_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="all, products and input"):
+    with pytest.raises(OptionError, match="all, products, attention and input"):
         Activations("some")
     cases: dict[str, tuple[str, Activations]] = {
         "not a unit": ("model.layers.9", MOVE),
@@ -314,7 +348,7 @@ def test_a_plan_that_cannot_be_obeyed_is_refused(tmp_path: Path) -> None:
             bind_job(model, ADAMW, plan, tmp_path / str(number))
 
 
-@pytest.mark.parametrize("activations", ["keep", "recompute", "move"])
+@pytest.mark.parametrize("activations", ["keep", "recompute", "attention", "move"])
 def test_the_choice_is_the_callers(activations: str, tmp_path: Path) -> None:
     job: Job = outsize.attach(
         make_model("llama"), torch.optim.AdamW, {"lr": 1e-3},
@@ -325,5 +359,5 @@ def test_the_choice_is_the_callers(activations: str, tmp_path: Path) -> None:
     job.model(**batch).loss.backward()
     job.step()
     job.close()
-    with pytest.raises(OptionError, match="keep, recompute, move"):
+    with pytest.raises(OptionError, match="keep, attention, recompute, move"):
         outsize.attach(make_model("llama"), torch.optim.SGD, memory="4GiB", directory=tmp_path / "x", activations="all")

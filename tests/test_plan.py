@@ -19,7 +19,7 @@ from outsize.errors import BudgetError, OptionError
 from outsize.machine.find import find_machine
 from outsize.machine.machine import Link
 from outsize.model.units import find_units
-from outsize.plan import KEEP, MOVE, RECOMPUTE, Activations, Plan, Predicted
+from outsize.plan import KEEP, KEEP_ATTENTION, MOVE, RECOMPUTE, Activations, Plan, Predicted
 from outsize.planner.check import check_plan, read_plan
 from outsize.planner.needs import TENSORS
 from outsize.planner.prices import CrowdedPrices, MeasuredPrices, RatedPrices
@@ -238,6 +238,29 @@ def test_what_cannot_be_faster_is_not_rehearsed() -> None:
     assert len(planning._searches) == 1 and "placements played" in plan.reasons[1]
     planning.search(RECOMPUTE)
     assert planning.within(memory) == plan
+
+
+def test_results_of_attention_are_kept_where_they_are_dear() -> None:
+    """Where even they have no room, all is recomputed."""
+    request = replace(REQUEST, sequence_length=1024, batch_size=8)
+    there = replace(place(), machine=LAPTOP.hosted)
+    planning = Planning(task(request, 8), there)
+    needs = {how: planning.search(how).needs for how in (KEEP, KEEP_ATTENTION, RECOMPUTE)}
+    tensors, least = ({how: getattr(n, name) for how, n in needs.items()} for name in ("tensors", "least"))
+    left = planning._left
+    attention = left.attention
+    assert 0 < attention.nbytes < left.all.nbytes and 0 < attention.seconds < left.all.seconds
+    kept = tensors[KEEP_ATTENTION] - tensors[RECOMPUTE]
+    assert 0.9 * attention.nbytes < kept < 1.5 * attention.nbytes < tensors[KEEP] - tensors[RECOMPUTE]
+    spared = planning.search(RECOMPUTE).rehearsed.work - planning.search(KEEP_ATTENTION).rehearsed.work
+    assert 0.5 * attention.seconds < spared <= attention.seconds  # what is kept comes from memory
+
+    for how in (KEEP_ATTENTION, RECOMPUTE):
+        plan = planning.within(int(least[how] / 0.97))
+        assert {found for _, found in plan.activations} == {how}
+    links = tuple(replace(link, bytes_per_second=link.bytes_per_second / 1000) for link in LAPTOP.hosted.links)
+    tape = Planning(task(request, 8), replace(there, machine=replace(LAPTOP.hosted, links=links)))
+    assert not tape._dear and tape._considered == planning._considered
 
 
 def test_the_search_finds_what_trying_everything_finds() -> None:

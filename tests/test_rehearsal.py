@@ -17,7 +17,7 @@ from worker_child import in_line
 from outsize.machine.find import find_machine
 from outsize.memory.store import Store
 from outsize.model.units import find_units
-from outsize.plan import KEEP, MOVE, MOVE_TO_HOST, Activations
+from outsize.plan import KEEP, KEEP_ATTENTION, MOVE, MOVE_TO_HOST, Activations
 from outsize.planner.clock import ways_of
 from outsize.planner.fakes import VIEWS, Fakes, aten
 from outsize.planner.live import CACHED, LiveBytes
@@ -49,6 +49,7 @@ SETTINGS = {
         activations=(Activations("products", "disk"), KEEP), accumulate=2, arena=4 << 20
     ),
     "on a device": Setting(placement="device", precision="mixed", clip=1.0, gradient_home="host"),
+    "results of attention kept": Setting(activations=KEEP_ATTENTION, precision="mixed"),
     ON_DEVICE: Setting(placement="device", activations=MOVE_TO_HOST),
     "by parts": Setting(parts=True),
     "by parts, two micro-batches of kept activations": Setting(parts=True, accumulate=2, activations=KEEP),

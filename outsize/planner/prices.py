@@ -25,6 +25,11 @@ LARGEST_DONE = 256 << 20  # bytes that an operation may touch to be done for its
 UPDATED = 28  # bytes of an element: its weight, low bits and two moments, each read and written, and its gradient
 RESULT = -1  # the place of what an operation gives, beside those of its operands
 LEAST = 1 << 15  # elements that torch gives to several threads (at::internal::GRAIN_SIZE); fewer are soon in a cache
+aten = torch.ops.aten
+AS_ON_DEVICE = {
+    aten._scaled_dot_product_flash_attention_for_cpu: aten._scaled_dot_product_flash_attention,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: aten._scaled_dot_product_flash_attention_backward,
+}
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -78,7 +83,7 @@ class RatedPrices:
         processor = self.machine.compute
         count = operations_of(function)
         if count is not None:
-            done = float(count(*args, **kwargs, out_val=result))
+            done = _seen(function, args, kwargs) * count(*args, **kwargs, out_val=result)
             matrix = next(
                 leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor) and leaf.dim() > 1
             )
@@ -327,8 +332,18 @@ def looks(value: Any) -> Any:
 
 @cache
 def operations_of(function: Any) -> Callable[..., int] | None:
-    """The formula of `torch.utils.flop_counter` for an operation that has one."""
-    return flop_registry.get(getattr(function, "overloadpacket", function))
+    """The formula of `torch.utils.flop_counter` for an operation that has one. It has one for attention on devices, none for
+    that of processors, which is given the same tensors."""
+    packet = getattr(function, "overloadpacket", function)
+    return flop_registry.get(AS_ON_DEVICE.get(packet, packet))
+
+
+def _seen(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+    """The part of its operations that is done: where each token sees only those before it, kernels leave out the others."""
+    schema = getattr(function, "_schema", None)
+    names = (argument.name for argument in (schema.arguments if schema is not None else ()))
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    return 0.5 if given.get("is_causal") else 1.0
 
 
 @cache

@@ -44,6 +44,7 @@ SETTLED = {
     "move to disk": MOVE,
     "inputs to host": INPUT_TO_HOST,
 }  # by another worker's plan
+WORTH = 0.1  # of what is computed again is attention, at least, if a plan that keeps its results is to be tried
 LOOKING = 4.0  # seconds, about what it takes to measure the operations of a step
 
 
@@ -157,7 +158,7 @@ class Planning:
         for how, job in ways:
             if found and how == INPUT_TO_HOST:  # which is for want of room alone
                 continue
-            if how == RECOMPUTE and any(way_of(search) == KEEP_ATTENTION for search in found):  # see `_dear`
+            if how == RECOMPUTE and self._dear and any(way_of(other) == KEEP_ATTENTION for other in found):
                 continue
             if self._least(how, job, memory_bytes, found) >= fastest:
                 continue
@@ -193,15 +194,16 @@ class Planning:
         halves = request.schedule == HALVES  # in each of which it would be computed again
         if halves:
             return [KEEP]
-        return [KEEP, *([KEEP_ATTENTION] if self._dear else []), *choices["recompute"]]
+        spares = self._dear or self._left.attention.seconds > WORTH * self._left.all.seconds
+        return [KEEP, *([KEEP_ATTENTION] if spares else []), *choices["recompute"]]
 
     @property
     def _dear(self) -> bool:
-        """To compute attention again takes longer than its results, in the place of as much else that then comes and goes,
-        would take to pass: forward, backward, and of a step once more, changed."""
-        attention, passes = self._left.attention, 2 + 1 / len(self._task.batches)
-        slowest = min((min(way.read, way.write) for way in self._ways.values()), default=inf)
-        return attention.seconds * slowest > passes * self._task.request.underway * attention.nbytes
+        """To compute attention again takes longer than its results take the place of: as many bytes of weights would be read
+        in forward and backward, and written once a step."""
+        micro_batches, made = len(self._task.batches), self._left.attention
+        passing = max(2 * micro_batches / way.read + 1 / way.write for way in self._ways.values())
+        return micro_batches * made.seconds > self._task.request.underway * made.nbytes * passing
 
     @property
     def least(self) -> Search:
