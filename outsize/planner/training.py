@@ -158,7 +158,7 @@ class Planning:
         for how, job in ways:
             if found and how == INPUT_TO_HOST:  # which is for want of room alone
                 continue
-            if how == RECOMPUTE and self._dear and any(way_of(other) == KEEP_ATTENTION for other in found):
+            if how == RECOMPUTE and self._dear and any(map(_keeps_attention_easily, found)):
                 continue
             if self._least(how, job, memory_bytes, found) >= fastest:
                 continue
@@ -234,7 +234,7 @@ class Planning:
         """To keep all is tried last: what would have to pass for want of room takes longer than to compute all again. That is
         a guess, by which nothing but the order is settled."""
         request, ways = self._task.request, self._ways
-        if self._considered[:1] == self._considered or self._considered[0] != KEEP or request.legs:
+        if len(self._considered) == 1 or self._considered[0] != KEEP or request.legs:
             return False
         passing = self._task.job.everything - self._wall(memory_bytes) + self._held(KEEP)
         computing = 4 * self._again(self._considered[1])
@@ -274,6 +274,11 @@ def _key(how: Activations, job: JobSizes) -> tuple[Activations, int, tuple[str, 
 def way_of(search: Search) -> Activations:
     """What becomes of the activations of its units, of all alike."""
     return next((how for _, how in search.bare.activations), KEEP)
+
+
+def _keeps_attention_easily(search: Search) -> bool:
+    """With a good arena: with less it may be found to have no room when it is played closely."""
+    return way_of(search) == KEEP_ATTENTION and search.room >= search.needs.good_arena
 
 
 def _fastest(found: list[Search]) -> Plan:
