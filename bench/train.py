@@ -20,9 +20,11 @@ from typing import Any
 from shapes import LLAMA, SMOLLM2, TINY, Shape, stack
 from table import write_page
 
+from outsize.machine.environment import settings
+
 HERE = Path(__file__).parent
 GIB = 1 << 30
-STREAMED = {"GOMP_SPINCOUNT": "20000", "HF_HUB_OFFLINE": "1"}  # as the command `outsize` sets it
+STREAMED = {**settings(os.environ), "HF_HUB_OFFLINE": "1"}  # as the command `outsize` sets it
 
 Results = dict[str, dict[str, Any]]
 

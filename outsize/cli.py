@@ -52,10 +52,6 @@ app.add_typer(checkpoint.app)
 
 def main() -> None:
     """Run the command line: errors a user can mend are one message and exit code 1."""
-    if "OMP_WAIT_POLICY" not in os.environ:
-        # Idle compute threads spin for some 20 us, then sleep: spinning on takes cores from transfers, sleeping at once
-        # makes every small operation wait for a wake-up (docs/log.md).
-        os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     limit_heaps()
     try:
         app(standalone_mode=True)

@@ -11,6 +11,7 @@ from math import prod
 from outsize.machine.allocator import Ceiling
 from outsize.machine.caching import ROUND, cached_peak
 from outsize.machine.devices import CONTEXT
+from outsize.machine.environment import merges
 from outsize.machine.heap import Change, heap_peak
 from outsize.memory.disk import BOUNCE
 from outsize.memory.tier import pages
@@ -28,10 +29,10 @@ READ_AHEAD = 2  # chunks of state that may be on their way while one is stepped
 LOOSE = 1.1  # leases end in another order than they begin, so that free room is in pieces
 MANY = 48  # units that the C library is asked about
 THREADS = 4 << 20  # bytes: stacks of the transfer threads and of lanes, and what python keeps for each
-KERNELS = 64 << 20  # bytes that products and OpenMP keep for themselves; fitted, docs/log.md
-PINNED = (
-    96 << 20
-)  # bytes that small allocations keep in the C library's heap where nothing need be given back; docs/log.md
+KERNELS = 32 << 20  # bytes that products and OpenMP keep for themselves; fitted, docs/log.md
+# Where the C library does not merge what is freed, small allocations keep more of its heap than a replay of tensors tells.
+SPREAD = 32 << 20  # bytes of that in any run
+PINNED = 96 << 20  # bytes where nothing need be given back; both fitted, docs/log.md
 PACKED = 3  # times a matrix: what may come within one product, its operands packed and its result
 KEPT = "kept between tensors, as there is room"
 TENSORS = "tensors of a step"
@@ -85,7 +86,7 @@ def find_needs(
     here = Needs(
         baseline=baseline,
         tensors=tensor_bytes(rehearsed, bare),
-        scratch=scratch + THREADS + KERNELS + (3 * BOUNCE if rows else 0),
+        scratch=scratch + THREADS + KERNELS + (0 if merges() else SPREAD) + (3 * BOUNCE if rows else 0),
         least_arena=least,
         good_arena=pages(least + int(1.2 * largest) + READ_AHEAD * largest_chunk),
         always=sum(sizes[name].bytes + sizes[name].state_bytes for name in always),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from outsize.distributed.arrangement import WIRE
 from outsize.machine.caching import lasting
+from outsize.machine.environment import merges
 from outsize.plan import SPARE, Predicted
 from outsize.planner.forecast import Forecast
 from outsize.planner.keeper import twin_bytes
@@ -88,7 +89,7 @@ def _host_memory(search: Search, placement: Placement) -> Causes:
         ),
     )
     left = search.wall - sum(nbytes for _, nbytes in causes) - needs.headroom
-    kept = min(PINNED, left - int(SPARE * search.wall))
+    kept = 0 if merges() else min(PINNED, left - int(SPARE * search.wall))
     return (*causes, *(((KEPT, kept),) * (kept > 0)))
 
 

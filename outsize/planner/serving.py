@@ -17,7 +17,7 @@ from outsize.model.route import Leg
 from outsize.model.units import Unit, called_parts, divide, parts_of
 from outsize.model.vocabulary import Table
 from outsize.plan import STORED, KvLayer, Plan, Predicted, Serving
-from outsize.planner.needs import KERNELS, PACKED, THREADS, changes_of, held_for
+from outsize.planner.needs import KERNELS, PACKED, SPREAD, THREADS, changes_of, held_for
 from outsize.planner.serving_forecast import run_step
 from outsize.planner.sizes_of import SMALL
 from outsize.planner.task import TABLE_BLOCK, table_rows
@@ -32,7 +32,7 @@ from outsize.train.job import always_near, users_of
 
 PAGE_TOKENS = 16
 COMPILED = 96 << 20  # bytes: kernels that oneDNN compiles, one for each shape it meets, and never lets go; docs/log.md
-BESIDE = THREADS + KERNELS + COMPILED
+BESIDE = THREADS + KERNELS + SPREAD + COMPILED
 FOR_MANY = 4  # of what is free while weights stream, one part in so many goes to pages if nobody said for how many
 PARTS_AT_ONCE, UNITS_AT_ONCE = 3.0, 2.3  # that near memory holds while they stream: more do not keep the disk busier
 FAR_TIMES = 8  # as many pages as near may lie on disk, at most
