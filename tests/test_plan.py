@@ -16,12 +16,13 @@ import outsize
 from outsize.asked import Request
 from outsize.distributed.measure import Crowd
 from outsize.errors import BudgetError, OptionError
+from outsize.machine.environment import MERGING, TUNABLES
 from outsize.machine.find import find_machine
 from outsize.machine.machine import Link
 from outsize.model.units import find_units
 from outsize.plan import KEEP, KEEP_ATTENTION, MOVE, RECOMPUTE, Activations, Plan, Predicted
 from outsize.planner.check import check_plan, read_plan
-from outsize.planner.needs import TENSORS
+from outsize.planner.needs import KEPT, PINNED, SPREAD, TENSORS
 from outsize.planner.prices import CrowdedPrices, MeasuredPrices, RatedPrices
 from outsize.planner.reasons import finished
 from outsize.planner.rehearsal import rehearse
@@ -147,6 +148,17 @@ def test_what_the_c_library_keeps_is_foretold_as_the_plan_has_it() -> None:
         assert found.recycle_bytes == recycle and found.predicted is not None
         taken.append(dict(found.predicted.memory)[TENSORS])
     assert taken[0] < taken[1]
+
+
+def test_where_the_c_library_merges_what_is_freed_less_is_held_between_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    request, kept = replace(REQUEST, memory_bytes=2 << 30), []
+    for merged in (False, True):
+        monkeypatch.setenv(TUNABLES, ":".join(f"{name}={value}" for name, value in MERGING.items()) if merged else "")
+        predicted = planned(request).predicted
+        assert predicted is not None
+        kept.append((predicted.host_peak_bytes, dict(predicted.memory).get(KEPT, 0)))
+    assert kept[0][1] == PINNED and not kept[1][1]
+    assert kept[0][0] >= kept[1][0] + PINNED + SPREAD - (1 << 20)  # whatever the heap itself then takes
 
 
 def test_a_plan_that_the_command_contradicts_is_refused() -> None:

@@ -1,5 +1,6 @@
 """How the C library keeps memory that torch has freed. On glibc it may keep several times what is in use: aligned
-allocations rarely fit the hole they left (docs/log.md has the measurements). Elsewhere these functions do nothing."""
+allocations rarely fit the hole they left (docs/log.md has the measurements), unless what is freed is merged at once
+(`outsize.machine.environment`). Elsewhere these functions do nothing."""
 
 from __future__ import annotations
 
