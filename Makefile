@@ -44,7 +44,7 @@ docs: $(READY) ## write docs/cli.md from the command line's own help
 bench: $(BENCH_READY) ## measure against plain PyTorch and DeepSpeed, side by side
 	$(VENV)/python bench/train.py
 
-foresight: $(READY) ## compare plans with what then happens, over many jobs; writes docs/foresight.md
+foresight: $(READY) ## compare plans with what then happens, over many jobs; writes docs/foresight.md and a part of docs/benchmarks.md
 	$(VENV)/python bench/foresight.py
 
 scaling: $(READY) ## plan Llama-shaped models on up to 512 described GPUs; writes docs/foresight.md, docs/scaling.png

@@ -262,15 +262,21 @@ def main() -> None:
         for job in jobs:
             if (found := turn.do(job)) is not None:
                 results.setdefault(job.name, []).append(found)
-    table = "\n".join([*verdicts(results), *stretched(pairs), "", *rows(results)])
+    reached, each = "\n".join([*verdicts(results), *stretched(pairs)]), "\n".join(rows(results))
     if arguments.only is not None:
-        print(table)
+        print(reached, each, sep="\n\n")
         return
     done = f"{len(results)} of {len(CASES)} jobs are done, {sum(map(len, results.values()))} times in all"
     print(done, file=sys.stderr)
     head = f"`python bench/foresight.py`, {date.today()}: {describe_machine(folder)}. {done}.\n\n"
-    before, rest = arguments.page.read_text().split(BEGIN)
-    arguments.page.write_text(f"{before}{BEGIN}\n{head}{table}\n{END}{rest.split(END)[1]}")
+    put(arguments.page, f"{head}{reached}\n\n{each}")
+    put(arguments.page.with_name("benchmarks.md"), f"{head}{reached}")
+
+
+def put(page: Path, text: str) -> None:
+    """Between this bench's marks."""
+    before, rest = page.read_text().split(BEGIN)
+    page.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")
 
 
 if __name__ == "__main__":
