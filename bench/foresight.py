@@ -252,6 +252,8 @@ def main() -> None:
     parser.add_argument("--page", type=Path, default=HERE.parent / "docs" / "foresight.md")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
+    pages = [arguments.page, arguments.page.with_name("benchmarks.md")]
+    assert all(BEGIN in page.read_text() for page in pages), f"{pages} have to have places for what is found"
     folder, end = arguments.folder.resolve(), monotonic() + 60 * arguments.minutes
     jobs = [job for job in CASES if arguments.only is None or arguments.only in job.name]
     results: Results = {}
@@ -269,8 +271,8 @@ def main() -> None:
     done = f"{len(results)} of {len(CASES)} jobs are done, {sum(map(len, results.values()))} times in all"
     print(done, file=sys.stderr)
     head = f"`python bench/foresight.py`, {date.today()}: {describe_machine(folder)}. {done}.\n\n"
-    put(arguments.page, f"{head}{reached}\n\n{each}")
-    put(arguments.page.with_name("benchmarks.md"), f"{head}{reached}")
+    put(pages[0], f"{head}{reached}\n\n{each}")
+    put(pages[1], f"{head}{reached}")
 
 
 def put(page: Path, text: str) -> None:

@@ -44,10 +44,10 @@ ACTIVATIONS_OF = {
     "mixed": (
         Activations("products", "disk"),
         Activations("input", "disk"),
+        Activations("attention", "disk"),
         MOVE_TO_HOST,
         Activations("products"),
         KEEP,
-        Activations("attention", "disk"),
         RECOMPUTE,
     ),
 }

@@ -209,7 +209,7 @@ def rehearsed(model: nn.Module, plan: Plan, micro_batches: list[Batch]) -> Scrip
     return rehearse(model, plan, ADAMW, RatedPrices(LAPTOP), micro_batches, torch.float32).whole
 
 
-@pytest.mark.parametrize("saved", ["all", "products", "input"])
+@pytest.mark.parametrize("saved", ["all", "attention", "products", "input"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "t5", "handwritten"])
 def test_as_many_bytes_move_as_predicted(family: str, saved: str, tmp_path: Path) -> None:
     steps = make_batches(3, 3)

@@ -19,8 +19,11 @@ WITHOUT = {name: value for name, value in os.environ.items() if name not in (TUN
 def test_what_a_user_has_set_stays() -> None:
     assert "GOMP_SPINCOUNT" not in settings({"OMP_WAIT_POLICY": "ACTIVE"})
     assert "GOMP_SPINCOUNT" not in settings({"GOMP_SPINCOUNT": "7"})
-    ours = settings({})
-    assert not settings(ours)
+    assert not settings(settings({}))
+
+
+@on_glibc
+def test_what_a_user_tells_glibc_stays() -> None:
     own = settings({TUNABLES: "glibc.malloc.tcache_count=3:glibc.malloc.arena_max=2"})[TUNABLES].split(":")
     assert set(own) == {"glibc.malloc.tcache_count=3", "glibc.malloc.arena_max=2", "glibc.malloc.mxfast=0"}
 
@@ -39,3 +42,39 @@ def test_a_process_begins_again_once_with_its_arguments(tmp_path: Path) -> None:
     process = subprocess.Popen(command, env=WITHOUT, stdout=subprocess.PIPE, text=True)
     lines = process.communicate(timeout=60)[0].splitlines()
     assert lines == [f"False {process.pid} one two words", f"True {process.pid} one two words", "ran"]
+
+
+@on_glibc
+def test_a_process_that_cannot_be_told_goes_on(tmp_path: Path) -> None:
+    """Something between takes the variable away again."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, sys\n"
+        "os.environ.pop('GLIBC_TUNABLES', None)\n"
+        "from outsize.machine.environment import begin_again, merges\n"
+        "begin_again()\n"
+        "print('ran', os.environ['GOMP_SPINCOUNT'], 'GLIBC_TUNABLES' in os.environ)\n"
+    )
+    done = subprocess.run([sys.executable, str(script)], env=WITHOUT, stdout=subprocess.PIPE, text=True, timeout=60)
+    assert done.stdout.splitlines() == ["ran 20000 False"]
+
+
+@on_glibc
+@pytest.mark.parametrize(
+    "command", [[str(Path(sys.executable).with_name("outsize"))], [sys.executable, "-m", "outsize"]]
+)
+def test_the_command_does_so(command: list[str]) -> None:
+    """Each interpreter says that it imports `site`."""
+    for told, begun in ((settings({}), 1), ({}, 2)):
+        environment = {**WITHOUT, **told, "PYTHONPROFILEIMPORTTIME": "1"}
+        done = subprocess.run([*command, "--help"], env=environment, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0 and "Usage" in done.stdout
+        assert [line.split()[-1] for line in done.stderr.splitlines()].count("site") == begun
+
+
+@on_glibc
+def test_to_tell_it_later_is_not_taken_for_telling_it() -> None:
+    program = "import os; os.environ.update({!r}); from outsize.machine.environment import merges; print(merges())"
+    command = [sys.executable, "-c", program.format(settings({}))]
+    assert subprocess.check_output(command, env=WITHOUT, text=True, timeout=60) == "False\n"
+    assert subprocess.check_output(command, env=WITHOUT | settings({}), text=True, timeout=60) == "True\n"

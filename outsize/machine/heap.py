@@ -14,6 +14,7 @@ from array import array
 from collections.abc import Iterable
 
 from outsize.machine.allocator import Heap, limit_heaps, recycle_up_to
+from outsize.machine.environment import TUNABLES, tunables
 
 ALIGNMENT = 64  # bytes, of all tensors that torch allocates on the CPU (c10/core/alignment.h)
 PAGE = 4096
@@ -29,7 +30,7 @@ def heap_peak(changes: Iterable[Change], recycle_bytes: int) -> int | None:
         return None
     flat = array("q", (number for change in changes for number in change))
     command = [sys.executable, "-m", __name__, str(recycle_bytes)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), TUNABLES: tunables()}
     return int(
         subprocess.run(command, input=flat.tobytes(), stdout=subprocess.PIPE, env=environment, check=True).stdout
     )

@@ -44,10 +44,16 @@ ATTENTION = {
     aten._scaled_dot_product_efficient_attention,
     aten._scaled_dot_product_cudnn_attention,
 }
+ATTEND = (F.scaled_dot_product_attention, F.multi_head_attention_forward)
 PRODUCTS = ATTENTION | {aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.convolution, aten._grouped_mm}
 CHANGED = (
     "A tensor that was saved for backward has been changed in place since. Keep, or recompute, the activations of "
     "the unit that does so."
+)
+
+UNLIKE = (
+    "A unit has not done the same operations again in backward as in forward (another attention kernel, perhaps). Keep its "
+    "activations, or recompute all of them."
 )
 
 
@@ -226,7 +232,7 @@ class Results(TorchDispatchMode):
     ) -> None:
         super().__init__()
         self._pack, self._unpack, self._dear = pack, unpack, dear
-        self._results: list[Any] = []
+        self._results: list[tuple[Any, Any]] = []
         self._again = False
         self._next = 0
 
@@ -240,11 +246,17 @@ class Results(TorchDispatchMode):
         if func.overloadpacket not in self._dear or _draws(func, args, kwargs or {}):
             return func(*args, **(kwargs or {}))
         if self._again:
-            self._next += 1
-            return tree_map_only(_Saved, self._bring, self._results[self._next - 1])
+            return self._given_out(func)
         result = func(*args, **(kwargs or {}))
-        self._results.append(tree_map_only(torch.Tensor, self._save, result))
+        self._results.append((func, tree_map_only(torch.Tensor, self._save, result)))
         return result
+
+    def _given_out(self, func: Any) -> Any:
+        known, result = self._results[self._next] if self._next < len(self._results) else (None, None)
+        if known is not func:
+            raise ModelError(UNLIKE)
+        self._next += 1
+        return tree_map_only(_Saved, self._bring, result)
 
     def _save(self, result: torch.Tensor) -> _Saved:
         with _versions_shared():
@@ -268,7 +280,7 @@ class AroundAttention(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        with self._results if func is F.scaled_dot_product_attention else nullcontext():
+        with self._results if func in ATTEND else nullcontext():
             return func(*args, **(kwargs or {}))
 
 
@@ -286,6 +298,11 @@ def _versions_shared() -> Any:
 
 def _draws(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """The operation draws random numbers: attention with dropout inside."""
-    names = (argument.name for argument in func._schema.arguments)
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    return bool(given.get("dropout_p"))
+    return bool(given_by_name(func, args, kwargs).get("dropout_p"))
+
+
+def given_by_name(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of an operation, as its schema calls them; of one without a schema those that were given by name."""
+    schema = getattr(func, "_schema", None)
+    names = (argument.name for argument in (schema.arguments if schema is not None else ()))
+    return {**dict(zip(names, args, strict=False)), **kwargs}

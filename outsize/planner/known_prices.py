@@ -17,12 +17,13 @@ from pathlib import Path
 import torch
 
 from outsize.machine.cache import cache_file
+from outsize.machine.environment import TUNABLES
 from outsize.machine.find import machine_file
 from outsize.machine.machine import Machine
 
 HOLDS = 0.1  # by which a yardstick may take more or less than it took, if what was measured beside it is to hold
 TIMES = 4  # of which what was measured is kept: those to which something was added last
-SETTINGS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_PROC_BIND")
+SETTINGS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_PROC_BIND", TUNABLES)
 """Variables that say which kernels torch takes, and how its threads wait for each other."""
 PACKAGE = Path(__file__).parent.parent
 MEASURED = [

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import flop_registry
 
 from outsize.distributed.measure import Crowd
 from outsize.machine.machine import Machine, Processor
+from outsize.model.activations import given_by_name
 from outsize.planner.known_prices import KnownPrices
 from outsize.planner.samples import Cooling, Pulse, usual_seconds
 
@@ -340,10 +341,7 @@ def operations_of(function: Any) -> Callable[..., int] | None:
 
 def _seen(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
     """The part of its operations that is done: where each token sees only those before it, kernels leave out the others."""
-    schema = getattr(function, "_schema", None)
-    names = (argument.name for argument in (schema.arguments if schema is not None else ()))
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    return 0.5 if given.get("is_causal") else 1.0
+    return 0.5 if given_by_name(function, args, kwargs).get("is_causal") else 1.0
 
 
 @cache

@@ -15,7 +15,7 @@ from outsize.sizes import format_size
 
 SAID = {
     KEEP: "all kept",
-    KEEP_ATTENTION: "results of attention kept and the rest recomputed",
+    KEEP_ATTENTION: "results of attention (scaled_dot_product_attention) kept and the rest recomputed",
     RECOMPUTE: "recomputed from the input",
     MOVE: "moved to disk",
     MOVE_TO_HOST: "moved to the host's memory",

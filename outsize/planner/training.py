@@ -158,7 +158,7 @@ class Planning:
         for how, job in ways:
             if found and how == INPUT_TO_HOST:  # which is for want of room alone
                 continue
-            if how == RECOMPUTE and self._dear and any(map(_keeps_attention_easily, found)):
+            if how == RECOMPUTE and self._dear and any(s.job is job and _keeps_attention_easily(s) for s in found):
                 continue
             if self._least(how, job, memory_bytes, found) >= fastest:
                 continue
@@ -226,7 +226,7 @@ class Planning:
             return kept.rehearsed.work + self._again(how)
         if how == KEEP:
             room = self._wall(memory_bytes) - self._held(how)
-            alike = (s for s in found if s.job is job and way_of(s) in (KEEP_ATTENTION, RECOMPUTE))
+            alike = (s for s in found if s.job is job and _way_of(s) in (KEEP_ATTENTION, RECOMPUTE))
             return max((search.moving(room) for search in alike), default=0.0)
         return 0.0
 
@@ -271,14 +271,14 @@ def _key(how: Activations, job: JobSizes) -> tuple[Activations, int, tuple[str, 
     return how, job.copies, job.parts, job.ahead
 
 
-def way_of(search: Search) -> Activations:
+def _way_of(search: Search) -> Activations:
     """What becomes of the activations of its units, of all alike."""
     return next((how for _, how in search.bare.activations), KEEP)
 
 
 def _keeps_attention_easily(search: Search) -> bool:
     """With a good arena: with less it may be found to have no room when it is played closely."""
-    return way_of(search) == KEEP_ATTENTION and search.room >= search.needs.good_arena
+    return _way_of(search) == KEEP_ATTENTION and search.room >= search.needs.good_arena
 
 
 def _fastest(found: list[Search]) -> Plan:
