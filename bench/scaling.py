@@ -61,13 +61,13 @@ class Row:
         def between(*ends: str) -> int:
             return sum(nbytes for source, target, _, nbytes in predicted.moved if {source, target} == set(ends))
 
-        (why,) = [reason for reason in plan.reasons if reason.startswith("activations")]
+        ways = {how.saved for _, how in plan.activations}
         return cls(
             *(model, nodes, devices, predicted.seconds_per_step, TOKENS / predicted.seconds_per_step),
             *(between("device", "peer"), between("device", "remote"), between("device", "host")),
             predicted.bytes_read + predicted.bytes_written,
             *(predicted.device_peak_bytes, predicted.host_peak_bytes),
-            "kept" if "kept" in why else "recomputed",
+            "kept" if ways == {"all"} else "attention kept" if ways == {"attention"} else "recomputed",
             planned_in,
         )
 
