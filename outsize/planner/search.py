@@ -291,8 +291,7 @@ class Search:
 
     def choice(self, placement: Placement) -> Choice:
         """What it comes to. Raises BudgetError as `foretell`."""
-        good = min(self.needs.good_arena, self.room) // self.grain * self.grain
-        tight = placement.filled != "everything" and placement.arena_bytes < good
+        tight = placement.filled != "everything" and placement.arena_bytes < self.needs.good_arena
         return Choice(placement, self.foretell(placement), tight)
 
     def plan(self, placement: Placement) -> Plan:
