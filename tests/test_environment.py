@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ import pytest
 
 from outsize.machine.environment import TUNABLES, settings
 
-on_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has these settings")
+on_glibc = pytest.mark.skipif(TUNABLES not in settings({}), reason="only glibc has these settings, from 2.31 on")
 WITHOUT = {name: value for name, value in os.environ.items() if name not in (TUNABLES, "GOMP_SPINCOUNT")}
 
 
@@ -28,35 +27,31 @@ def test_what_a_user_tells_glibc_stays() -> None:
     assert set(own) == {"glibc.malloc.tcache_count=3", "glibc.malloc.arena_max=2", "glibc.malloc.mxfast=0"}
 
 
+def ran(folder: Path, lines: str, *arguments: str) -> tuple[int, list[str]]:
+    """The process that a script of these lines was, and what it printed."""
+    script = folder / "script.py"
+    script.write_text("import os, sys\nfrom outsize.machine.environment import begin_again, merges\n" + lines)
+    command = [sys.executable, "-W", "error", str(script), *arguments]
+    process = subprocess.Popen(command, env=WITHOUT, stdout=subprocess.PIPE, text=True)
+    return process.pid, process.communicate(timeout=60)[0].splitlines()
+
+
 @on_glibc
 def test_a_process_begins_again_once_with_its_arguments(tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import os, sys\n"
-        "from outsize.machine.environment import begin_again, merges\n"
-        "print(merges(), os.getpid(), *sys.argv[1:], flush=True)\n"
-        "begin_again()\n"
-        "print('ran')\n"
-    )
-    command = [sys.executable, "-W", "error", str(script), "one", "two words"]
-    process = subprocess.Popen(command, env=WITHOUT, stdout=subprocess.PIPE, text=True)
-    lines = process.communicate(timeout=60)[0].splitlines()
-    assert lines == [f"False {process.pid} one two words", f"True {process.pid} one two words", "ran"]
+    script = "print(merges(), os.getpid(), *sys.argv[1:], flush=True)\nbegin_again()\nprint('ran')\n"
+    process, said = ran(tmp_path, script, "one", "two words")
+    assert said == [f"False {process} one two words", f"True {process} one two words", "ran"]
 
 
 @on_glibc
 def test_a_process_that_cannot_be_told_goes_on(tmp_path: Path) -> None:
     """Something between takes the variable away again."""
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import os, sys\n"
+    script = (
         "os.environ.pop('GLIBC_TUNABLES', None)\n"
-        "from outsize.machine.environment import begin_again, merges\n"
         "begin_again()\n"
         "print('ran', os.environ['GOMP_SPINCOUNT'], 'GLIBC_TUNABLES' in os.environ)\n"
     )
-    done = subprocess.run([sys.executable, str(script)], env=WITHOUT, stdout=subprocess.PIPE, text=True, timeout=60)
-    assert done.stdout.splitlines() == ["ran 20000 False"]
+    assert ran(tmp_path, script)[1] == ["ran 20000 False"]
 
 
 @on_glibc

@@ -11,7 +11,6 @@ may live in its host's memory: they come and go as from disk, or are leased ther
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -32,6 +31,7 @@ from outsize.memory.ledger import Ledger
 from outsize.memory.shared import Shared
 from outsize.memory.tier import Extent, Moves, Tier
 from outsize.memory.transfer import Ticket, Transfers
+from outsize.memory.turn import Turn
 from outsize.sizes import format_size
 
 
@@ -58,14 +58,17 @@ class Store:
         self.ledger, self.transfers = ledger or Ledger(), transfers
         self.entries: dict[str, Entry] = {}
         self.homes = Homes(tiers, near, self.entries, self.ledger, checked)
-        self.waiting_seconds = {"read": 0.0, "write": 0.0}
         self._stale: dict[str, Entry] = {}  # durable, at home in memory: changed since the last commit, in that order
         self._allocate_near = allocate_near
         self._arena = Arena(allocate_near(near_bytes), near, self.entries, self.ledger, policy, self._fetch)
-        self._turn = threading.Condition(threading.RLock())
-        self._failure: BaseException | None = None
+        self._turn = Turn(self.clock)
         self._last_commit: Ticket | None = None
         self._used: Any = None  # a CUDA event: compute queued before it may still use what was leased
+
+    @property
+    def waiting_seconds(self) -> dict[str, float]:
+        """How long leases and rows waited for reads, and for writes or room."""
+        return self._turn.waiting_seconds
 
     # -- blocks ---------------------------------------------------------------------------------------------------
 
@@ -149,13 +152,8 @@ class Store:
         return torch.from_dlpack(lease.bytes)
 
     def _take(self, entry: Entry, touch: Touch) -> None:
-        if not self._arena.foresight.expect((touch, entry.block.name)):
-            self._arena.rebuild()
         try:
-            while self._arena.foresight.behind or self._arena.awaits(entry):
-                self._arena.look_ahead()
-                if self._arena.foresight.behind or self._arena.awaits(entry):
-                    self._wait_for_room(entry)
+            self._foresee(entry, touch, lambda: self._arena.foresight.behind or self._arena.awaits(entry))
         except BaseException:
             self._arena.foresight.withdraw()
             self._arena.rebuild()
@@ -169,6 +167,15 @@ class Store:
             self._wait(entry, "read")
         self._arena.look_ahead()
 
+    def _foresee(self, entry: Entry, touch: Touch, early: Callable[[], bool]) -> None:
+        """Come to a touch of the block, not while that is too early."""
+        if not self._arena.foresight.expect((touch, entry.block.name)):
+            self._arena.rebuild()
+        while early():
+            self._arena.look_ahead()
+            if early():
+                self._wait_for_room(entry)
+
     def _wait_for_room(self, entry: Entry) -> None:
         in_flight = any(other.ticket is not None for other in self._arena.residents.values())
         if self._arena.foresight.stuck or not in_flight:
@@ -178,32 +185,17 @@ class Store:
                 f"{format_size(self._arena.memory.numel())} leases hold {format_size(pinned)}. Give more memory, "
                 "or a shorter sequence."
             )
-        started = self.clock.now()
-        self.clock.wait(self._turn)
-        self._raise_failure()
-        self.waiting_seconds["write"] += self.clock.note("waiting", started)
+        self._turn.wait("write")
 
     def _wait(self, entry: Entry, direction: str) -> None:
         """Until nothing is on its way from or to the block. Raises what went wrong with any transfer, though it be over."""
-        self._wait_while(lambda: entry.ticket is not None, direction)
-
-    def _wait_while(self, busy: Callable[[], bool], direction: str) -> None:
-        if busy():
-            started = self.clock.now()
-            while busy() and self._failure is None:
-                self.clock.wait(self._turn)
-            self.waiting_seconds[direction] += self.clock.note("waiting", started)
-        self._raise_failure()
-
-    def _raise_failure(self) -> None:
-        if self._failure is not None:
-            raise self._failure
+        self._turn.wait_while(lambda: entry.ticket is not None, direction)
 
     def _change(self, entry: Entry) -> None:
         with self._turn:
             self._wait(entry, "write")
             if entry.residency is Residency.STAYING:
-                self._wait_while(lambda: entry.saving is not None, "write")
+                self._turn.wait_while(lambda: entry.saving is not None, "write")
                 entry.written = True
                 if entry.durable:
                     self._stale.setdefault(entry.block.name, entry)
@@ -218,7 +210,7 @@ class Store:
             if entry.slot is None or entry.residency is not Residency.NEAR:
                 self._change(entry)
                 return None
-            self._wait_while(lambda: entry.saving is not None, "write")
+            self._turn.wait_while(lambda: entry.saving is not None, "write")
             self._stale.setdefault(entry.block.name, entry)
             return entry.home.view(entry.slot)
 
@@ -230,12 +222,7 @@ class Store:
                 entry.pins -= 1
                 entry.written = entry.written and touch is not Touch.DROP
                 return
-            if not self._arena.foresight.expect((touch, entry.block.name)):
-                self._arena.rebuild()
-            while self._arena.foresight.behind:
-                self._arena.look_ahead()
-                if self._arena.foresight.behind:
-                    self._wait_for_room(entry)
+            self._foresee(entry, touch, lambda: self._arena.foresight.behind)
             self._arena.foresight.passed()
             if touch is Touch.DROP:
                 self._wait(entry, "write")
@@ -274,7 +261,7 @@ class Store:
         started = self.clock.now()
         for ticket in tickets:
             ticket.wait()
-        self.waiting_seconds["read"] += self.clock.note("waiting", started)
+        self._turn.waited("read", started)
 
     def _copy_rows(self, place: Part, storage: torch.Tensor, rows: list[int], out: torch.Tensor) -> None:
         torch.index_select(place.view(storage), 0, torch.tensor(rows, device=storage.device), out=out)
@@ -323,22 +310,20 @@ class Store:
     def _saved(self, entry: Entry, error: BaseException | None) -> None:
         """A transfer thread reports: what a commit wants of the slot is on disk."""
         with self._turn:
-            entry.saving, self._failure = None, self._failure or error
-            self._turn.notify_all()
+            entry.saving = None
+            self._turn.notify(error)
 
     def _arrived(self, entry: Entry, error: BaseException | None) -> None:
         """A transfer thread reports: the block is the same at home and near."""
         with self._turn:
             entry.ticket = None
-            if error is not None:
-                self._failure = self._failure or error
-            elif entry.residency is not Residency.STAYING:
+            if error is None and entry.residency is not Residency.STAYING:
                 entry.residency = Residency.STAYING if entry.home.name == self.near else Residency.NEAR
             try:
                 self._arena.look_ahead()
             except BaseException as failure:
-                self._failure = self._failure or failure
-            self._turn.notify_all()
+                error = error or failure
+            self._turn.notify(error)
 
     @contextmanager
     def phase(self, name: str, again: bool = False) -> Iterator[None]:
@@ -402,7 +387,7 @@ class Store:
     def check(self) -> None:
         """Integrity: call when nothing is leased. Raises AssertionError naming the block that is wrong."""
         with self._turn:
-            self._raise_failure()
+            self._turn.check()
             self._arena.check()
             for name, entry in self.entries.items():
                 entry.check(resident=name in self._arena.residents)

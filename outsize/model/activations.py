@@ -50,7 +50,6 @@ CHANGED = (
     "A tensor that was saved for backward has been changed in place since. Keep, or recompute, the activations of "
     "the unit that does so."
 )
-
 UNLIKE = (
     "A unit has not done the same operations again in backward as in forward (another attention kernel, perhaps). Keep its "
     "activations, or recompute all of them."
@@ -232,7 +231,7 @@ class Results(TorchDispatchMode):
     ) -> None:
         super().__init__()
         self._pack, self._unpack, self._dear = pack, unpack, dear
-        self._results: list[tuple[Any, Any]] = []
+        self._results: list[tuple[Any, Any]] = []  # each operation and what it gave
         self._again = False
         self._next = 0
 
