@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from models import write_model
+from workers import MACHINE
 
 import outsize
 from outsize.serve.batch import answer_file
@@ -35,7 +36,7 @@ class Launched:
                 [sys.executable, "-m", *map(str, command)],
                 stdout=file,
                 stderr=file,
-                env=os.environ | {"TMPDIR": str(self.scratch)},
+                env=os.environ | {"TMPDIR": str(self.scratch), "OUTSIZE_MACHINE": str(MACHINE)},
             )
         self._seen: set[int] = set()
 

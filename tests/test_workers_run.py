@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
-from workers import Crew
+from workers import MACHINE, Crew
 
 from outsize.distributed.shares import in_proportion
 from outsize.errors import OptionError
@@ -48,7 +48,7 @@ def make_settings(folder: Path, tied: bool = False, layers: int = 3) -> dict[str
     return {
         "model": str(folder / "model"), "data": str(folder / "text.txt"), "memory": 2 << 30, "steps": STEPS,
         "sequence_length": 16, "accumulate": 4, "precision": "fp32", "loss": "module", "commit_every": 1,
-        "learning_rate": 1e-3, "json": True, "worker_timeout": 20.0,
+        "learning_rate": 1e-3, "json": True, "worker_timeout": 20.0, "activations": "keep",
     }  # fmt: skip
 
 
@@ -327,7 +327,7 @@ def test_after_ctrl_c_a_run_goes_on_and_with_who_was_killed_all_begin_again(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:
     """Ctrl-C has all commit the step under way, though a commit is due much later; nothing of them stays."""
-    steps, run = 40, tmp_path / "run"
+    steps, run = 24, tmp_path / "run"
     told = (*command(settings | {"steps": steps, "commit_every": steps}, run), "--workers", 2)
     with launched(tmp_path, "outsize", *told) as interrupted:
         interrupted.until(lambda: len(steps_of(run)) >= 2)
@@ -355,10 +355,12 @@ def test_torchrun_starts_workers_and_mistakes_end_it_with_one_code(
     settings: dict[str, Any], pair: Path, tmp_path: Path
 ) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "outsize"]
-    subprocess.run([*torchrun, *command(settings, tmp_path / "run")], check=True, timeout=120, capture_output=True)
+    environment = os.environ | {"OUTSIZE_MACHINE": str(MACHINE)}
+    started = [*torchrun, *command(settings, tmp_path / "run")]
+    subprocess.run(started, check=True, timeout=120, capture_output=True, env=environment)
     assert_same(tmp_path / "run", pair)
     wrong = command(settings | {"accumulate": 1}, tmp_path / "other")
     line = [sys.executable, "-m", "outsize", *wrong, "--workers", "2"]
-    ended = subprocess.run(line, capture_output=True, text=True, timeout=120)
+    ended = subprocess.run(line, capture_output=True, text=True, timeout=120, env=environment)
     assert ended.returncode == 1 and ended.stderr.count("A step of 1 sequences leaves nothing to do") == 2
     assert "Traceback" not in ended.stderr

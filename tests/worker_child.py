@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,13 @@ from outsize.train.precision import find_precision
 
 
 def serve() -> None:
-    for family in ("llama", "qwen3"):  # imports that the workers then have
+    for library in (
+        "matplotlib.figure",
+        "matplotlib.backends.backend_agg",
+        "peft",
+    ):  # imports that the workers then have
+        import_module(library)
+    for family in ("llama", "qwen3"):
         find_route(make_model(family))
     for line in sys.stdin:
         told = json.loads(line)
@@ -238,12 +245,18 @@ def shares_of(job: Job) -> dict[str, list[list[int]]]:
 def _run(folder: Path, told: dict[str, Any]) -> None:
     """As the command line does it."""
     from outsize import training
-    from outsize.distributed import meeting
+    from outsize.distributed import measure, meeting
     from outsize.train.settings import TrainSettings
 
     if "without" in told and os.environ["RANK"] == "1":
         os.environ.update(MASTER_PORT="1")
     meeting.TO_MEET = told.get("without", meeting.TO_MEET)
+    measure.LONG, measure.SIZES, measure.COOLED, measure.MATRICES = (
+        0.01,
+        measure.SIZES[:2],
+        1 << 20,
+        4,
+    )  # roughly, but soon
     if "disk" in told:
         training.recall = lambda *given: None  # each try is planned anew
     if told.get("disk"):

@@ -14,7 +14,10 @@ from typing import Any
 
 import torch
 
+from outsize.machine.find import DESCRIBED
+
 CHILD = Path(__file__).with_name("worker_child.py")
+MACHINE = DESCRIBED / "two-cores.toml"  # so that planning, of each worker of each run, has nothing to measure
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ class Crew:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "OUTSIZE_MACHINE": str(MACHINE)},
             cwd=CHILD.parent.parent,
         )
 
