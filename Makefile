@@ -21,7 +21,7 @@ demo: $(READY) build/smollm2.gguf build/python-docs.txt ## fine-tune SmolLM2-135
 		--max-new-tokens 48
 
 test: $(READY) ## run the tests
-	OMP_NUM_THREADS=1 $(VENV)/pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(VENV)/pytest -n 2 --dist worksteal --durations 15
 
 soak: $(READY) ## kill commands at every change, a run 300 times, and flip 10,000 bits; writes docs/reliability.md
 	OMP_NUM_THREADS=1 EVERY_INSTANT=1 $(VENV)/pytest tests/test_instants.py

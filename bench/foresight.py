@@ -163,13 +163,18 @@ def verdicts(results: Results) -> Iterator[str]:
     yield _verdict("largest error of a peak, of all rounds", OFF["peak"], max(map(abs, peaks)))
     yield _verdict("largest error of a step, of middle rounds", OFF["step"], max(steps))
     yield _verdict("median error of a step, of middle rounds", OFF["median step"], statistics.median(steps))
-    late = sum(abs(step_off(found)) > OFF["step"] for found in every)
-    yield f"| rounds whose step is off by more than {OFF['step']:.0%} | | {late} of {len(every)} | |"
-    even = [abs(step_off(found)) for found in every if abs(found.get("drift", inf)) <= EVEN]
+    yield _late("rounds", every)
+    even = [found for found in every if abs(found.get("drift", inf)) <= EVEN]
     if even:
-        what = f"largest error of the {len(even)} rounds whose bytes alone took what the probe says, within {EVEN:.0%}"
-        yield _verdict(what, OFF["step"], max(even))
+        yield _late(f"rounds whose bytes alone took what the probe says, within {EVEN:.0%},", even)
     yield f"| peaks above the budget | 0 of {len(every)} | {len(over)} | {'**missed**' if over else 'reached'} |"
+
+
+def _late(which: str, rounds: list[Found]) -> str:
+    most = OFF["step"]
+    errors = [abs(step_off(found)) for found in rounds]
+    late = f"{sum(error > most for error in errors)} of {len(errors)}, up to {max(errors):.1%}"
+    return f"| {which} in which a step is off by more than {most:.0%} | | {late} | |"
 
 
 def _verdict(what: str, goal: float, share: float) -> str:

@@ -83,7 +83,7 @@ def of(lines: list[dict], key: str) -> list:
 
 def test_a_run_is_planned_again_without_another_number(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "model")
-    tiny_model("llama", tied=True, layers=4, hidden=512).save_pretrained(folder)
+    tiny_model("llama", tied=True, layers=4, hidden=384).save_pretrained(folder)
     (folder / "text.txt").write_text(" ".join(f"w{number % 200}" for number in range(600)))
     write_machine(replace(find_machine("two-cores"), origin="probed in a good hour"), folder / "machine.toml")
     least = re.search(r"Give --memory (\d+)MiB", ran(folder, "refused", "64MiB").stderr.replace("\n", " "))
