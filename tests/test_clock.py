@@ -9,7 +9,7 @@ import torch
 
 from outsize.machine.find import find_machine
 from outsize.machine.machine import Machine
-from outsize.memory.block import make_block
+from outsize.memory.block import Block, make_block
 from outsize.memory.null import NullTier
 from outsize.memory.transfer import PIECE
 from outsize.planner.clock import HANDLING, Rates, SimulatedClock, SimulatedTicket, SimulatedTransfers, ways_of
@@ -178,23 +178,42 @@ def test_processors_lose_to_transfers_only_where_they_compute() -> None:
     assert (gpu.reading, gpu.writing) == (0.0, 0.0)
 
 
+def script_of(*blocks: Block, beside: float = 0.0) -> Script:
+    """That computes for half a second with each in turn."""
+    work = [
+        event
+        for block in blocks
+        for event in (Touched("take", block.name), Spend("compute", 0.5, beside=beside), Touched("give", block.name))
+    ]
+    made = [
+        event for b in blocks for event in (Create(b, "disk", True), Touched("fresh", b.name), Touched("give", b.name))
+    ]
+    return Script(tuple(made), ((Begin("step"), *work, Mark.END),))
+
+
 @pytest.mark.parametrize("home", ["disk", "host"])
 def test_what_streams_leaves_nothing_in_the_caches(home: str) -> None:
     """Compute that takes a second takes up to one more while blocks stream, by how many bytes they are."""
     blocks = [make_block(name, [("all", "weight", torch.uint8, (THRASHING // 8,))]) for name in "ab"]
-    work = [
-        event
-        for block in blocks
-        for event in (Touched("take", block.name), Spend("compute", 0.5, beside=0.5), Touched("give", block.name))
-    ]
-    made = [
-        event
-        for block in blocks
-        for event in (Create(block, home, True), Touched("fresh", block.name), Touched("give", block.name))
-    ]
-    script = Script(tuple(made), ((Begin("step"), *work, Mark.END),))
+    script = script_of(*blocks, beside=0.5)
     ways = {"disk": Rates(GB, GB, 2 * GB, 0.0)}
     before, step = play(script, THRASHING // 8, lambda name: home, ways, steps=3).steps[-2:]
     streamed = sum(before.moved.values())
     assert (streamed > 0) == (home == "disk")
     assert step.lanes["compute"] == pytest.approx(1.0 + streamed / THRASHING)
+
+
+def test_a_foretold_step_is_read_ahead_from_the_first_on_and_needs_no_recording() -> None:
+    """Of three blocks two have room, and the next one comes in the half second in which one is computed with."""
+    blocks = [make_block(name, [("all", "weight", torch.uint8, (THRASHING,))]) for name in "abc"]
+    ways = {"disk": Rates(4 * THRASHING, GB, GB, 0.0)}
+    arguments = (script_of(*blocks, beside=0.5), 2 * THRASHING, lambda name: "disk", ways)
+    first, second = play(*arguments, steps=2, foretold=True).steps
+    recorded, *later = play(*arguments, steps=3).steps
+    assert first.waiting["read"] == pytest.approx(0.25)  # for the first block alone
+    assert recorded.waiting["read"] >= 0.5  # each block that was not near yet
+    assert (
+        first.lanes["compute"] == second.lanes["compute"] == pytest.approx(3.0)
+    )  # what streams costs in the first, too
+    assert [step.accesses for step in (first, second)] == [step.accesses for step in later]
+    assert second.moved == later[-1].moved and second.seconds == pytest.approx(later[-1].seconds)

@@ -198,7 +198,9 @@ def test_the_host_updates_as_much_as_makes_a_step_the_fastest(tight: Request) ->
     assert plan.host_updates and found is not None and plan.exactness == "rounding"
     whole = replace(plan, blocked_loss=False, table_rows=())
     assert whole.exactness == "rounding" and replace(whole, host_updates=frozenset()).exactness == "exact"
-    assert all(found <= seconds for seconds in others if seconds is not None) and found < 0.95 * (others[0] or 0.0)
+    assert all(found <= 1.02 * seconds for seconds in others if seconds is not None) and found < 0.95 * (
+        others[0] or 0.0
+    )
     (said,) = [reason for reason in plan.reasons if reason.startswith("update on the host: ")]
     assert f"{len(plan.host_updates)} of the {len(plan.host_states)} weights" in said and "may round otherwise" in said
     assert plan.predicted is not None and dict(plan.predicted.memory)["buffers of the update there"] > 0

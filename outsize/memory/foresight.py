@@ -72,6 +72,10 @@ class Foresight:
         self._virtual = 0
         self._decided: deque[Decision] = deque()  # what the virtual run comes by next
 
+    def foretell(self, phase: str, trace: list[Event]) -> None:
+        """Before it begins for the first time, so that nothing need be recorded."""
+        self._phases[phase] = trace
+
     # -- the real run tells what it does ------------------------------------------------------------------------
 
     def begin(self, phase: str, again: bool) -> bool:

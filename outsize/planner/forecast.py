@@ -53,9 +53,9 @@ def forecast(
 
     Raises BudgetError when leases leave no room in the arena."""
 
-    def run(script: Script) -> Forecast:
+    def run(script: Script, foretold: bool = False) -> Forecast:
         steps = 3 if closely else 2
-        return _played(script if closely else script.lean, arena_bytes, home_of, ways, near, on_host, steps)
+        return _played(script if closely else script.lean, arena_bytes, home_of, ways, near, on_host, steps, foretold)
 
     units = rehearsed.units
     if not units:
@@ -65,7 +65,8 @@ def forecast(
     if len(units) <= 2 * count:
         return run(rehearsed.whole)
     many, few = (rehearsed.some(number) for number in (count, count // 2))
-    return _carried_on(run(rehearsed.over(many)), run(rehearsed.over(few)), len(many), len(few), len(units))
+    more, fewer = (run(rehearsed.over(some), foretold=not closely) for some in (many, few))
+    return _carried_on(more, fewer, len(many), len(few), len(units))
 
 
 def with_snapshots(found: Forecast, snapshot: dict[tuple[str, str], int], every: int, ways: Ways) -> Forecast:
@@ -85,11 +86,19 @@ def with_snapshots(found: Forecast, snapshot: dict[tuple[str, str], int], every:
 
 
 def _played(
-    script: Script, arena_bytes: int, home_of: HomeOf, ways: Ways, near: str, on_host: HostUpdates, steps: int
+    script: Script,
+    arena_bytes: int,
+    home_of: HomeOf,
+    ways: Ways,
+    near: str,
+    on_host: HostUpdates,
+    steps: int,
+    foretold: bool,
 ) -> Forecast:
     """The first steps record; of the `steps` that follow everything is the mean, for what is read ahead crosses the
-    border between them."""
-    played = play(script, arena_bytes, home_of, ways, len(script.steps) + steps, near=near, on_host=on_host)
+    border between them. Where leases are `foretold`, none is played to record them."""
+    first = 0 if foretold else len(script.steps)
+    played = play(script, arena_bytes, home_of, ways, first + steps, near=near, on_host=on_host, foretold=foretold)
     alike = played.steps[-steps:]
 
     def mean(found: Iterable[Mapping[Name, float]]) -> dict[Name, float]:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 from outsize.memory.clock import Span
+from outsize.memory.entry import Residency
+from outsize.memory.foresight import Touch
 from outsize.memory.null import NullTier
 from outsize.memory.store import Lease, Store
 from outsize.memory.tier import Tier
@@ -58,8 +61,8 @@ class PlayedStep:
     """What one step did. `moved` is as the ledger counts it: (source, destination, kind) -> bytes."""
 
     moved: Counter[tuple[str, str, str]]
+    began: float
     seconds: float
-    spans: tuple[Span, ...] = field(repr=False)
     lanes: dict[str, float]
     """Seconds of compute, update, wire (which is waited for) and waiting, and how long the disk read and wrote, and how long
     workers exchanged meanwhile."""
@@ -68,6 +71,12 @@ class PlayedStep:
     accesses: tuple[tuple[str, str], ...] = field(repr=False)
     live: tuple[tuple[float, int], ...] = field(repr=False)
     """(seconds, bytes of tensors alive from then on)."""
+    noted: list[Span] = field(repr=False)
+    """By the clock, in its seconds: of this step alone."""
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        return tuple((lane, max(start - self.began, 0.0), end - self.began) for lane, start, end in self.noted)
 
 
 @dataclass(frozen=True)
@@ -92,9 +101,11 @@ def play(
     commit_every: int | None = None,
     near: str = "host",
     on_host: HostUpdates = NO_HOST_UPDATES,
+    foretold: bool = False,
 ) -> Played:
     """Play a run of `steps` steps on the tier `near`, with updates `on_host`; after the last nothing follows. Without
-    `commit_every` nothing is committed.
+    `commit_every` nothing is committed. `foretold`: nothing is recorded; from the first on all steps are like a later one,
+    and their leases known.
 
     Raises BudgetError where the run itself would, in these steps or any later one: when leases leave no room in the
     arena."""
@@ -105,7 +116,10 @@ def play(
     player = _Player(_Bare(tiers, arena_bytes, empty, transfers, near), clock, home_of, commit_every, on_host)
     player.run(script.setup)
     player.store.flush()
-    played = tuple(player.step(script.step(number), again=number + 1 < steps) for number in range(steps))
+    if foretold:
+        player.foretell(script)
+    first = len(script.steps) - 1 if foretold else 0
+    played = tuple(player.step(script.step(first + number), again=number + 1 < steps) for number in range(steps))
     for phase in {event.phase for event in script.steps[-1] if isinstance(event, Begin)}:
         player.store.need_room(phase)
     return Played(played, player.store.tiers["disk"].used)
@@ -114,7 +128,7 @@ def play(
 class _Player:
     def __init__(
         self,
-        store: Store,
+        store: _Bare,
         clock: SimulatedClock,
         home_of: HomeOf,
         commit_every: int | None,
@@ -144,6 +158,27 @@ class _Player:
         self._again = False
         self._phase: Any = None
 
+    def foretell(self, script: Script) -> None:
+        """The store is told in which order a step will lease blocks, all of which are there from now on. What streams then
+        streamed before it."""
+        for event in chain(*script.steps):
+            if isinstance(event, Create):
+                self._create(event)
+        traces: dict[str, list[tuple[Touch, str]]] = {}
+        for event in script.steps[-1]:
+            if isinstance(event, Begin):
+                trace = traces.setdefault(event.phase, [])
+            elif isinstance(event, Touched) and event.what != "change" and self.store.streams(event.name):
+                trace.append((Touch(event.what), event.name))
+        for phase, trace in traces.items():
+            self.store.foretell(phase, trace)
+        entries = [self.store.entries[name] for name in {name for trace in traces.values() for _, name in trace}]
+        self._thrash(sum(entry.block.nbytes for entry in entries if entry.home.name == "disk"))
+
+    def _thrash(self, nbytes: int) -> None:
+        """So many bytes passed the caches in a step."""
+        self._streaming = min(nbytes / THRASHING, 1.0)
+
     def step(self, events: Iterable[Event], again: bool) -> PlayedStep:
         """`again`: another follows at once."""
         store, clock = self.store, self.clock
@@ -155,15 +190,16 @@ class _Player:
         self.run(events)
         clock.settle()
         moved = store.ledger.moved - moved
-        self._streaming = min(sum(nbytes for (*ways, _), nbytes in moved.items() if "disk" in ways) / THRASHING, 1.0)
+        self._thrash(sum(nbytes for (*ways, _), nbytes in moved.items() if "disk" in ways))
         return PlayedStep(
             moved=moved,
+            began=started,
             seconds=clock.time - started,
-            spans=tuple((lane, max(start - started, 0.0), end - started) for lane, start, end in clock.spans),
             lanes={lane: total - spent.get(lane, 0.0) for lane, total in clock.seconds.items()},
             waiting={name: total - waited[name] for name, total in store.waiting_seconds.items()},
             accesses=tuple(self.accesses),
             live=tuple((time - started, nbytes) for time, nbytes in self.live),
+            noted=clock.spans,
         )
 
     def run(self, events: Iterable[Event]) -> None:
@@ -259,6 +295,13 @@ class _Player:
 
 class _Bare(Store):
     """A store over nothing."""
+
+    def streams(self, name: str) -> bool:
+        """The block comes near when it is leased, and goes."""
+        return self.entries[name].residency is not Residency.STAYING
+
+    def foretell(self, phase: str, trace: list[tuple[Touch, str]]) -> None:
+        self._arena.foresight.foretell(phase, trace)
 
     def _copy_rows(self, place: Any, storage: Any, rows: list[int], out: Any) -> None:
         pass

@@ -21,6 +21,7 @@ from outsize.memory.tier import PAGE, pages
 from outsize.plan import NEAR, SPARE, Plan
 from outsize.planner.bound import Used
 from outsize.planner.clock import Ways
+from outsize.planner.convex import values_about_least
 from outsize.planner.forecast import Forecast, forecast, with_snapshots
 from outsize.planner.keeper import keeper_bytes
 from outsize.planner.needs import Needs, gradient_bytes
@@ -89,21 +90,39 @@ class Search:
 
     def loosened(self, only_fitting: bool = False) -> Search:
         """With the least arena as large as a step needs in which everything streams: between leases of several sizes, which
-        end in another order than they begin, there are gaps that no block fits. That placement is tried, then.
-        `only_fitting`: as far as the budget goes; else to tell what would do."""
-        found, always = self.within(self.request.memory_bytes), frozenset(self.job.always)
+        end in another order than they begin, there are gaps that no block fits. `only_fitting`: as far as the budget goes;
+        else to tell what would do."""
+        found = self.within(self.request.memory_bytes)
         while found.fits or not only_fitting:
-            least = found.needs.least_arena
-            placement = Placement(always, always, least, "disk", "nothing")
             try:
-                found.need_room(placement)
-                found.tried.append(found.choice(placement))
+                found.need_room(found.streaming)
                 return found
             except BudgetError:
-                larger = pages(int(1.1 * least))
-                good = max(larger, found.needs.good_arena)
-                found.needs = replace(found.needs, least_arena=larger, good_arena=good)
+                found = found._larger()
         return found
+
+    def streamed(self, only_fitting: bool = False) -> Search:
+        """As `loosened`, and in which everything is tried to stream."""
+        found = self.loosened(only_fitting)
+        while found.fits or not only_fitting:
+            try:
+                found.tried.append(found.choice(found.streaming))
+                return found
+            except BudgetError:
+                found = found._larger().loosened(only_fitting)
+        return found
+
+    def _larger(self) -> Search:
+        found = self.within(self.request.memory_bytes)
+        larger = pages(int(1.1 * self.needs.least_arena))
+        found.needs = replace(self.needs, least_arena=larger, good_arena=max(larger, self.needs.good_arena))
+        return found
+
+    @property
+    def streaming(self) -> Placement:
+        """Nothing near but what must be, and the least arena."""
+        always = frozenset(self.job.always)
+        return Placement(always, always, self.needs.least_arena, "disk", "nothing")
 
     @property
     def wall(self) -> int:
@@ -238,9 +257,10 @@ class Search:
         """Bytes of which an arena is a multiple."""
         return ROUND if self.bare.device_bytes else PAGE
 
-    def best(self) -> Choice:
+    def best(self, known: float = inf) -> Choice:
         """The fastest candidate, or the first that waits for hardly anything; one with a tight arena must be clearly the
-        fastest. Raises BudgetError when every arena is too small for what is leased at once."""
+        fastest. `known`: what another search has found. Raises BudgetError when every arena is too small for what is leased
+        at once."""
         problem: BudgetError | None = None
         for placement in self.candidates():
             try:
@@ -250,33 +270,35 @@ class Search:
             else:
                 if self.tried[-1].forecast.hides_all:
                     break
+        self.tried = self.tried or self.streamed(only_fitting=True).tried
         if not self.tried:
             raise problem or BudgetError("No placement fits; give more memory.")
         best = self._fastest
         # An exact plan stays exact; and of a pipeline both ends may hold one table, which they must update alike.
         if best.placement.host_states and not best.forecast.hides_all and self.job.blocked and not self.request.legs:
-            self._try_host_updates(best.placement)
+            self._try_host_updates(best.placement, known)
         return self._fastest
 
     @property
     def _fastest(self) -> Choice:
         return min(self.tried, key=lambda choice: choice.cost)
 
-    def _try_host_updates(self, placement: Placement) -> None:
-        """Let the device's host update all, or a part, of what lives in its memory: ever finer about the fastest part."""
+    def _try_host_updates(self, placement: Placement, known: float) -> None:
+        """Let the device's host update all, or a part, of what lives in its memory. Seconds are taken for convex in the part,
+        for the more of it the host updates, the longer that takes, and the less passes the link."""
         beside = self.needs.beside
         assert beside is not None
         placement = self._beside(placement, beside.updating)
-        costs = {0: self._fastest.cost}
-        for step in (PARTS, PARTS // 2, PARTS // 4):
-            best = min(costs, key=costs.__getitem__)
-            for part in {best - step, best + step} & set(range(1, PARTS + 1)) - costs.keys():
-                found = replace(placement, host_updates=self._spread_out(placement.host_states, part / PARTS))
-                try:
-                    self.tried.append(self.choice(found))
-                    costs[part] = self.tried[-1].cost
-                except BudgetError:
-                    costs[part] = inf
+
+        def cost_of(part: int) -> float:
+            names = self._spread_out(placement.host_states, part / PARTS)
+            try:
+                self.tried.append(self.choice(replace(placement, host_updates=names)))
+            except BudgetError:
+                return inf
+            return self.tried[-1].cost
+
+        values_about_least(cost_of, self._fastest.cost, PARTS, known)
 
     def _spread_out(self, names: frozenset[str], part: float) -> frozenset[str]:
         """So much of these states, by bytes, evenly over the model; of those whose update on a host has a price."""

@@ -134,7 +134,7 @@ class Planning:
         """What would do, in the way that needs the least."""
         ways = self._possible([*self._task.jobs, *self._task.jobs_by_parts], memory_bytes)
         tried = [self.search(how, job).within(memory_bytes) for how, job in ways]
-        return no_memory(min(tried, key=lambda search: (search.host_room < 0, search.least)).loosened())
+        return no_memory(min(tried, key=lambda search: (search.host_room < 0, search.least)).streamed())
 
     def _possible(self, jobs: list[JobSizes], memory_bytes: int) -> list[tuple[Activations, JobSizes]]:
         """What may fit; or else the last, which needs the least."""
@@ -171,7 +171,7 @@ class Planning:
                 search = search.loosened(only_fitting=True)
             if search.fits:
                 found.append(search)
-                best = search.best()
+                best = search.best(fastest)
                 fastest = min(fastest, best.cost)
                 if best.forecast.hides_all and not best.placement.host_updates and not late:
                     break  # what comes computes or exchanges more
@@ -287,7 +287,7 @@ def _fastest(found: list[Search]) -> Plan:
     try:
         return _first_with_room(found)
     except BudgetError:
-        looser = [search for search in (search.loosened(only_fitting=True) for search in found) if search.fits]
+        looser = [search for search in (search.streamed(only_fitting=True) for search in found) if search.fits]
         if not looser:
             raise
     for search in looser:
