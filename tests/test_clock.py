@@ -178,17 +178,16 @@ def test_processors_lose_to_transfers_only_where_they_compute() -> None:
     assert (gpu.reading, gpu.writing) == (0.0, 0.0)
 
 
-def script_of(*blocks: Block, beside: float = 0.0) -> Script:
-    """That computes for half a second with each in turn."""
+def script_of(*blocks: Block, beside: float = 0.0, written: bool = True) -> Script:
+    """That computes for half a second with each in turn, and changes none; `written` before."""
     work = [
         event
         for block in blocks
         for event in (Touched("take", block.name), Spend("compute", 0.5, beside=beside), Touched("give", block.name))
     ]
-    made = [
-        event for b in blocks for event in (Create(b, "disk", True), Touched("fresh", b.name), Touched("give", b.name))
-    ]
-    return Script(tuple(made), ((Begin("step"), *work, Mark.END),))
+    made = [Create(block, "disk", True) for block in blocks]
+    put = [Touched(what, block.name) for block in blocks for what in ("fresh", "give")] if written else []
+    return Script((*made, *put), ((Begin("step"), *work, Mark.END),))
 
 
 @pytest.mark.parametrize("home", ["disk", "host"])
@@ -217,3 +216,12 @@ def test_a_foretold_step_is_read_ahead_from_the_first_on_and_needs_no_recording(
     )  # what streams costs in the first, too
     assert [step.accesses for step in (first, second)] == [step.accesses for step in later]
     assert second.moved == later[-1].moved and second.seconds == pytest.approx(later[-1].seconds)
+
+
+def test_a_foretold_step_reads_what_steps_before_it_would_have_written() -> None:
+    blocks = [make_block(name, [("all", "moment", torch.uint8, (THRASHING,))]) for name in "abc"]
+    ways = {"disk": Rates(4 * THRASHING, GB, GB, 0.0)}
+    arguments = (script_of(*blocks, written=False), THRASHING, lambda name: "disk", ways)
+    assert not play(*arguments, steps=1).steps[0].moved
+    (step,) = play(*arguments, steps=1, foretold=True).steps
+    assert step.moved == {("disk", "host", "moment"): 3 * THRASHING} and step.waiting["read"] > 0

@@ -301,7 +301,11 @@ class _Bare(Store):
         return self.entries[name].residency is not Residency.STAYING
 
     def foretell(self, phase: str, trace: list[tuple[Touch, str]]) -> None:
+        """Blocks of which nobody wrote anything yet come as if somebody had."""
         self._arena.foresight.foretell(phase, trace)
+        for entry in (self.entries[name] for _, name in trace):
+            if entry.residency is Residency.EMPTY:
+                entry.residency, entry.written = Residency.FAR, True
 
     def _copy_rows(self, place: Any, storage: Any, rows: list[int], out: Any) -> None:
         pass
