@@ -117,7 +117,7 @@ class _Training:
         self.settings, self.rule, self.source, self.state = settings, rule, source, state
         self.group, self.continuing = group, continuing
         self.moved = settle(group, settings.out / "state", state)
-        self.memories = host_memories(settings, group)
+        self.memories = host_memories(settings.memory or self._told("memory_bytes"), group)
         self.memory = self.memories[group.rank]
         self.device_memory = device_memory(settings, group)
         self.device = find_device(self.device_memory)

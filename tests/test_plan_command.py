@@ -112,12 +112,13 @@ def test_an_edited_plan_is_obeyed(model: Path, tmp_path: Path) -> None:
     far = replace(planned(model), near_states=frozenset(), shared_bytes=0, arena_bytes=32 << 20)
     (tmp_path / "plan.json").write_text(far.to_json())
     (tmp_path / "text.txt").write_text(" ".join(f"w{number % 200}" for number in range(400)))
-    options = ["--model", model, "--data", tmp_path / "text.txt", "--memory", "3GiB", "--sequence-length", 32]
+    options = ["--model", model, "--data", tmp_path / "text.txt", "--sequence-length", 32]
     options += ["--plan", tmp_path / "plan.json", "--out", tmp_path / "run", "--steps", 4]
     command = [sys.executable, "-m", "outsize", "train", *map(str, options)]
     done = subprocess.run(command, text=True, capture_output=True, timeout=240)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["memory_bytes"] == far.memory_bytes == 3 << 30
     assert report["moved"]["read"].keys() == {"master", "moment"}
     assert report["planned"]["disk_bytes"] == report["measured"]["disk_bytes"]
     assert (tmp_path / "run" / "timeline.png").stat().st_size > 0

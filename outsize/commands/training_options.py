@@ -62,7 +62,10 @@ EvalEvery = Annotated[int, typer.Option(min=0, help="Steps between evaluations; 
 SamplePrompt = Annotated[str | None, typer.Option(help="Let the model continue this text in the middle of training.")]
 BlockClass = Annotated[str | None, typer.Option(help="Class of the repeated block, if it is not found.")]
 PlanFile = Annotated[
-    Path | None, typer.Option(help="Obey this plan, written by `outsize plan --save`; refused if it does not fit.")
+    Path | None,
+    typer.Option(
+        help="Obey this plan, written by `outsize plan --save`; refused if it does not fit. Without --memory with its budget."
+    ),
 ]
 Replan = Annotated[
     bool,

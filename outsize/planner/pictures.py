@@ -28,6 +28,7 @@ LANES = {
     "read": COLOURS["master"],
     "write": COLOURS["activation"],
 }
+OF_SEVERAL = ("wire", "exchange")  # workers, so that a step of one has nothing there
 CAUSES = (OTHER, COLOURS["weight"], COLOURS["master"], COLOURS["moment"], COLOURS["activation"])
 GAP = 0.0005  # of the axis; spans nearer than that are drawn as one
 
@@ -37,10 +38,12 @@ def draw_step(steps: Mapping[str, Timeline], plan: Plan, path: Path) -> None:
 
     Raises StorageError when the picture cannot be written."""
     length = max((end for timeline in steps.values() for _, _, end in timeline), default=1.0)
+    taken = {lane for timeline in steps.values() for lane, _, _ in timeline}
+    lanes = {lane: colour for lane, colour in LANES.items() if lane in taken or lane not in OF_SEVERAL}
     figure = new_figure(height=1.6 + 1.9 * len(steps) + 3.2)
     panels = figure.subplots(len(steps) + 1, squeeze=False, height_ratios=[*[1.9] * len(steps), 3.2])[:, 0]
     for axes, (name, timeline) in zip(panels, steps.items(), strict=False):
-        _draw_lanes(axes, timeline, length)
+        _draw_lanes(axes, timeline, length, lanes)
         whole = max((end for _, _, end in timeline), default=0.0)
         set_title(axes, f"One step, {name}: {whole:.2f} s")
     _draw_memory(panels[-1], plan, length)
@@ -48,13 +51,13 @@ def draw_step(steps: Mapping[str, Timeline], plan: Plan, path: Path) -> None:
     save_figure(figure, path)
 
 
-def _draw_lanes(axes: Axes, timeline: Timeline, length: float) -> None:
-    for row, (lane, colour) in enumerate(LANES.items()):
+def _draw_lanes(axes: Axes, timeline: Timeline, length: float, lanes: Mapping[str, str]) -> None:
+    for row, (lane, colour) in enumerate(lanes.items()):
         spans = _joined([(start, end) for name, start, end in timeline if name == lane], GAP * length)
         busy = sum(end - start for name, start, end in timeline if name == lane)
         axes.broken_barh([(start, end - start) for start, end in spans], (row - 0.38, 0.76), color=colour)
         axes.text(1.01 * length, row, f"{busy:.2f} s", va="center")
-    axes.set_yticks(range(len(LANES)), list(LANES))
+    axes.set_yticks(range(len(lanes)), list(lanes))
     axes.invert_yaxis()
     axes.set_xlim(0, 1.09 * length)
 
@@ -119,9 +122,9 @@ def draw_comparison(plans: Sequence[Plan], path: Path) -> None:
     axes.set_xticks(range(len(plans)), [format_size(plan.memory_bytes or 0) for plan in plans])
     axes.set_xlabel("memory allowed")
     axes.set_ylabel("seconds a step")
-    axes.margins(y=0.12)
+    axes.set_ylim(0, 1.08 * max(bottoms))
     set_title(axes, "A step's time against memory, as planned")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, ncols=len(causes), loc="upper center", bbox_to_anchor=(0.5, -0.14))
     save_figure(figure, path)
 
 

@@ -11,10 +11,10 @@ from outsize.machine.devices import free_bytes
 from outsize.train.settings import TrainSettings
 
 
-def host_memories(settings: TrainSettings, group: Group) -> list[int]:
-    """Of each worker's process; nearly alike being alike."""
-    free = _free_memory() // group.here if settings.memory is None else 0
-    told, found = zip(*group.each(settings.memory or 0, free), strict=True)
+def host_memories(memory: int | None, group: Group) -> list[int]:
+    """Of each worker's process: as told, or what is free; nearly alike being alike."""
+    free = 0 if memory else _free_memory() // group.here
+    told, found = zip(*group.each(memory or 0, free), strict=True)
     return [int(said or there) for said, there in zip(told, leveled(found), strict=True)]
 
 
